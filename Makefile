@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all their own set-up: Python 3.11, pip, g++ and make are enough.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+# OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help demo test test-slow lint format install fidelity clean
+
+help:
+	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
+	@echo "                (STEPS=60 for a longer run, DEMO='--help' for its options)"
+	@echo "make test       every test that is not marked slow"
+	@echo "make test-slow  the rest"
+	@echo "make lint       ruff and mypy;  make format  applies ruff's fixes"
+	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
+	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m benchmarks.demo $(if $(STEPS),--steps $(STEPS)) $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy sap_fast
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fidelity: install
+	$(BIN)/python -m benchmarks.fidelity
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks: one script per claim, each writes a CSV and a picture."""

@@ -1,0 +1,1 @@
+"""Safety-Aware Probing (arXiv:2505.16737) as a PyTorch optimizer."""

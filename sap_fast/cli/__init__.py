@@ -1,0 +1,1 @@
+"""The `sap-fast` command line."""

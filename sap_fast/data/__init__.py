@@ -1,0 +1,1 @@
+"""Reading, checking and encoding of task and safety data."""

@@ -1,0 +1,1 @@
+"""Measures of safety and usefulness: refusals, margins, task loss."""
