@@ -1,0 +1,246 @@
+"""SAP in transformers' `Trainer`, and in any subclass of it such as TRL's `SFTTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from sap_fast.losses import contrastive_loss, difference_loss, task_loss
+from sap_fast.optimizer import FusedSAP
+from sap_fast.probes import ProbeSet
+
+SafetyLoss = Callable[..., Tensor]
+_SAFETY_LOSSES: dict[str, SafetyLoss] = {
+    "contrastive": contrastive_loss,
+    "difference": difference_loss,
+}
+
+
+class SafetyBatches:
+    """The safety rows of every step: all rows in random order, again and again.
+
+    The rows of step t follow from the seed and t alone, so that a resumed run needs no saved
+    position to go on with the rows it would have had.
+
+    Args:
+        dataset: safety rows, indexable.
+        batch_size: rows per step and rank.
+        seed: seed of the order.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, seed: int) -> None:
+        if not isinstance(dataset, Sized) or len(dataset) == 0:
+            raise ValueError("safety_dataset is empty or has no length; give at least one row")
+        if batch_size < 1:
+            raise ValueError(f"safety_batch_size={batch_size} is out of range; give a number ≥ 1")
+        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
+        self._round = -1
+        self._order: list[int] = []
+
+    def rows(self, step: int, rank: int = 0, ranks: int = 1) -> list[Any]:
+        """Return the rows that `rank` of `ranks` sees at a step."""
+        first = (step * ranks + rank) * self._batch_size
+        return [self._dataset[self._index(first + k)] for k in range(self._batch_size)]
+
+    def _index(self, position: int) -> int:
+        round_, place = divmod(position, len(self._dataset))
+        if self._round != round_:
+            generator = torch.Generator().manual_seed(self._seed + round_)
+            self._order = torch.randperm(len(self._dataset), generator=generator).tolist()
+            self._round = round_
+        return self._order[place]
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class SAPTrainerMixin(_Base):
+    """Put in front of a `Trainer` class: `class MyTrainer(SAPTrainerMixin, SFTTrainer)`.
+
+    The trainer's own `training_step` and `compute_loss` run in every pass, so overrides of them are
+    respected. With gradient accumulation one step of SAP spans the accumulated micro-batches: one
+    safety pass, probe passes over all of them, then their task passes. Gradient clipping is the
+    trainer's (`TrainingArguments.max_grad_norm`), before gradient blending.
+
+    Every log of the training loss carries the figures of `FusedSAP.metrics` as `sap/…`.
+
+    Args:
+        *args: as for the trainer.
+        safety_dataset: indexable rows for `safety_collator`.
+        safety_collator: turns a list of rows into `{"chosen": batch, "rejected": batch}`, as
+            `sap_fast.data.SafetyCollator` does.
+        safety_batch_size: safety rows per step.
+        safety_loss: `"contrastive"`, `"difference"`, or a function (model, chosen, rejected) →
+            scalar; see `sap_fast.losses`.
+        probe_layers: as `ProbeSet(layers=…)`.
+        probe_shape: as `ProbeSet(shape=…)`.
+        sap_options: keyword arguments for `FusedSAP`, over what `TrainingArguments` says. An
+            optimizer given as `optimizers=(FusedSAP(…), …)` is used as it is instead.
+        **kwargs: as for the trainer.
+
+    Attributes:
+        probe_set: the `ProbeSet`, once the optimizer exists.
+
+    Raises:
+        ValueError: without safety data or collator, or for an unknown `safety_loss`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        safety_dataset: Any = None,
+        safety_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        safety_batch_size: int = 4,
+        safety_loss: Literal["contrastive", "difference"] | SafetyLoss = "contrastive",
+        probe_layers: Literal["middle"] | Sequence[int] | Sequence[nn.Module] = "middle",
+        probe_shape: Literal["hidden", "token"] = "hidden",
+        sap_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if safety_dataset is None or safety_collator is None:
+            missing = "safety_dataset" if safety_dataset is None else "safety_collator"
+            raise ValueError(
+                f"{missing} is missing: SAP needs pairs of a safe and a harmful answer; see "
+                "sap_fast.data.load_safety_dataset and SafetyCollator"
+            )
+        if isinstance(safety_loss, str) and safety_loss not in _SAFETY_LOSSES:
+            raise ValueError(
+                f"safety_loss={safety_loss!r} is not known; choose one of "
+                f"{', '.join(_SAFETY_LOSSES)}, or give a function"
+            )
+        self._safety_loss = (
+            _SAFETY_LOSSES[safety_loss] if isinstance(safety_loss, str) else safety_loss
+        )
+        self._safety_collator = safety_collator
+        self._probe_layers, self._probe_shape = probe_layers, probe_shape
+        self._sap_options = dict(sap_options or {})
+        self._window: list[Any] = []
+        self._window_position = 0
+        self.probe_set: ProbeSet | None = None
+        super().__init__(*args, **kwargs)
+        self._safety_batches = SafetyBatches(safety_dataset, safety_batch_size, self.args.seed)
+
+    @property
+    def sap_optimizer(self) -> FusedSAP:
+        """The `FusedSAP` under whatever the trainer wrapped around it.
+
+        Raises:
+            TypeError: if the trainer's optimizer is another one.
+        """
+        optimizer: Any = self.optimizer
+        while not isinstance(optimizer, FusedSAP):
+            if not hasattr(optimizer, "optimizer"):
+                raise TypeError(
+                    f"the trainer's optimizer is a {type(self.optimizer).__name__}, not FusedSAP; "
+                    "leave optimizers= out, or give a FusedSAP"
+                )
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build `FusedSAP` on the trainer's parameter groups."""
+        if self.optimizer is None:
+            trained_model = self.model if model is None else model
+            self.probe_set = ProbeSet(trained_model, self._probe_layers, self._probe_shape)
+            settings = {
+                "probes": self.probe_set,
+                "lr": self.args.learning_rate,
+                "betas": (self.args.adam_beta1, self.args.adam_beta2),
+                "eps": self.args.adam_epsilon,
+            }
+            self.optimizer_cls_and_kwargs = (FusedSAP, settings | self._sap_options)
+        return super().create_optimizer(model)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Fetch the micro-batches of the next step, and remember them for the probe passes."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self._window, self._window_position = samples, 0
+        return samples, items
+
+    def compute_safety_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Return the safety loss of a batch of `safety_collator`; override for another one."""
+        with self.accelerator.autocast():
+            return self._safety_loss(model, inputs["chosen"], inputs["rejected"])
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Run the task pass of one micro-batch; before the first of a step, the other passes."""
+        optimizer = self.sap_optimizer
+        if self._window_position == 0:
+            self._run_inner_passes(optimizer, model, self._window or [inputs], num_items_in_batch)
+        self._window_position += 1
+        with optimizer.task_pass() as record:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            record(loss)
+        return loss
+
+    def _run_inner_passes(
+        self, optimizer: FusedSAP, model: nn.Module, window: list[Any], num_items: Any
+    ) -> None:
+        args, state = self.args, self.state
+        rows = self._safety_batches.rows(state.global_step, args.process_index, args.world_size)
+        safety_inputs = self._prepare_inputs(self._safety_collator(rows))
+
+        def safety() -> Tensor:
+            model.train()
+            loss = self.compute_safety_loss(model, safety_inputs)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+        def task() -> Iterator[Tensor]:
+            for micro_batch in window:
+                yield super(SAPTrainerMixin, self).training_step(model, micro_batch, num_items)
+
+        if optimizer.needs_calibration:
+            optimizer.calibrate_rho(lambda: torch.stack(list(task())).sum(), safety)
+        # What a log wants to know about this step costs a buffer; other steps go without.
+        wanted = self._sap_options.get("keep_direction", False)
+        optimizer.keep_direction = wanted or self._logs_after_this_step()
+        with optimizer.safety_pass() as record:
+            record(safety())
+        if optimizer.probes is not None:
+            for record in optimizer.probe_passes():
+                for loss in task():
+                    record(loss)
+
+    def _logs_after_this_step(self) -> bool:
+        if self.args.logging_strategy != "steps":
+            return False
+        step = self.state.global_step + 1
+        first = self.args.logging_first_step and step == 1
+        return first or step % max(1, int(self.state.logging_steps)) == 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures of the last SAP step to logs of the training loss."""
+        if "loss" in logs:
+            logs |= self.sap_optimizer.metrics.flat()
+        super().log(logs, start_time)
+
+
+class SAPTrainer(SAPTrainerMixin, Trainer):
+    """transformers' `Trainer` with SAP, and with a task loss that never builds full logits.
+
+    Arguments are those of `SAPTrainerMixin` and `transformers.Trainer`.
+    """
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return `task_loss`; the trainer's own loss where outputs or another loss are wanted."""
+        own_loss = self.compute_loss_func is not None or self.label_smoother is not None
+        if return_outputs or own_loss or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():
+            return task_loss(model, inputs, num_items=num_items_in_batch)

@@ -1,0 +1,233 @@
+"""The specification of every operation, in plain PyTorch.
+
+Symbols and names are those of the paper (arXiv:2505.16737): parameters W, direction ĝ, perturbation
+ΔW = ρ‖W‖ĝ, probe gradient h, probe V. Arithmetic runs in `accumulation_dtype` of the stored
+dtype (fp32, or fp64 for fp64 tensors) and results are rounded once, when they are stored. Norms,
+scales and coefficients are 0-d tensors, so that nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of `dtype` are added up: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
+def sum_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squares of all elements of all tensors, as a 0-d tensor.
+
+    Two stages in fixed order: one sum per tensor, then the sum of those sums, on the first tensor's
+    device. In fp32, squares below 2⁻¹⁴⁹ vanish: a list whose norm is under about 1e-19 sums to less
+    than it should, and in the end to zero.
+    """
+    return dot(tensors, tensors)
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Return the inner product of two lists of tensors of equal shapes, as a 0-d tensor."""
+    partial_sums = [
+        (_wide(a) * _wide(b)).sum().to(left[0].device) for a, b in zip(left, right, strict=True)
+    ]
+    return torch.stack(partial_sums).sum()
+
+
+def perturb_swap_(params: Sequence[Tensor], buffers: Sequence[Tensor], scale: Tensor) -> None:
+    """Set p, b ← p + scale·b, p for each parameter p and its buffer b, of equal shape and dtype.
+
+    The buffer that held the direction holds W afterwards: the saved copy costs no memory. Where
+    `scale` is zero p stays as it is, whatever b holds, so that a direction of NaN perturbs nothing.
+
+    A parameter is written only after its buffer holds W; `passes.Perturbation` relies on that to
+    put W back after an interrupt.
+    """
+    for parameter, buffer in zip(params, buffers, strict=True):
+        step = scale.to(parameter.device)
+        wide = _wide(parameter)
+        perturbed = torch.where(step == 0, wide, wide + step * _wide(buffer))
+        buffer.copy_(parameter)
+        parameter.copy_(perturbed)
+
+
+def reflect_(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
+    """Set p ← 2·b − p: W + ΔW becomes W − ΔW, with W in the buffers."""
+    for parameter, buffer in zip(params, buffers, strict=True):
+        parameter.copy_(2 * _wide(buffer) - _wide(parameter))
+
+
+def restore_swap_(
+    params: Sequence[Tensor], buffers: Sequence[Tensor], inverse_scale: Tensor
+) -> None:
+    """Set p, b ← b, (p − b)·inverse_scale: W comes back bit for bit.
+
+    The direction comes back to rounding only: in fp32 with a relative error of about 1e-7·|W|/|ΔW|
+    per element, in bf16 with little left of it. Whoever needs it again keeps a copy.
+    """
+    for parameter, buffer in zip(params, buffers, strict=True):
+        direction = (_wide(parameter) - _wide(buffer)) * inverse_scale.to(parameter.device)
+        parameter.copy_(buffer)
+        buffer.copy_(direction)
+
+
+class _ProbeInject(torch.autograd.Function):
+    """x + v forward; backward adds sign·Σ_tokens ∂L/∂x to a buffer and passes the gradient on."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        anchor: Tensor,
+        offset: Tensor | None,
+        buffer: Tensor,
+        sign: float,
+    ) -> Tensor:
+        ctx.buffer, ctx.sign = buffer, sign  # type: ignore[attr-defined]
+        return hidden.view_as(hidden) if offset is None else (hidden + offset).to(hidden.dtype)
+
+    @staticmethod
+    def backward(
+        ctx: FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        buffer: Tensor = ctx.buffer  # type: ignore[attr-defined]
+        # A buffer of H elements stands for every token; one of the hidden states' shape for each.
+        token_dims = tuple(range(gradient.dim() - buffer.dim()))
+        total = gradient.sum(token_dims, dtype=buffer.dtype) if token_dims else gradient
+        buffer.add_(total, alpha=ctx.sign)  # type: ignore[attr-defined]
+        return (gradient if ctx.needs_input_grad[0] else None), None, None, None, None  # type: ignore[attr-defined]
+
+
+def probe_inject(
+    hidden: Tensor, offset: Tensor | None, buffer: Tensor | None = None, sign: float = 1.0
+) -> Tensor:
+    """Return hidden + offset, and project the gradient into `buffer` on the way back.
+
+    Args:
+        hidden: hidden states, (…, H).
+        offset: the probe V in fp32, (H,) or the shape of `hidden`; None stands for zero. The sum is
+            rounded to the dtype of `hidden`.
+        buffer: where the backward pass adds sign·∂L/∂V, in fp32, of the shape of the probe. None:
+            nothing is collected.
+        sign: +1 or −1, the sign of this pass in the finite difference.
+
+    Returns:
+        Hidden states that require grad if `buffer` is given, also where every parameter is frozen.
+    """
+    if buffer is None:
+        return hidden if offset is None else (hidden + offset).to(hidden.dtype)
+    # Makes the result differentiable where nothing below it is; it takes no gradient itself.
+    anchor = torch.empty(0, device=hidden.device, requires_grad=True)
+    return _ProbeInject.apply(hidden, anchor, offset, buffer, sign)
+
+
+def probe_rule_(
+    buffers: Sequence[Tensor],
+    rule: str,
+    probe_lr: float,
+    *,
+    perturbation_norm: Tensor,
+    radii: Sequence[Tensor],
+) -> Tensor:
+    """Turn the probe gradients h into the probes V_safe, in place.
+
+    Args:
+        buffers: h of each layer, fp32.
+        rule: `"gradient"`: V = β·ρ‖W‖·h. `"normalized"`: V = β·r·h/‖h‖ with r the layer's radius.
+            `"adam"`: one step of size β of Adam from V = 0 on g = ρ‖W‖·h, so V = β·g/(|g| + 1e-8).
+        probe_lr: β.
+        perturbation_norm: ρ‖W‖, 0-d.
+        radii: per layer the norm of ordinary hidden states, s_j·√H, 0-d; for `"normalized"`.
+
+    Returns:
+        0-d bool: whether every h and radius was finite. If not, every V is zero.
+    """
+    finite = torch.stack(
+        [
+            (buffer.isfinite().all() & radius.isfinite()).to(buffers[0].device)
+            for buffer, radius in zip(buffers, radii, strict=True)
+        ]
+    ).all()
+    for buffer, radius in zip(buffers, radii, strict=True):
+        if rule == "normalized":
+            # The largest element is divided out first, so that a small h is not lost when squared.
+            largest = buffer.abs().max()
+            unit = torch.where(largest > 0, buffer / largest, 0.0)
+            norm = torch.linalg.vector_norm(unit)
+            probe = torch.where(norm > 0, unit / norm, 0.0) * radius
+        else:
+            probe = buffer * perturbation_norm.to(buffer.device)
+            if rule == "adam":
+                probe = probe / (probe.abs() + 1e-8)
+        buffer.copy_(torch.where(finite.to(buffer.device), probe_lr * probe, 0.0))
+    return finite
+
+
+def adamw_blend_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    directions: Sequence[Tensor | None] | None = None,
+    blend: Tensor | None = None,
+    gradient_scale: Tensor | None = None,
+) -> None:
+    """Blend, clip and update with AdamW; gradients are read, not written.
+
+    g ← gradient_scale·(±g + blend·d), then AdamW with decoupled weight decay (Loshchilov & Hutter,
+    arXiv:1711.05101). Without `blend` and `gradient_scale` an fp32 parameter gets the bits that
+    `torch.optim.AdamW` gives it on the CPU.
+
+    Args:
+        params: parameters.
+        grads: their gradients.
+        exp_avgs: first moments, fp32 for any parameter dtype but fp64.
+        exp_avg_sqs: second moments, likewise.
+        steps: number of updates each parameter has had, 0-d; counted up here.
+        lr: learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        maximize: ascend the task objective; the blended safety loss is descended all the same.
+        directions: the safety gradient d of each parameter, None where it has none.
+        blend: γ‖g‖/‖d‖, 0-d. Zero leaves the gradient, whatever d holds.
+        gradient_scale: clipping coefficient, 0-d.
+    """
+    for index, parameter in enumerate(params):
+        gradient = -_wide(grads[index]) if maximize else _wide(grads[index])
+        direction = directions[index] if directions is not None else None
+        if blend is not None and direction is not None:
+            weight = blend.to(parameter.device)
+            gradient = torch.where(weight == 0, gradient, gradient + weight * _wide(direction))
+        if gradient_scale is not None:
+            gradient = gradient * gradient_scale.to(parameter.device)
+        steps[index] += 1
+        step = float(steps[index])
+        exp_avg, exp_avg_sq = exp_avgs[index], exp_avg_sqs[index]
+        # For fp32 and fp64 this is the parameter itself, updated in place without a copy.
+        value = _wide(parameter)
+        value.mul_(1 - float(lr) * weight_decay)
+        exp_avg.lerp_(gradient, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        step_size = float(lr) / (1 - beta1**step)
+        denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        value.addcdiv_(exp_avg, denominator, value=-step_size)
+        if value is not parameter:
+            parameter.copy_(value)

@@ -1,0 +1,643 @@
+"""FusedSAP: Safety-Aware Probing (arXiv:2505.16737) as a `torch.optim.Optimizer`.
+
+The passes of a step are in `sap_fast.passes`, the probe in `sap_fast.probes`, the arithmetic in
+`sap_fast.ops`. Here are the settings, the AdamW update at the end of the step, and the state.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from sap_fast.metrics import Calibration, Mailbox, SAPMetrics
+from sap_fast.ops import resolve_backend
+from sap_fast.ops.reference import accumulation_dtype
+from sap_fast.passes import LossRecord, Passes, StepRecord
+from sap_fast.probes import PROBE_RULES, ProbeSet
+
+Closure = Callable[[], Tensor]
+
+# ρ of a loop that never calibrated it: inside the linear range of LoRA and of full fine-tuning in
+# fp32, and of LoRA in bf16. Calibration does better, in bf16 by much.
+_UNCALIBRATED_RHO = 1e-2
+
+# Candidates for ρ: 0.1·2⁻ᵏ. Larger ones are outside the linear range of every model measured,
+# smaller ones below the rounding of every dtype but fp64.
+_RHO_GRID = tuple(0.1 * 2.0**-k for k in range(11))
+
+
+class FusedSAP(Optimizer):
+    """AdamW on gradients taken under the safety probe of SAP.
+
+    With closures, each of which runs forward and backward and returns its loss:
+
+        optimizer.step(task_closure, safety_closure)
+
+    or pass by pass, for loops that own their backward:
+
+        with optimizer.safety_pass():
+            contrastive_loss(model, chosen, rejected).backward()
+        for _ in optimizer.probe_passes():
+            task_loss(model, batch).backward()
+        with optimizer.task_pass():
+            task_loss(model, batch).backward()
+        optimizer.step()
+
+    `step()` without a closure is the AdamW update alone, and never probes.
+
+    Args:
+        params: parameters or parameter groups; a group may set its own `lr`, `betas`, `eps`,
+            `weight_decay` and `maximize`.
+        probes: where the probe lives. None: plain AdamW, with gradient blending if `safety_weight`
+            is set.
+        lr: learning rate; a 0-d tensor is accepted. Default of the paper's experiments.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        rho: size ρ of the weight perturbation relative to ‖W‖ of the trained parameters. `"auto"`
+            finds it on the first batch (`calibrate_rho`).
+        probe_lr: size β of the probe; what it means depends on `probe_rule`.
+        probe_rule: `"normalized"`: each v_j has β times the norm of an ordinary token's hidden
+            state. `"gradient"`: V = β·ρ‖W‖·h, the paper's. `"adam"`: one step of AdamW of size β,
+            the authors' code's.
+        schedule: `"paper"`: four passes. `"lagged"`: three, with the V found on the batch before,
+            as in the authors' code.
+        difference: how h is differenced in ρ: `"central"` (W ± ΔW, error O(ρ²)) or `"forward"`
+            (W + ΔW and W, the paper's, error O(ρ)); same cost. `schedule="lagged"` is always
+            forward: its second pass is the task pass, at W.
+        safety_weight: γ of gradient blending, g ← g + γ‖g‖ĝ, so that W also descends L_safe. 0 is
+            the paper. Keeps the direction: one parameter-sized buffer until `step`.
+        max_grad_norm: clip the (blended) gradient to this global norm.
+        maximize: ascend the task objective. L_safe is descended all the same.
+        backend: whose operations to use, see `sap_fast.ops`.
+        calibrate_every: with `rho="auto"`, calibrate again after so many steps.
+        keep_direction: keep ĝ until `step`, at the cost of one parameter-sized buffer: needed for
+            `metrics.lean` and for several rounds of probe passes after one safety pass. May be
+            switched between steps.
+
+    Attributes:
+        calibration: what `calibrate_rho` found, or None.
+
+    Raises:
+        ValueError: for a setting out of range, or parameters that share nothing with the probed
+            model.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        probes: ProbeSet | None = None,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        rho: float | Literal["auto"] = "auto",
+        probe_lr: float = 3e-3,
+        probe_rule: Literal["gradient", "normalized", "adam"] = "normalized",
+        schedule: Literal["paper", "lagged"] = "paper",
+        difference: Literal["central", "forward"] = "central",
+        safety_weight: float = 0.0,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        backend: str = "auto",
+        calibrate_every: int | None = None,
+        keep_direction: bool = False,
+    ) -> None:
+        _check_choice("probe_rule", probe_rule, PROBE_RULES)
+        _check_choice("schedule", schedule, ("paper", "lagged"))
+        _check_choice("difference", difference, ("central", "forward"))
+        _check_at_least_zero("lr", lr)
+        _check_at_least_zero("eps", eps)
+        _check_at_least_zero("weight_decay", weight_decay)
+        _check_at_least_zero("probe_lr", probe_lr)
+        _check_at_least_zero("safety_weight", safety_weight)
+        for index, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"betas[{index}]={beta!r} is out of range; give 0 ≤ beta < 1")
+        if rho != "auto":
+            if isinstance(rho, str):
+                raise ValueError(f'rho={rho!r} is not known; give "auto" or a number ≥ 0')
+            _check_at_least_zero("rho", rho)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm!r} is out of range; give a number > 0")
+        if calibrate_every is not None and calibrate_every < 1:
+            raise ValueError(
+                f"calibrate_every={calibrate_every!r} is out of range; give a number ≥ 1, or None"
+            )
+        if schedule == "lagged" and probes is not None and probes.shape == "token":
+            raise ValueError(
+                'schedule="lagged" uses the probe of the batch before, but a probe with '
+                'shape="token" fits its own batch only; use shape="hidden" or schedule="paper"'
+            )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+        self.probes = probes
+        self.rho = rho
+        self.probe_lr = probe_lr
+        self.probe_rule = probe_rule
+        self.schedule = schedule
+        self.difference = difference
+        self.safety_weight = safety_weight
+        self.max_grad_norm = max_grad_norm
+        self.backend = backend
+        self.calibrate_every = calibrate_every
+        self.keep_direction = keep_direction
+        self.calibration: Calibration | None = None
+        self._steps = 0
+        self._skipped_steps = torch.zeros((), dtype=torch.int64)
+        self._start_session()
+
+        resolve_backend(backend)
+        if probes is not None:
+            probes.backend = backend
+            probed = {id(parameter) for parameter in probes.model.parameters()}
+            if not any(id(parameter) in probed for parameter in self._all_parameters()):
+                raise ValueError(
+                    "params and probes share no parameter: the optimizer would perturb weights "
+                    "that the probed model does not use; pass the parameters of the model that "
+                    "ProbeSet was given"
+                )
+
+    def _start_session(self) -> None:
+        """Set what is neither a setting nor part of a checkpoint."""
+        self._passes = Passes(self)
+        self._last_record = StepRecord()
+        self._mailbox = Mailbox()
+        self._warned: set[str] = set()
+        self._rounding_checked = False
+
+    # ---- the passes ----
+
+    def safety_pass(self) -> AbstractContextManager[LossRecord]:
+        """Start a step: the body runs backward on the safety loss, and ΔW is taken from that.
+
+        Gradients that parameters hold already are set aside and come back. The body may run several
+        backward passes. Calling the object that `with … as` binds with the loss records it for
+        `metrics`; so do those of the other passes.
+
+        Raises:
+            RuntimeError: inside another pass; at the end, if no parameter received a gradient.
+        """
+        return self._passes.safety_pass()
+
+    def probe_passes(self) -> Iterator[LossRecord]:
+        """Iterate over the probe passes: each turn of the loop runs backward on the task loss.
+
+        Every turn must run the same micro-batches in the same order, and the task pass after them
+        as well. Parameters are frozen meanwhile, and perturbed as the turn wants them.
+
+        Raises:
+            RuntimeError: inside another pass, without a probe set, or without a safety pass before.
+        """
+        return self._passes.probe_passes()
+
+    def task_pass(self) -> AbstractContextManager[LossRecord]:
+        """Open the pass whose backward leaves ∇_W L_task(W, V_safe) in the parameters' `.grad`.
+
+        Gradients are added to those that exist, as usual. May be entered once per micro-batch.
+
+        Raises:
+            RuntimeError: inside another pass, or without probe passes before.
+        """
+        return self._passes.task_pass()
+
+    # ---- the step ----
+
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, safety_closure: Closure | None = None
+    ) -> Tensor | None:
+        """Update the parameters; with closures, after all passes of a SAP step.
+
+        Args:
+            closure: clears gradients if they are not cleared already, computes the task loss, calls
+                backward and returns the loss. Runs once per probe pass and once in the task pass;
+                must use the same batch each time. Clear gradients before `step` rather than in the
+                closure: gradients that exist on entry are copied, to come back if the step fails.
+            safety_closure: the same for the safety loss.
+
+        Returns:
+            The task loss of the task pass, if there was a closure.
+
+        Raises:
+            RuntimeError: inside a pass; or with probe passes run but no task pass after them.
+            TypeError: with one closure but not the other that is needed.
+        """
+        self._passes.refuse_inside("step()")
+        loss = None
+        if closure is not None:
+            loss = self._run_closures(closure, safety_closure)
+        elif safety_closure is not None:
+            raise TypeError("step(safety_closure=…) without a task closure: give both, or neither")
+        if self._passes.probe_passes_ran and not self._passes.task_pass_ran:
+            raise RuntimeError(
+                "step() after probe_passes() without task_pass(): the gradients were not taken "
+                "under the probe; run backward on the task loss inside task_pass() first"
+            )
+        self._update()
+        return loss
+
+    def _run_closures(self, closure: Closure, safety_closure: Closure | None) -> Tensor:
+        if self.probes is None and self.safety_weight == 0:
+            with torch.enable_grad():
+                return closure()
+        if safety_closure is None:
+            raise TypeError(
+                "step(task_closure) needs a safety closure too: step(task_closure, "
+                "safety_closure); for plain AdamW run backward yourself and call step()"
+            )
+        if self.needs_calibration:
+            self.calibrate_rho(closure, safety_closure)
+        try:
+            with torch.enable_grad():
+                with self.safety_pass() as record:
+                    record(safety_closure())
+                if self.probes is not None:
+                    for record in self.probe_passes():
+                        record(closure())
+                with self.task_pass() as record:
+                    loss = closure()
+                    record(loss)
+        except BaseException:
+            self._passes.reset()
+            raise
+        return loss
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        passes, record = self._passes, self._passes.record
+        if self.schedule == "lagged" and passes.task_pass_ran and self.probes is not None:
+            passes.finish_lagged()
+        trained = [p for p in self._all_parameters() if p.grad is not None]
+        # All state first: an update that runs out of memory half-way cannot be undone.
+        for parameter in trained:
+            self._initialize_state(parameter)
+        directions, blend, gradient_scale = self._blend_and_scale(trained)
+        for group in self.param_groups:
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self.state[parameter] for parameter in params]
+            self.ops.adamw_blend_(
+                params,
+                [parameter.grad for parameter in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["step"] for state in states],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                directions=[directions.get(parameter) for parameter in params],
+                blend=blend,
+                gradient_scale=gradient_scale,
+            )
+        self._steps += 1
+        self._account(record)
+        self._last_record = record
+        passes.reset()
+
+    def _initialize_state(self, parameter: nn.Parameter) -> None:
+        state = self.state[parameter]
+        if state:
+            return
+        dtype = accumulation_dtype(parameter.dtype)
+        state["step"] = torch.tensor(0.0)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.zeros_like(
+                parameter, dtype=dtype, memory_format=torch.preserve_format
+            )
+
+    def _blend_and_scale(
+        self, trained: list[nn.Parameter]
+    ) -> tuple[dict[nn.Parameter, Tensor], Tensor | None, Tensor | None]:
+        """Return the direction by parameter, γ‖g‖/‖d‖, and the clipping coefficient."""
+        passes, valid = self._passes, self._passes.record.direction_valid
+        norm_of_direction = self._passes.record.direction_norm
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        blending = self.safety_weight != 0 and passes.direction is not None
+        directions: dict[nn.Parameter, Tensor] = {}
+        blend = gradient_scale = None
+        if not gradients or not (blending or self.max_grad_norm is not None):
+            return directions, blend, gradient_scale
+
+        square = self.ops.sum_squares(gradients)
+        if blending:
+            assert passes.direction is not None and norm_of_direction is not None
+            assert valid is not None
+            directions = dict(zip(passes.perturbed, passes.direction, strict=True))
+            blend = torch.where(valid, self.safety_weight * square.sqrt() / norm_of_direction, 0.0)
+            pairs = [(p.grad, directions[p]) for p in trained if p in directions]
+            if pairs:
+                # ‖±g + b·d‖² from its parts: no buffer holds the sum before the update.
+                sign = -1.0 if self.defaults["maximize"] else 1.0
+                cross = 2 * sign * blend * self.ops.dot(*zip(*pairs, strict=True))
+                blended = square + cross + (blend * norm_of_direction).square()
+                square = torch.where(valid, blended, square)
+        if self.max_grad_norm is not None:
+            # The coefficient of torch.nn.utils.clip_grad_norm_.
+            gradient_scale = (self.max_grad_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        return directions, blend, gradient_scale
+
+    def _account(self, record: StepRecord) -> None:
+        """Count a step that ran as plain AdamW, and warn about it once the host hears of it."""
+        if record.direction_valid is None or record.direction_norm is None:
+            return
+        sound = record.direction_valid
+        if record.estimate_finite is not None:
+            sound = sound & record.estimate_finite.to(sound.device)
+        self._skipped_steps = self._skipped_steps.to(sound.device) + sound.logical_not()
+        survives = torch.full_like(record.direction_norm, torch.nan)
+        if record.perturbation_applied is not None and record.perturbation_norm is not None:
+            survives = record.perturbation_applied / record.perturbation_norm
+            self._rounding_checked = True
+        self._mailbox.post(torch.stack([self._skipped_steps, record.direction_norm, survives]))
+        self._warn_about(self._mailbox.collect(), record.rho)
+
+    def _warn_about(self, figures: list[float] | None, rho: float) -> None:
+        if figures is None:
+            return
+        skipped, direction_norm, survives = figures
+        if skipped > 0:
+            self._warn_once(
+                "skipped",
+                f"FusedSAP: {skipped:.0f} step(s) ran as plain AdamW because the direction was "
+                f"zero or not finite, or the probe gradient was not finite (‖∇L_safe‖ = "
+                f"{direction_norm:.3g}); further ones are counted in metrics.skipped_steps",
+            )
+        if survives < 0.5:
+            assert self.probes is not None
+            self._warn_once(
+                "rounding",
+                f"FusedSAP: only {survives:.1%} of the norm of the perturbation survives rounding "
+                f"to {self.probes.compute_dtype} at rho={rho:.3g}: the probe gradient "
+                'is mostly noise; use a larger rho, rho="auto", or a wider dtype',
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=2)
+
+    # ---- ρ ----
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the next step should calibrate ρ first; `step` with closures does so itself."""
+        if self.probes is None or self.rho != "auto":
+            return False
+        if self.calibration is None:
+            return True
+        since = self._steps - self.calibration.step
+        return self.calibrate_every is not None and since >= self.calibrate_every
+
+    @property
+    def current_rho(self) -> float:
+        """ρ of the next step: the number given, or the calibrated one, or else 1e-2."""
+        if self.rho != "auto":
+            return float(self.rho)
+        if self.calibration is not None:
+            return self.calibration.rho
+        self._warn_once(
+            "uncalibrated",
+            f'FusedSAP: rho="auto" was not calibrated and {_UNCALIBRATED_RHO:g} is used; call '
+            "calibrate_rho(task_closure, safety_closure) before the first step, or give a number",
+        )
+        return _UNCALIBRATED_RHO
+
+    def calibrate_rho(self, task_closure: Closure, safety_closure: Closure) -> Calibration | None:
+        """Find the ρ at which h can be trusted most, and use it from now on.
+
+        A ρ too small drowns in rounding, one too large leaves the linear range, and either way the
+        h it gives disagrees with that of half the ρ. So h is estimated on the grid 0.1·2⁻ᵏ,
+        k = 0…10, and the ρ is taken whose h has the largest cosine with that of ρ/2. Costs 22 probe
+        passes and a safety pass, and one parameter-sized buffer meanwhile; changes nothing but ρ.
+
+        Args:
+            task_closure: runs forward and backward on the task loss and returns it.
+            safety_closure: the same for the safety loss.
+
+        Returns:
+            What was found; None, with a warning, if no ρ gave a usable h.
+
+        Raises:
+            RuntimeError: inside a pass, or without a probe set.
+        """
+        self._passes.refuse_inside("calibrate_rho()")
+        probes = self.probes
+        if probes is None:
+            raise RuntimeError("calibrate_rho() without a probe set: there is no ρ to calibrate")
+        difference = "forward" if self.schedule == "lagged" else self.difference
+        estimates: list[Tensor] = []
+        try:
+            with torch.enable_grad():
+                with self.safety_pass():
+                    safety_closure()
+                for rho in _RHO_GRID:
+                    self._passes.record.rho = rho
+                    for _ in self._passes.estimate(
+                        probes, difference=difference, keep_direction=True
+                    ):
+                        task_closure()
+                    # All of h as one vector; layers may lie on several devices.
+                    flat = [h.flatten().double().cpu() for h in probes.estimates.values()]
+                    estimates.append(torch.cat(flat))
+        finally:
+            self._passes.reset()
+        agreements = {
+            rho: (h.dot(h_of_half) / (h.norm() * h_of_half.norm())).item()
+            for rho, h, h_of_half in zip(_RHO_GRID[:-1], estimates[:-1], estimates[1:], strict=True)
+        }
+        usable = {rho: value for rho, value in agreements.items() if math.isfinite(value)}
+        if not usable:
+            self._warn_once(
+                "calibration",
+                "FusedSAP: calibration found no ρ with a finite, non-zero probe gradient among "
+                f"{_RHO_GRID[0]:g} … {_RHO_GRID[-1]:.2g}; trying again at the next step",
+            )
+            return None
+        best = max(usable, key=lambda rho: usable[rho])
+        self.calibration = Calibration(best, usable[best], agreements, self._steps)
+        self._rounding_checked = False
+        return self.calibration
+
+    # ---- metrics ----
+
+    @property
+    def metrics(self) -> SAPMetrics:
+        """Figures of the last step. Reading waits for the device; not reading costs nothing."""
+        record, probes = self._last_record, self.probes
+        calibration = self.calibration if self.rho == "auto" else None
+        figures: dict[str, Any] = {
+            "safety_loss": _number(record.safety_loss.total),
+            "task_loss": _number(record.task_loss.total),
+            "parameter_norm": _number(record.parameter_norm),
+            "skipped_steps": int(self._skipped_steps),
+        }
+        if probes is None or record.perturbation_norm is None:
+            return SAPMetrics(**figures)
+        figures |= {
+            "rho": record.rho,
+            "rho_agreement": calibration.agreement if calibration else None,
+            "perturbation_wanted": _number(record.perturbation_norm),
+            "perturbation_applied": _number(record.perturbation_applied),
+            "estimate_norms": {j: h.norm().item() for j, h in probes.estimates.items()},
+            "probe_sizes": probes.relative_sizes(),
+            "lean": self._lean(record),
+        }
+        if self.schedule == "paper":
+            offsets = probes.offsets
+            figures["lean_predicted"] = sum(
+                torch.sum(h * offsets[j]).item() for j, h in probes.estimates.items()
+            )
+        return SAPMetrics(**figures)
+
+    def _lean(self, record: StepRecord) -> float | None:
+        sign = -1.0 if self.defaults["maximize"] else 1.0
+        slope, norm = _number(record.direction_slope), _number(record.perturbation_norm)
+        if slope is None:
+            return None
+        losses = [_number(loss.total) for loss in record.probe_losses]
+        if self.schedule == "lagged" or not norm or len(losses) != 2 or None in losses:
+            return sign * slope
+        apart = 2 * norm if self.difference == "central" else norm
+        # ⟨ĝ, ∇_W L_task(W, 0)⟩, differenced from the losses that the probe passes had anyway.
+        return sign * (slope - (losses[0] - losses[1]) / apart)  # type: ignore[operator]
+
+    # ---- state ----
+
+    @property
+    def ops(self) -> ModuleType:
+        """The backend's operations."""
+        return resolve_backend(self.backend)
+
+    @property
+    def direction_is_kept(self) -> bool:
+        """Whether ĝ stays exact until the end of the step."""
+        return self.keep_direction or self.safety_weight != 0
+
+    @property
+    def measures_rounding(self) -> bool:
+        """Whether the next probe pass measures how much of ΔW survives rounding."""
+        return self.keep_direction or not self._rounding_checked
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all groups that require grad."""
+        return [parameter for parameter in self._all_parameters() if parameter.requires_grad]
+
+    def _all_parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`."""
+        if "_passes" in self.__dict__:  # not yet, while the base class adds the first groups
+            self._passes.refuse_inside("add_param_group()")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of AdamW, interchangeable with `torch.optim.AdamW`'s, and SAP's.
+
+        Under the key `"sap"`: the calibration, V of the lagged schedule, and the step counters.
+
+        Raises:
+            RuntimeError: inside a pass.
+        """
+        self._passes.refuse_inside("state_dict()")
+        state_dict = super().state_dict()
+        calibration = self.calibration
+        lagged = self.schedule == "lagged" and self.probes is not None
+        state_dict["sap"] = {
+            "calibration": None if calibration is None else dict(vars(calibration)),
+            "offsets": self.probes.state_dict() if lagged and self.probes else {},
+            "steps": self._steps,
+            "skipped_steps": self._skipped_steps,
+        }
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict`, or that of `torch.optim.AdamW`, returned.
+
+        Moments keep their fp32, where `torch.optim.Optimizer` would round them to the dtype of the
+        parameter.
+
+        Raises:
+            RuntimeError: inside a pass.
+            ValueError: if parameter groups or probed layers do not match.
+        """
+        self._passes.refuse_inside("load_state_dict()")
+        super().load_state_dict(state_dict)
+        saved = [identifier for g in state_dict["param_groups"] for identifier in g["params"]]
+        for identifier, parameter in zip(saved, self._all_parameters(), strict=True):
+            dtype = accumulation_dtype(parameter.dtype)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if identifier in state_dict["state"] and parameter.dtype != dtype:
+                    value = state_dict["state"][identifier][moment]
+                    self.state[parameter][moment] = value.to(parameter.device, dtype)
+        sap = state_dict.get("sap")
+        if sap is not None:
+            found = sap["calibration"]
+            self.calibration = None if found is None else Calibration(**found)
+            self._steps = sap["steps"]
+            self._skipped_steps = sap["skipped_steps"].clone()
+            if self.probes is not None:
+                self.probes.load_state_dict(sap["offsets"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state |= {name: getattr(self, name) for name in _PICKLED}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+        # The base class also comes here from load_state_dict, with groups and state alone.
+        if "probes" in state:
+            self._start_session()
+
+
+# Settings and counters that a pickled optimizer keeps, besides what the base class keeps.
+_PICKLED = (
+    "probes",
+    "rho",
+    "probe_lr",
+    "probe_rule",
+    "schedule",
+    "difference",
+    "safety_weight",
+    "max_grad_norm",
+    "backend",
+    "calibrate_every",
+    "keep_direction",
+    "calibration",
+    "_steps",
+    "_skipped_steps",
+)
+
+
+def _number(tensor: Tensor | None) -> float | None:
+    return None if tensor is None else tensor.item()
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def _check_at_least_zero(name: str, value: float | Tensor) -> None:
+    if not float(value) >= 0:
+        raise ValueError(f"{name}={value!r} is out of range; give a number ≥ 0")

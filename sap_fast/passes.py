@@ -1,0 +1,468 @@
+"""The passes of one SAP step (arXiv:2505.16737, Algorithm 1): safety, probe, task.
+
+Each pass is a stretch of the caller's code that runs forward and backward. This file decides what
+the model looks like meanwhile and what is taken from it:
+
+======== ================== ============== ================ =====================================
+pass     weights            probe V        frozen           leaves behind
+======== ================== ============== ================ =====================================
+safety   W                  off            no               the direction ∇_W L_safe
+probe 1  W + ΔW             0 (1)          all of W         +∂L_task/∂V
+probe 2  W − ΔW or W (2)    0              all of W         −∂L_task/∂V; then h and V_safe
+task     W                  V_safe         no               ∇_W L_task(W, V_safe), for AdamW
+======== ================== ============== ================ =====================================
+
+(1) `schedule="lagged"`: the V of the step before, and the task pass takes the place of probe 2.
+(2) `difference="central"` or `"forward"`.
+
+However a pass ends (return, exception, KeyboardInterrupt), parameters, `requires_grad`, hooks and
+the gradients of earlier micro-batches are bit for bit what they were. Every pass starts from the
+same state of the random number generators, so all see the same dropout masks; only the task pass
+moves it on, as plain training would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sap_fast.ops.reference import accumulation_dtype
+
+if TYPE_CHECKING:
+    from sap_fast.optimizer import FusedSAP
+    from sap_fast.probes import ProbeSet
+
+
+class LossRecord:
+    """Adds up the losses of one pass, for the metrics; calling it is optional."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def __call__(self, loss: Tensor) -> None:
+        """Add the loss of one micro-batch, already scaled as it was for its backward."""
+        value = loss.detach().clone()
+        self.total = value if self.total is None else self.total + value
+
+
+@dataclass
+class StepRecord:
+    """What the passes of one step found, as tensors on the device; `None` where not measured."""
+
+    rho: float = 0.0
+    parameter_norm: Tensor | None = None
+    direction_norm: Tensor | None = None
+    perturbation_norm: Tensor | None = None
+    perturbation_applied: Tensor | None = None
+    direction_valid: Tensor | None = None
+    direction_slope: Tensor | None = None
+    estimate_finite: Tensor | None = None
+    safety_loss: LossRecord = field(default_factory=LossRecord)
+    probe_losses: list[LossRecord] = field(default_factory=list)
+    task_loss: LossRecord = field(default_factory=LossRecord)
+
+
+class RandomState:
+    """The state of torch's CPU generator and of the generator of every device in `devices`."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._devices = {
+            device: torch.get_device_module(device).get_rng_state(device) for device in devices
+        }
+
+    def restore(self) -> None:
+        """Put the generators back into this state."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+class Perturbation:
+    """W + ΔW in the place of W, for as long as the context lasts.
+
+    Args:
+        ops: the backend.
+        params: parameters W.
+        buffers: the direction, one tensor per parameter and of its dtype; they hold W meanwhile,
+            and the direction again afterwards, to rounding (`ops.restore_swap_`).
+        scale: ρ‖W‖/‖direction‖, 0-d; zero perturbs nothing.
+    """
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        params: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        scale: Tensor,
+    ) -> None:
+        self._ops, self._params, self._buffers, self._scale = ops, params, buffers, scale
+        self._reflected = False
+
+    @torch.no_grad()
+    def __enter__(self) -> Perturbation:
+        before = [parameter._version for parameter in self._params]
+        try:
+            self._ops.perturb_swap_(self._params, self._buffers, self._scale)
+        except BaseException:
+            # A parameter that was written has its old value in its buffer; no other one has.
+            for parameter, buffer, version in zip(self._params, self._buffers, before, strict=True):
+                if parameter._version != version:
+                    parameter.copy_(buffer)
+            raise
+        return self
+
+    @torch.no_grad()
+    def reflect(self) -> None:
+        """Go from W + ΔW to W − ΔW."""
+        self._reflected = True
+        self._ops.reflect_(self._params, self._buffers)
+
+    @torch.no_grad()
+    def applied_norm(self, dtype: torch.dtype) -> Tensor:
+        """Return the norm of the perturbation that is left once weights are rounded to `dtype`."""
+        wide = accumulation_dtype(self._params[0].dtype)
+        squares = [
+            self._ops.sum_squares([p.to(dtype).to(wide) - b.to(dtype).to(wide)])
+            for p, b in zip(self._params, self._buffers, strict=True)
+        ]
+        return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+    @torch.no_grad()
+    def __exit__(self, *exception: object) -> None:
+        before = [parameter._version for parameter in self._params]
+        try:
+            inverse = torch.where(self._scale == 0, 0.0, 1 / self._scale)
+            self._ops.restore_swap_(
+                self._params, self._buffers, -inverse if self._reflected else inverse
+            )
+        except BaseException:
+            # A parameter that was written is back at W; its buffer may not hold W any more.
+            for parameter, buffer, version in zip(self._params, self._buffers, before, strict=True):
+                if parameter._version == version:
+                    parameter.copy_(buffer)
+            raise
+
+
+@contextmanager
+def gradients_set_aside(params: Sequence[Tensor]) -> Iterator[None]:
+    """Give every parameter an empty `.grad`; put the old ones back at the end, whatever happens."""
+    saved = [parameter.grad for parameter in params]
+    try:
+        for parameter in params:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in zip(params, saved, strict=True):
+            parameter.grad = gradient
+
+
+@contextmanager
+def gradients_restored_on_error(params: Sequence[Tensor]) -> Iterator[None]:
+    """Put gradients back if the body fails.
+
+    Costs a copy of the gradients that exist on entry: none, if they were cleared before the step;
+    one parameter-sized buffer from the second micro-batch of an accumulated step on.
+    """
+    saved = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in params]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, gradient, copy in saved:
+                if gradient is not None and copy is not None:
+                    gradient.copy_(copy)
+                parameter.grad = gradient
+        raise
+
+
+@contextmanager
+def frozen(params: Sequence[Tensor]) -> Iterator[None]:
+    """Turn `requires_grad` off, and back on for those that had it."""
+    trainable = [parameter for parameter in params if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class Passes:
+    """The passes of the step in progress, and what is carried from one to the next.
+
+    `FusedSAP` owns one and hands its methods on. Nothing here survives a step; V of the lagged
+    schedule lives in the `ProbeSet`.
+    """
+
+    def __init__(self, optimizer: FusedSAP) -> None:
+        self._optimizer = optimizer
+        #: Name of the pass that is running, if one is.
+        self.open: str | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the step in progress."""
+        self.record = StepRecord()
+        #: Parameters that the safety pass gave a gradient, and that gradient, in the same order.
+        self.perturbed: list[nn.Parameter] = []
+        self.direction: list[Tensor] | None = None
+        #: The task pass below means the one that belongs to the last probe passes.
+        self.probe_passes_ran = False
+        self.task_pass_ran = False
+        self._task_random_state: RandomState | None = None
+
+    def refuse_inside(self, call: str) -> None:
+        """Raise if a pass is running.
+
+        Raises:
+            RuntimeError: naming the call and the pass.
+        """
+        if self.open is not None:
+            raise RuntimeError(
+                f"{call} inside {self.open}: the model does not hold its own weights or gradients "
+                f"there; call it after {self.open} has ended"
+            )
+
+    # ---- pass 1 ----
+
+    @contextmanager
+    def safety_pass(self) -> Iterator[LossRecord]:
+        """Start a step: take ∇_W L_safe from the backward passes of the body."""
+        self.refuse_inside("safety_pass()")
+        self.reset()
+        record = self.record
+        with ExitStack() as stack:
+            random_state = self._enter(stack, "safety_pass()")
+            stack.callback(random_state.restore)
+            stack.enter_context(gradients_set_aside(self._every_parameter()))
+            yield record.safety_loss
+            self._take_direction()
+
+    @torch.no_grad()
+    def _take_direction(self) -> None:
+        trained = self._optimizer.trained_parameters()
+        perturbed = [parameter for parameter in trained if parameter.grad is not None]
+        if not perturbed:
+            raise RuntimeError(
+                "the safety pass left no gradient in any parameter of the optimizer: call "
+                "backward() on the safety loss of the model that the optimizer trains"
+            )
+        direction = [parameter.grad for parameter in perturbed if parameter.grad is not None]
+        for gradient in direction:
+            if gradient.is_sparse:
+                raise RuntimeError(
+                    f"sparse gradient of shape {tuple(gradient.shape)} in the safety pass: "
+                    "FusedSAP needs dense ones; build the embedding with sparse=False"
+                )
+        ops, record = self._optimizer.ops, self.record
+        record.direction_norm = ops.sum_squares(direction).sqrt()
+        record.direction_valid = record.direction_norm.isfinite() & (record.direction_norm > 0)
+        record.parameter_norm = ops.sum_squares(trained).sqrt()
+        self.perturbed, self.direction = perturbed, direction
+
+    # ---- passes 2 and 3 ----
+
+    def probe_passes(self) -> Iterator[LossRecord]:
+        """Yield once per probe pass, with the weights of that pass in place; then set V.
+
+        Raises:
+            RuntimeError: at the call, if there is no probe set or no direction.
+        """
+        self.refuse_inside("probe_passes()")
+        probes = self._optimizer.probes
+        if probes is None:
+            raise RuntimeError(
+                "probe_passes() without a probe set: construct FusedSAP(params, ProbeSet(model)), "
+                "or leave the probe passes out"
+            )
+        if self.direction is None:
+            raise RuntimeError(
+                "probe_passes() without a direction: run safety_pass() first; one safety pass "
+                "serves several rounds of probe passes only with FusedSAP(keep_direction=True)"
+            )
+        return self._run_probe_passes(probes)
+
+    def _run_probe_passes(self, probes: ProbeSet) -> Iterator[LossRecord]:
+        optimizer, record = self._optimizer, self.record
+        record.rho = optimizer.current_rho
+        lagged = optimizer.schedule == "lagged"
+        yield from self.estimate(
+            probes,
+            difference="lagged" if lagged else optimizer.difference,
+            keep_direction=optimizer.direction_is_kept,
+            measure_rounding=optimizer.measures_rounding,
+        )
+        if not lagged:
+            self._set_probe(probes)
+        assert record.direction_valid is not None
+        probes.mask_offsets(record.direction_valid)
+        self.probe_passes_ran, self.task_pass_ran = True, False
+
+    def estimate(
+        self,
+        probes: ProbeSet,
+        *,
+        difference: str,
+        keep_direction: bool,
+        measure_rounding: bool = False,
+    ) -> Iterator[LossRecord]:
+        """Yield once per probe pass, then leave h in `probes.estimates`.
+
+        Args:
+            probes: the probe set.
+            difference: `"central"`, `"forward"`, or `"lagged"`: the pass at W + ΔW alone, at the V
+                of the step before; `finish_lagged` finds h after the task pass.
+            keep_direction: leave `direction` exact instead of using it up; costs one more buffer.
+            measure_rounding: record how much of ΔW survives the dtype that the model computes in.
+        """
+        record, direction = self.record, self.direction
+        assert direction is not None
+        # The buffers hold W during the passes. No weight gradients exist meanwhile, so that a copy
+        # of the direction does not raise the peak of a step that accumulates nothing.
+        buffers = [tensor.clone() for tensor in direction] if keep_direction else direction
+        self.direction = direction if keep_direction else None
+        scale = self._set_perturbation_norm()
+        record.probe_losses = []
+        with ExitStack() as stack:
+            random_state = self._enter(stack, "probe_passes()")
+            stack.callback(random_state.restore)
+            stack.enter_context(frozen(self._every_parameter()))
+            probes.begin_estimate()
+
+            def one_pass(sign: float) -> Iterator[LossRecord]:
+                random_state.restore()
+                torch.clear_autocast_cache()
+                probes.rewind()
+                loss = LossRecord()
+                record.probe_losses.append(loss)
+                with probes.active(sign=sign, inject=difference == "lagged", frozen=True):
+                    yield loss
+
+            with Perturbation(self._optimizer.ops, self.perturbed, buffers, scale) as perturbation:
+                yield from one_pass(+1.0)
+                if measure_rounding:
+                    dtype = probes.compute_dtype or self.perturbed[0].dtype
+                    record.perturbation_applied = perturbation.applied_norm(dtype)
+                if difference == "central":
+                    perturbation.reflect()
+                    yield from one_pass(-1.0)
+            if difference == "forward":
+                yield from one_pass(-1.0)
+            if difference != "lagged":
+                self._finish_estimate(probes, 2.0 if difference == "central" else 1.0)
+            self._task_random_state = random_state
+
+    @torch.no_grad()
+    def _set_perturbation_norm(self) -> Tensor:
+        """Record ‖ΔW‖ = ρ‖W‖ and return the factor that turns the safety gradient into ΔW."""
+        record = self.record
+        assert record.parameter_norm is not None
+        assert record.direction_norm is not None and record.direction_valid is not None
+        record.perturbation_norm = record.rho * record.parameter_norm
+        scale = record.perturbation_norm / record.direction_norm
+        return torch.where(record.direction_valid, scale, 0.0)
+
+    @torch.no_grad()
+    def _finish_estimate(self, probes: ProbeSet, norms_apart: float) -> None:
+        norm = self.record.perturbation_norm
+        assert norm is not None
+        # A task objective that is maximized is a task loss with its sign turned.
+        sign = -1.0 if self._optimizer.defaults["maximize"] else 1.0
+        probes.finish_estimate(torch.where(norm > 0, sign / (norms_apart * norm), 0.0))
+
+    @torch.no_grad()
+    def _set_probe(self, probes: ProbeSet) -> None:
+        optimizer, norm = self._optimizer, self.record.perturbation_norm
+        assert norm is not None
+        self.record.estimate_finite = probes.apply_rule(
+            optimizer.probe_rule, optimizer.probe_lr, norm
+        )
+
+    # ---- pass 4 ----
+
+    @contextmanager
+    def task_pass(self) -> Iterator[LossRecord]:
+        """Let the backward passes of the body add ∇_W L_task(W, V_safe) to the gradients."""
+        self.refuse_inside("task_pass()")
+        probes = self._optimizer.probes
+        if probes is not None and not self.probe_passes_ran:
+            raise RuntimeError(
+                "task_pass() without a probe: run safety_pass() and probe_passes() first, all of "
+                "them; for a step of plain AdamW leave the passes out and call backward() and "
+                "step()"
+            )
+        with ExitStack() as stack:
+            random_state = self._enter(stack, "task_pass()")
+            try:
+                # Later micro-batches go on where the one before stopped, as the probe passes did.
+                if self._task_random_state is not None:
+                    self._task_random_state.restore()
+                stack.enter_context(gradients_restored_on_error(self._every_parameter()))
+                if probes is not None:
+                    if not self.task_pass_ran:
+                        probes.rewind()
+                    collect = -1.0 if self._optimizer.schedule == "lagged" else None
+                    stack.enter_context(probes.active(sign=collect, inject=True))
+                yield self.record.task_loss
+                self._measure_slope()
+            except BaseException:
+                random_state.restore()
+                raise
+            self._task_random_state = self._random_state()
+            self.task_pass_ran = True
+
+    @torch.no_grad()
+    def _measure_slope(self) -> None:
+        """Record ⟨ĝ, ∇_W L_task⟩ of the gradients so far, where the direction was kept."""
+        if self.direction is None or self.record.direction_norm is None:
+            return
+        pairs = [
+            (direction, parameter.grad)
+            for direction, parameter in zip(self.direction, self.perturbed, strict=True)
+            if parameter.grad is not None
+        ]
+        if pairs:
+            directions, gradients = zip(*pairs, strict=True)
+            product = self._optimizer.ops.dot(directions, gradients)
+            self.record.direction_slope = product / self.record.direction_norm
+
+    def finish_lagged(self) -> None:
+        """Find h, and V for the next step, from the probe pass and the task pass of this one."""
+        probes = self._optimizer.probes
+        assert probes is not None
+        self._finish_estimate(probes, 1.0)
+        self._set_probe(probes)
+
+    # ---- shared ----
+
+    def _enter(self, stack: ExitStack, name: str) -> RandomState:
+        """Open the pass and return the state of the generators on entry."""
+        self.open = name
+
+        def close() -> None:
+            self.open = None
+
+        stack.callback(close)
+        # Autocast keeps casts of the weights; a later pass must not meet those of an earlier one.
+        torch.clear_autocast_cache()
+        return self._random_state()
+
+    def _every_parameter(self) -> list[nn.Parameter]:
+        """Return the parameters of the optimizer and of the probed model, each once."""
+        optimizer = self._optimizer
+        unique = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        if optimizer.probes is not None:
+            unique |= {id(p): p for p in optimizer.probes.model.parameters()}
+        return list(unique.values())
+
+    def _random_state(self) -> RandomState:
+        devices = {parameter.device for parameter in self._every_parameter()}
+        return RandomState(device for device in devices if device.type not in ("cpu", "meta"))

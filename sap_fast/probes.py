@@ -1,0 +1,378 @@
+"""The probe V: where it lives in the model, how it is injected, how its gradient is collected.
+
+A `ProbeSet` adds an offset v_j to the output of chosen decoder layers,
+x_j = layer_j(x_{j−1}) + v_j, but only inside the passes of an optimizer step (`sap_fast.passes`
+switches it on). Outside of them its hooks return at once: evaluation, generation and checkpoints
+never see a probe.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sap_fast.ops import resolve_backend
+from sap_fast.ops.reference import accumulation_dtype
+
+PROBE_RULES = ("gradient", "normalized", "adam")
+
+# The paper probes layers 11 to 20 of models of 32 layers.
+_MIDDLE = (11 / 32, 20 / 32)
+
+
+class ProbeSet:
+    """Offsets V of the hidden states of chosen decoder layers.
+
+    Args:
+        model: the model that is trained, plain or wrapped (PEFT, `torch.compile`, DDP).
+        layers: `"middle"` for the paper's layers 11…20 of 32, scaled to the model's depth; or layer
+            indices, negative ones counted from the end; or the modules themselves, for models whose
+            decoder stack is not found by itself (indices are then positions in this list).
+        shape: `"hidden"`, one vector of H elements per layer, as in the authors' code; or
+            `"token"`, one per token, (B, S, H), which lives for one batch only.
+
+    Attributes:
+        layers: the indices of the probed layers, ascending.
+        modules: the probed modules by index.
+        estimates: h by layer index, fp32 (fp64 for fp64 models), in units of ∂_V⟨ĝ, ∇_W L_task⟩ and
+            so independent of ρ. Shape (H,), or with `shape="token"` (B, S, H), or (tokens, H) if
+            the pass ran several forward passes. Empty before the first step.
+        offsets: V_safe, likewise; kept between steps for the lagged schedule and for reading, but
+            injected only inside a step.
+
+    Raises:
+        ValueError: if the decoder stack cannot be told, or an index is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Literal["middle"] | Sequence[int] | Sequence[nn.Module] = "middle",
+        shape: Literal["hidden", "token"] = "hidden",
+    ) -> None:
+        if shape not in ("hidden", "token"):
+            raise ValueError(f'shape={shape!r} is not known; choose "hidden" or "token"')
+        self.model = model
+        self.shape = shape
+        #: Whose operations inject the probe and apply its rule; `FusedSAP(backend=…)` sets it.
+        self.backend = "auto"
+        self.layers, modules, owner = _select_layers(model, layers)
+        self.modules = dict(zip(self.layers, modules, strict=True))
+
+        self._buffers: dict[int, list[Tensor]] = {}
+        self._scale_sums: dict[int, Tensor] = {}
+        self._scale_counts: dict[int, Tensor] = {}
+        self._token_count = 0
+        self._offsets: dict[int, list[Tensor]] = {}
+        self.estimates: dict[int, Tensor] = {}
+        #: The dtype that the last probe pass computed in: autocast's, or the hidden states'.
+        self.compute_dtype: torch.dtype | None = None
+
+        self._collect = False
+        self._sign = 1.0
+        self._inject = False
+        self._frozen = False
+        self._forward_index = -1
+        self._mask: Tensor | None = None
+
+        self._handles = [owner.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
+        for index, module in self.modules.items():
+            hook = functools.partial(self._on_layer_output, index)
+            self._handles.append(module.register_forward_hook(hook))
+
+    def __repr__(self) -> str:
+        name = type(self.model).__name__
+        return f"ProbeSet({name}, layers={list(self.layers)}, shape={self.shape!r})"
+
+    @property
+    def offsets(self) -> dict[int, Tensor]:
+        """V_safe by layer index; see the class."""
+        return {index: _one_tensor(calls) for index, calls in self._offsets.items()}
+
+    @property
+    def scales(self) -> dict[int, Tensor]:
+        """s_j by layer index: the size (rms) of an ordinary token's hidden state, 0-d fp32.
+
+        The median over a sequence's tokens, since the first token of Llama-like models carries
+        activations a hundred times larger than the rest; averaged over the sequences seen by the
+        last probe passes.
+        """
+        return {j: total / self._scale_counts[j] for j, total in self._scale_sums.items()}
+
+    def relative_sizes(self) -> dict[int, float]:
+        """Return ‖v_j‖/(s_j·√H) by layer index, per token in the mean; waits for the device."""
+        scales, offsets = self.scales, self.offsets
+        return {
+            j: (v.norm() / (scales[j] * v.numel() ** 0.5)).item()
+            for j, v in offsets.items()
+            if j in scales
+        }
+
+    def detach(self) -> None:
+        """Remove every hook from the model. The probe set is of no use afterwards."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---- what the passes call ----
+
+    def begin_estimate(self) -> None:
+        """Forget what earlier probe passes collected."""
+        self._buffers.clear()
+        self._scale_sums.clear()
+        self._scale_counts.clear()
+        self._token_count = 0
+
+    @contextmanager
+    def active(
+        self, *, sign: float | None = None, inject: bool = False, frozen: bool = False
+    ) -> Iterator[None]:
+        """Switch the hooks on.
+
+        Args:
+            sign: collect sign·∂L/∂V of every backward pass; None collects nothing.
+            inject: add V to the hidden states.
+            frozen: no parameter takes a gradient, so nothing below the lowest probe needs one.
+        """
+        self._collect, self._sign = sign is not None, 1.0 if sign is None else sign
+        self._inject, self._frozen = inject, frozen
+        try:
+            yield
+        finally:
+            self._collect = self._inject = self._frozen = False
+            self._mask = None
+
+    def rewind(self) -> None:
+        """Count forward passes from the first micro-batch again; tells per-token probes apart."""
+        self._forward_index = -1
+
+    def finish_estimate(self, coefficient: Tensor) -> None:
+        """Turn what the probe passes collected into `estimates`: h = coefficient·Σ sign·∂L/∂V.
+
+        Raises:
+            RuntimeError: if a probed layer saw no forward pass or no backward pass.
+        """
+        for index in self.layers:
+            buffers = self._buffers.get(index)
+            if not buffers:
+                raise RuntimeError(
+                    f"no forward pass went through probed layer {index} during the probe passes: "
+                    "is the model that computes the task loss the one given to ProbeSet?"
+                )
+            # A buffer is created with version 0, and every backward pass that reaches it adds one.
+            if all(buffer._version == 0 for buffer in buffers):
+                raise RuntimeError(
+                    f"no gradient reached probed layer {index} during the probe passes: call "
+                    "backward() on the task loss in each of them"
+                )
+            for buffer in buffers:
+                buffer.mul_(coefficient.to(buffer.device))
+        self.estimates = {index: _one_tensor(self._buffers[index]) for index in self.layers}
+
+    def apply_rule(self, rule: str, probe_lr: float, perturbation_norm: Tensor) -> Tensor:
+        """Set V_safe from the collected h by the probe rule (`ops.probe_rule_`).
+
+        Returns:
+            0-d bool: whether h was finite; if not, V_safe is zero.
+        """
+        offsets, radii = [], []
+        scales = self.scales
+        for index in self.layers:
+            for buffer in self._buffers[index]:
+                # A probe of N tokens has N times the elements of one for a single token.
+                elements = buffer.shape[-1] * (self._token_count if self.shape == "token" else 1)
+                offsets.append(buffer.clone())
+                radii.append(scales[index] * elements**0.5)
+        finite = resolve_backend(self.backend).probe_rule_(
+            offsets, rule, probe_lr, perturbation_norm=perturbation_norm, radii=radii
+        )
+        remaining = iter(offsets)
+        self._offsets = {j: [next(remaining) for _ in self._buffers[j]] for j in self.layers}
+        return finite
+
+    def mask_offsets(self, keep: Tensor) -> None:
+        """Set V to zero unless the 0-d bool `keep` holds."""
+        for calls in self._offsets.values():
+            calls[:] = [torch.where(keep.to(v.device), v, 0.0) for v in calls]
+
+    def state_dict(self) -> dict[int, Tensor]:
+        """Return V of probes shared by all tokens, which the lagged schedule needs to resume."""
+        return dict(self.offsets) if self.shape == "hidden" else {}
+
+    def load_state_dict(self, offsets: dict[int, Tensor]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            ValueError: if it belongs to other layers.
+        """
+        unknown = sorted(set(offsets) - set(self.layers))
+        if unknown:
+            raise ValueError(
+                f"the saved probe has layers {sorted(offsets)}, this one {list(self.layers)}; "
+                f"{unknown} are not probed here"
+            )
+        self._offsets = {index: [offset.clone()] for index, offset in offsets.items()}
+
+    # ---- hooks ----
+
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (self._collect or self._inject):
+            return
+        self._forward_index += 1
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _on_layer_output(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        if not (self._collect or self._inject):
+            return None
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        buffer = None
+        if self._collect:
+            if self._frozen and index == self.layers[0]:
+                # Nothing below may be kept for backward, also where something (the input hook
+                # of gradient checkpointing) made the embeddings require grad.
+                hidden = hidden.detach()
+            self._measure(index, hidden.detach())
+            buffer = self._buffer(index, hidden)
+        ops = resolve_backend(self.backend)
+        injected = ops.probe_inject(hidden, self._offset(index, hidden), buffer, self._sign)
+        return (injected, *output[1:]) if isinstance(output, tuple) else injected
+
+    def _measure(self, index: int, hidden: Tensor) -> None:
+        device_type = hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        self.compute_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+
+        dtype = accumulation_dtype(hidden.dtype)
+        rms = torch.linalg.vector_norm(hidden, dim=-1, dtype=dtype) / hidden.shape[-1] ** 0.5
+        if self._mask is not None and self._mask.shape == rms.shape:
+            rms = torch.where(self._mask.to(rms.device).bool(), rms, torch.nan)
+        medians = rms.nanmedian(dim=-1).values
+        # A row of nothing but padding has no median and does not count.
+        total, count = medians.nansum(), medians.isnan().logical_not().sum()
+        if index in self._scale_sums:
+            total, count = total + self._scale_sums[index], count + self._scale_counts[index]
+        self._scale_sums[index], self._scale_counts[index] = total, count
+
+    def _buffer(self, index: int, hidden: Tensor) -> Tensor:
+        """Return where the gradient of this layer's probe is added up in this forward pass."""
+        calls = self._buffers.setdefault(index, [])
+        position = self._forward_index if self.shape == "token" else 0
+        if position == len(calls):
+            shape = hidden.shape if self.shape == "token" else hidden.shape[-1:]
+            dtype = accumulation_dtype(hidden.dtype)
+            calls.append(torch.zeros(shape, dtype=dtype, device=hidden.device))
+            if self.shape == "token" and index == self.layers[0]:
+                self._token_count += hidden[..., 0].numel()
+        return calls[position]
+
+    def _offset(self, index: int, hidden: Tensor) -> Tensor | None:
+        if not self._inject or index not in self._offsets:
+            return None
+        calls = self._offsets[index]
+        if self.shape == "hidden":
+            return calls[0]
+        if self._forward_index >= len(calls) or calls[self._forward_index].shape != hidden.shape:
+            found = [tuple(offset.shape) for offset in calls]
+            raise RuntimeError(
+                f"the task pass gave layer {index} hidden states of shape {tuple(hidden.shape)} in "
+                f"forward pass {self._forward_index}, but the probe passes found offsets of shapes "
+                f'{found}: with shape="token" both must see the same micro-batches in the same '
+                "order"
+            )
+        return calls[self._forward_index]
+
+
+def _one_tensor(calls: list[Tensor]) -> Tensor:
+    return calls[0] if len(calls) == 1 else torch.cat([call.flatten(0, -2) for call in calls])
+
+
+def _select_layers(
+    model: nn.Module, layers: Literal["middle"] | Sequence[int] | Sequence[nn.Module]
+) -> tuple[tuple[int, ...], list[nn.Module], nn.Module]:
+    """Return the probed layers' indices, the layers, and the module whose forward runs them."""
+    if isinstance(layers, str):
+        if layers != "middle":
+            raise ValueError(
+                f'layers={layers!r} is not known; give "middle", layer indices or modules'
+            )
+        stack, owner = find_decoder_layers(model)
+        depth = len(stack)
+        first, last = (min(round(fraction * depth), depth - 1) for fraction in _MIDDLE)
+        indices = list(range(first, last + 1))
+        return tuple(indices), [stack[index] for index in indices], owner
+
+    chosen = list(layers)
+    if not chosen:
+        raise ValueError("layers=[] probes nothing; give at least one layer")
+    if all(isinstance(layer, nn.Module) for layer in chosen):
+        inside = {id(module) for module in model.modules()}
+        for position, layer in enumerate(chosen):
+            if id(layer) not in inside:
+                raise ValueError(
+                    f"layers[{position}] ({type(layer).__name__}) is not a module of the model"
+                )
+        return tuple(range(len(chosen))), [m for m in chosen if isinstance(m, nn.Module)], model
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in chosen):
+        raise ValueError(
+            f"layers={chosen!r} mixes kinds; give either layer indices or modules, nothing else"
+        )
+    stack, owner = find_decoder_layers(model)
+    depth = len(stack)
+    wanted = [layer for layer in chosen if isinstance(layer, int)]
+    for layer in wanted:
+        if not -depth <= layer < depth:
+            raise ValueError(
+                f"layers={chosen!r}: {layer} is out of range for a model of {depth} layers"
+            )
+    indices = sorted({layer % depth for layer in wanted})
+    return tuple(indices), [stack[index] for index in indices], owner
+
+
+def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
+    """Find a causal language model's stack of decoder layers by the model's own structure.
+
+    The stack is the only outermost `nn.ModuleList` with as many entries as the model's
+    configuration has hidden layers. Lists inside the layers (experts) are not outermost.
+
+    Returns:
+        The list, and the module that owns it and runs it in its forward.
+
+    Raises:
+        ValueError: if there is no such list, or more than one.
+    """
+    config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    get_text_config = getattr(config, "get_text_config", None)
+    text_config = get_text_config(decoder=True) if callable(get_text_config) else config
+    depth = getattr(text_config, "num_hidden_layers", None)
+
+    found: list[tuple[str, nn.ModuleList, nn.Module]] = []
+
+    def search(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList):
+                found.append((f"{prefix}{name}", child, module))
+            else:
+                search(child, f"{prefix}{name}.")
+
+    search(model, "")
+    stacks = [(stack, owner) for _, stack, owner in found if len(stack) == depth]
+    if depth is None or len(stacks) != 1:
+        lists = ", ".join(f"{name} ({len(stack)})" for name, stack, _ in found) or "none"
+        reason = (
+            "its configuration has no num_hidden_layers"
+            if depth is None
+            else f"{len(stacks)} lists of {depth} modules, one expected"
+        )
+        raise ValueError(
+            f"cannot tell the decoder layers of {type(model).__name__}: {reason} (module lists: "
+            f"{lists}). Give the modules to probe: ProbeSet(model, layers=[module, …])"
+        )
+    return stacks[0]

@@ -1,0 +1,107 @@
+"""Small random models and batches for the tests."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 128
+HIDDEN = 32
+
+Batch = dict[str, Tensor]
+
+
+def tiny_llama(
+    *,
+    layers: int = 4,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    attention: str = "eager",
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """A random Llama, in training mode, with weights large enough that layers matter."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_dropout=dropout,
+        initializer_range=0.15,
+        pad_token_id=0,
+        attn_implementation=attention,
+    )
+    return LlamaForCausalLM(config).to(dtype).train()
+
+
+def with_lora(model: nn.Module, *, dropout: float = 0.0, seed: int = 0) -> PeftModel:
+    """LoRA on q and v, with B away from zero, as after some training."""
+    config = LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj"]
+    )
+    dtype = next(model.parameters()).dtype
+    peft = get_peft_model(model, config, autocast_adapter_dtype=False).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return peft.train()
+
+
+def random_batch(rows: int = 3, length: int = 12, seed: int = 0) -> Batch:
+    """Prompts and answers of several lengths, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    labels = input_ids.clone()
+    for row in range(rows):
+        labels[row, : 3 + row % 3] = -100
+        if row % 2:
+            attention_mask[row, -row - 1 :] = 0
+    input_ids[attention_mask == 0] = 0
+    labels[attention_mask == 0] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class Problem(NamedTuple):
+    """A model with a task batch and a safety batch."""
+
+    model: nn.Module
+    batch: Batch
+    chosen: Batch
+    rejected: Batch
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def copy(self) -> Problem:
+        """The same problem with a model of its own."""
+        return self._replace(model=copy.deepcopy(self.model))
+
+
+def problem(
+    *,
+    lora: bool = True,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    layers: int = 4,
+    seed: int = 0,
+) -> Problem:
+    """A tiny Llama, full or with LoRA, and its batches."""
+    model: nn.Module = tiny_llama(
+        layers=layers, dtype=dtype, dropout=0.0 if lora else dropout, seed=seed
+    )
+    if lora:
+        model = with_lora(model, dropout=dropout, seed=seed)
+    batches = (random_batch(seed=10 * seed + k) for k in (1, 2, 3))
+    return Problem(model, *batches)
