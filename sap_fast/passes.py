@@ -334,6 +334,8 @@ class Passes:
         with ExitStack() as stack:
             random_state = self._enter(stack, "probe_passes()")
             stack.callback(random_state.restore)
+            # Nothing is added to gradients here, but a closure may clear them.
+            stack.enter_context(gradients_set_aside(self._every_parameter()))
             stack.enter_context(frozen(self._every_parameter()))
             probes.begin_estimate()
 
