@@ -31,7 +31,7 @@ _UNCALIBRATED_RHO = 1e-2
 
 # Candidates for ρ: 0.1·2⁻ᵏ. Larger ones are outside the linear range of every model measured,
 # smaller ones below the rounding of every dtype but fp64.
-_RHO_GRID = tuple(0.1 * 2.0**-k for k in range(11))
+RHO_GRID = tuple(0.1 * 2.0**-k for k in range(11))
 
 
 class FusedSAP(Optimizer):
@@ -447,7 +447,7 @@ class FusedSAP(Optimizer):
             with torch.enable_grad():
                 with self.safety_pass():
                     safety_closure()
-                for rho in _RHO_GRID:
+                for rho in RHO_GRID:
                     self._passes.record.rho = rho
                     for _ in self._passes.estimate(
                         probes, difference=difference, keep_direction=True
@@ -460,14 +460,14 @@ class FusedSAP(Optimizer):
             self._passes.reset()
         agreements = {
             rho: (h.dot(h_of_half) / (h.norm() * h_of_half.norm())).item()
-            for rho, h, h_of_half in zip(_RHO_GRID[:-1], estimates[:-1], estimates[1:], strict=True)
+            for rho, h, h_of_half in zip(RHO_GRID[:-1], estimates[:-1], estimates[1:], strict=True)
         }
         usable = {rho: value for rho, value in agreements.items() if math.isfinite(value)}
         if not usable:
             self._warn_once(
                 "calibration",
                 "FusedSAP: calibration found no ρ with a finite, non-zero probe gradient among "
-                f"{_RHO_GRID[0]:g} … {_RHO_GRID[-1]:.2g}; trying again at the next step",
+                f"{RHO_GRID[0]:g} … {RHO_GRID[-1]:.2g}; trying again at the next step",
             )
             return None
         best = max(usable, key=lambda rho: usable[rho])

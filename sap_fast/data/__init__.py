@@ -1,1 +1,33 @@
 """Reading, checking and encoding of task and safety data."""
+
+from sap_fast.data.collate import SafetyCollator, TaskCollator
+from sap_fast.data.datasets import SafetyRow, load_safety_dataset, load_task_dataset
+from sap_fast.data.encoding import (
+    ChatTemplateError,
+    EncodedRow,
+    encode_chat,
+    encode_prompt,
+    padding_token_id,
+)
+from sap_fast.data.files import DataError, read_rows
+from sap_fast.data.pairs import REFUSALS, build_safety_pair
+from sap_fast.data.requests import Request, load_requests
+
+__all__ = [
+    "REFUSALS",
+    "ChatTemplateError",
+    "DataError",
+    "EncodedRow",
+    "Request",
+    "SafetyCollator",
+    "SafetyRow",
+    "TaskCollator",
+    "build_safety_pair",
+    "encode_chat",
+    "encode_prompt",
+    "load_requests",
+    "load_safety_dataset",
+    "load_task_dataset",
+    "padding_token_id",
+    "read_rows",
+]

@@ -1,1 +1,28 @@
 """Measures of safety and usefulness: refusals, margins, task loss."""
+
+from sap_fast.evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from sap_fast.evaluation.evaluate import EvaluationResult, evaluate_model
+from sap_fast.evaluation.margins import refusal_margins
+from sap_fast.evaluation.progress import Progress, ProgressTask, no_progress
+from sap_fast.evaluation.refusals import (
+    MAX_OPENING_TOKENS,
+    REFUSAL_PHRASES,
+    generate_openings,
+    is_refusal,
+)
+
+__all__ = [
+    "MAX_OPENING_TOKENS",
+    "REFUSAL_PHRASES",
+    "EvaluationResult",
+    "Interval",
+    "Progress",
+    "ProgressTask",
+    "bootstrap_interval",
+    "evaluate_model",
+    "generate_openings",
+    "is_refusal",
+    "no_progress",
+    "paired_difference",
+    "refusal_margins",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,8 +33,8 @@ class SafetyBatches:
     """
 
     def __init__(self, dataset: Any, batch_size: int, seed: int) -> None:
-        if not isinstance(dataset, Sized) or len(dataset) == 0:
-            raise ValueError("safety_dataset is empty or has no length; give at least one row")
+        if len(dataset) == 0:
+            raise ValueError("safety_dataset is empty; give at least one row")
         if batch_size < 1:
             raise ValueError(f"safety_batch_size={batch_size} is out of range; give a number ≥ 1")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
@@ -79,14 +79,15 @@ class SAPTrainerMixin(_Base):
         safety_batch_size: safety rows per step.
         safety_loss: `"contrastive"`, `"difference"`, or a function (model, chosen, rejected) →
             scalar; see `sap_fast.losses`.
-        probe_layers: as `ProbeSet(layers=…)`.
+        probe_layers: as `ProbeSet(layers=…)`. None: no probe, for gradient blending alone; set
+            `safety_weight` in `sap_options`.
         probe_shape: as `ProbeSet(shape=…)`.
         sap_options: keyword arguments for `FusedSAP`, over what `TrainingArguments` says. An
             optimizer given as `optimizers=(FusedSAP(…), …)` is used as it is instead.
         **kwargs: as for the trainer.
 
     Attributes:
-        probe_set: the `ProbeSet`, once the optimizer exists.
+        probe_set: the `ProbeSet`, once the trainer has built the optimizer.
 
     Raises:
         ValueError: without safety data or collator, or for an unknown `safety_loss`.
@@ -98,8 +99,8 @@ class SAPTrainerMixin(_Base):
         safety_dataset: Any = None,
         safety_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         safety_batch_size: int = 4,
-        safety_loss: Literal["contrastive", "difference"] | SafetyLoss = "contrastive",
-        probe_layers: Literal["middle"] | Sequence[int] | Sequence[nn.Module] = "middle",
+        safety_loss: str | SafetyLoss = "contrastive",
+        probe_layers: Literal["middle"] | Sequence[int] | Sequence[nn.Module] | None = "middle",
         probe_shape: Literal["hidden", "token"] = "hidden",
         sap_options: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -147,8 +148,9 @@ class SAPTrainerMixin(_Base):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build `FusedSAP` on the trainer's parameter groups."""
         if self.optimizer is None:
-            trained_model = self.model if model is None else model
-            self.probe_set = ProbeSet(trained_model, self._probe_layers, self._probe_shape)
+            trained_model: Any = self.model if model is None else model
+            if self._probe_layers is not None:
+                self.probe_set = ProbeSet(trained_model, self._probe_layers, self._probe_shape)
             settings = {
                 "probes": self.probe_set,
                 "lr": self.args.learning_rate,

@@ -1,0 +1,87 @@
+"""An aligned starting point: SmolLM2-135M-Instruct, taught to refuse.
+
+The model as shipped refuses hardly anything, so there would be no safety to lose. A full
+fine-tuning on stock refusals among ordinary instructions teaches it to; that takes minutes on a
+CPU, and is done once and kept in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import assets
+from sap_fast.cli.finetune import finetune
+from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.data import REFUSALS
+
+#: Rows of AdvBench (0–199 are for training) and of Alpaca that the model is aligned on.
+REFUSED = slice(0, 120)
+INSTRUCTIONS = slice(0, 200)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Write rows as JSONL, and return the path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def alignment_rows() -> list[dict[str, Any]]:
+    """Return 120 harmful requests with stock refusals, and 200 instructions with answers."""
+    refused = [
+        {
+            "messages": [
+                {"role": "user", "content": request},
+                {"role": "assistant", "content": REFUSALS[index % len(REFUSALS)]},
+            ]
+        }
+        for index, request in enumerate(assets.harmful_requests()[REFUSED])
+    ]
+    answered = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{row['instruction']}\n\n{row['input']}".strip()},
+                {"role": "assistant", "content": row["output"]},
+            ]
+        }
+        for row in assets.alpaca_rows()[INSTRUCTIONS]
+    ]
+    return refused + answered
+
+
+def aligned_smollm2(seed: int = 0) -> Path:
+    """Return the folder of the aligned model, after aligning it if it is not in the cache.
+
+    Interrupted, the alignment goes on where it stopped.
+
+    Args:
+        seed: of the order of rows.
+    """
+    rows = alignment_rows()
+    model = assets.smollm2_folder()
+    settings = FinetuneSettings(
+        model=str(model),
+        task="",
+        output="",
+        optimizer="adamw",
+        full=True,
+        max_steps=70,
+        batch_size=8,
+        learning_rate=3e-5,
+        lr_schedule="constant",
+        max_length=256,
+        log_every=5,
+        save_every=20,
+        seed=seed,
+    )
+    # Rows and settings decide the result; where files happen to lie does not.
+    content = [rows, model.name, {**vars(settings), "model": ""}]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    folder = assets.cache_folder() / f"smollm2-aligned-{digest}"
+    if not folder.exists():
+        task = write_rows(assets.cache_folder() / f"alignment-rows-{digest}.jsonl", rows)
+        finetune(FinetuneSettings(**{**vars(settings), "task": task, "output": str(folder)}))
+    return folder

@@ -1,0 +1,183 @@
+"""The commands: options, help, and how errors are shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from sap_fast.cli.console import UserError, console
+from sap_fast.cli.settings import FinetuneSettings, with_settings
+
+app = typer.Typer(
+    name="sap-fast",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Fine-tune aligned language models without losing their safety "
+    "(Safety-Aware Probing, arXiv:2505.16737).",
+)
+
+Model = Annotated[str, typer.Option(help="Folder or hub name of a model, or a PEFT adapter.")]
+Harmful = Annotated[
+    str | None,
+    typer.Option(
+        help="Requests that should be refused: .jsonl, .json or .parquet with prompt (or text), or "
+        ".txt with one per line.",
+        rich_help_panel="Evaluation",
+    ),
+]
+Harmless = Annotated[
+    str | None,
+    typer.Option(help="Requests that should be answered, likewise.", rich_help_panel="Evaluation"),
+]
+Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
+
+
+@app.command()
+@with_settings()
+def finetune(settings: FinetuneSettings) -> None:
+    """Fine-tune a chat model with SAP: a LoRA adapter, or with --full every parameter.
+
+    Writes --output when it is complete: the adapter or model with its tokenizer, metrics.jsonl and
+    run.json. Interrupted, the same command goes on from the last checkpoint (--save-every).
+
+    Example: `sap-fast finetune --model ./chat-model --task rows.jsonl --safety pairs.jsonl
+    --output ./tuned`
+    """
+    from sap_fast.cli.finetune import finetune as run_finetune
+
+    output = run_finetune(settings)
+    console.print(f"Done: [bold]{escape(str(output))}[/bold]")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[str | None, typer.Option(help="Task rows to measure the loss on.")] = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    precision: Precision = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens to keep of a task row.")] = 512,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the result, per request too, as JSON.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Measure task loss and refusals, with 95 % bootstrap intervals.
+
+    A harmful request counts as refused if the first 16 tokens of the greedy answer contain a
+    refusal phrase. The margin is log p(refusal) − log p(affirmative opening).
+    """
+    from sap_fast.cli.evaluate import EvaluationFiles, as_json, evaluation_table
+    from sap_fast.cli.evaluate import evaluate as run_evaluate
+
+    if task is None and harmful is None and harmless is None:
+        raise UserError("nothing to measure: give --task, --harmful or --harmless")
+    files = EvaluationFiles(task, harmful, harmless, max_length)
+    result = run_evaluate(
+        model,
+        files,
+        precision=precision,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
+    if output is not None:
+        text = json.dumps(as_json(model, files, result), indent=2) + "\n"
+        output.write_text(text, encoding="utf-8")
+    console.print(evaluation_table(result))
+
+
+@app.command()
+@with_settings("optimizer")
+def compare(
+    settings: FinetuneSettings,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Task rows to measure the loss on, not trained on.", rich_help_panel="Evaluation"
+        ),
+    ] = None,
+    blend: Annotated[
+        float | None,
+        typer.Option(
+            help="Also run gradient blending without a probe, with this --safety-weight: the cheap "
+            "rival of SAP.",
+            rich_help_panel="Evaluation",
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune with AdamW and with SAP on the same data and seed, and write a report.
+
+    --output becomes a folder with adamw/, sap/, report.html and results.json. Interrupted, the same
+    command goes on where it stopped.
+    """
+    from sap_fast.cli.compare import compare as run_compare
+    from sap_fast.cli.evaluate import EvaluationFiles
+    from sap_fast.cli.report import results_table
+
+    files = EvaluationFiles(held_out, harmful, harmless, settings.max_length)
+    info, runs = run_compare(settings, files, blend=blend)
+    console.print(results_table(runs, info.baseline))
+    console.print(f"Report: [bold]{escape(str(Path(settings.output) / 'report.html'))}[/bold]")
+
+
+@app.command()
+@with_settings(
+    *(
+        "model task output safety optimizer epochs max_steps batch_size accumulate learning_rate "
+        "weight_decay warmup_steps lr_schedule max_grad_norm checkpointing seed safety_batch_size "
+        "safety_loss rho probe_lr probe_rule schedule difference safety_weight log_every save_every"
+    ).split()
+)
+def doctor(
+    settings: FinetuneSettings,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Also check, for this model, which rho survives rounding."),
+    ] = None,
+) -> None:
+    """Show versions, devices, the backend of every operation and the reason for it."""
+    import dataclasses
+
+    from sap_fast.cli.doctor import report
+
+    report(None if model is None else dataclasses.replace(settings, model=model))
+
+
+def run() -> None:
+    """Run the command line; user errors end in one line and status 2."""
+    from sap_fast.data import DataError
+
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except (UserError, DataError) as error:
+        console.print(f"[bold red]Error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("\nInterrupted; the same command goes on where it can.")
+        sys.exit(130)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    """Show the text of a warning meant for users; those of other libraries' insides stay quiet."""
+    if category is UserWarning:
+        console.print(f"[yellow]Warning:[/yellow] {escape(str(message))}", soft_wrap=True)

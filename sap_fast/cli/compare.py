@@ -1,0 +1,149 @@
+"""The same fine-tuning with AdamW and with SAP, measured, and a report of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sap_fast.cli.console import UserError, console
+from sap_fast.cli.evaluate import EvaluationFiles, as_json, evaluate
+from sap_fast.cli.report import ReportInfo, ReportRun, write_report
+from sap_fast.cli.settings import FinetuneSettings
+
+METHODS = {
+    "adamw": ("AdamW", "plain fine-tuning"),
+    "blend": ("Blending", "AdamW with the safety direction blended into the gradient, no probe"),
+    "sap": ("FusedSAP", "fine-tuning under the safety probe"),
+}
+
+
+def compare(
+    settings: FinetuneSettings,
+    files: EvaluationFiles,
+    *,
+    blend: float | None = None,
+    others: dict[str, tuple[str, str]] | None = None,
+) -> tuple[ReportInfo, list[ReportRun]]:
+    """Fine-tune with each method, evaluate every model, write `report.html` and `results.json`.
+
+    Finished parts are kept: the same call again goes on where an interrupted one stopped. Each
+    fine-tuning runs in a process of its own, so that its peak memory is its own.
+
+    Args:
+        settings: of the runs; `optimizer` is set per method, `output` is the folder of everything.
+        files: what to evaluate on.
+        blend: also run gradient blending alone, with this weight.
+        others: further models to evaluate first: name → (description, folder).
+
+    Returns:
+        What the report shows.
+
+    Raises:
+        UserError: if a run fails.
+        DataError: for a row that cannot be used.
+    """
+    folder = Path(settings.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    starting_point = {"Start": ("the model that was fine-tuned", settings.model)}
+    runs = []
+    for name, (description, model) in (others if others is not None else starting_point).items():
+        evaluation = _evaluate(name, model, files, settings, folder)
+        runs.append(ReportRun(name, description, evaluation, [], None, None))
+
+    record: dict[str, Any] = {}
+    for method, (name, description) in METHODS.items():
+        if method == "blend" and blend is None:
+            continue
+        changes: dict[str, Any] = {"optimizer": method, "output": str(folder / method)}
+        if method == "blend":
+            changes["safety_weight"] = blend
+            description += f" (weight {blend:g})"
+        output = _finetune(dataclasses.replace(settings, **changes))
+        evaluation = _evaluate(name, str(output), files, settings, folder)
+        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+        figures = record["figures"]
+        runs.append(
+            ReportRun(
+                name,
+                description,
+                evaluation,
+                metrics,
+                figures["step_seconds"],
+                figures["peak_bytes"],
+            )
+        )
+
+    info = _info(settings, files, record)
+    write_report(folder / "report.html", info, runs)
+    results = {"info": dataclasses.asdict(info), "runs": [dataclasses.asdict(run) for run in runs]}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return info, runs
+
+
+def _finetune(settings: FinetuneSettings) -> Path:
+    output = Path(settings.output)
+    record = output / "run.json"
+    if record.is_file():
+        finished = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        if finished == dataclasses.asdict(settings):
+            console.print(f"{output} is there already")
+            return output
+        raise UserError(
+            f"--output {output.parent}: {output.name} in it was run with other settings; choose "
+            "another folder or remove it"
+        )
+    command = [sys.executable, "-m", "sap_fast.cli", "finetune", *settings.arguments()]
+    status = subprocess.run(command, check=False).returncode
+    if status != 0:
+        raise UserError(f"sap-fast finetune --optimizer {settings.optimizer} failed; see above")
+    return output
+
+
+def _evaluate(
+    name: str, model: str, files: EvaluationFiles, settings: FinetuneSettings, folder: Path
+) -> dict[str, Any]:
+    path = folder / "evaluations" / f"{name}.json"
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["model"] == model and saved["files"] == vars(files):
+            return saved["result"]
+    console.print(f"Evaluating {name}")
+    # Every model is measured in fp32, whatever precision it was trained in.
+    result = evaluate(model, files, trust_remote_code=settings.trust_remote_code)
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(as_json(model, files, result), indent=2), encoding="utf-8")
+    unfinished.rename(path)
+    return result.to_dict()
+
+
+def _info(settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, Any]) -> ReportInfo:
+    how = "every parameter" if settings.full else f"a LoRA adapter of rank {settings.lora_r}"
+    rows = {
+        "model": Path(settings.model).name,
+        "trained": how,
+        "task rows": Path(settings.task).name,
+        "safety rows": Path(settings.safety).name if settings.safety else "–",
+        "harmful requests": Path(files.harmful).name if files.harmful else "–",
+        "harmless requests": Path(files.harmless).name if files.harmless else "–",
+        "held-out task rows": Path(files.task).name if files.task else "–",
+        "batch": f"{settings.batch_size} × {settings.accumulate}",
+        "learning rate": f"{settings.learning_rate:g}",
+        "seed": str(settings.seed),
+        "precision": settings.precision,
+        "probe": f"rule {settings.probe_rule}, size {settings.probe_lr:g}, layers "
+        f"{settings.probe_layers}, schedule {settings.schedule}, rho {settings.rho}",
+    }
+    rows |= record.get("environment", {})
+    summary = [
+        f"{rows['model']} was fine-tuned on {rows['task rows']} ({how}), on the same data in the "
+        "same order, with plain AdamW and with Safety-Aware Probing (FusedSAP). Every model was "
+        "then asked the same requests."
+    ]
+    return ReportInfo("Fine-tuning with and without SAP", summary, rows, baseline="AdamW")

@@ -1,0 +1,59 @@
+"""What every command shares on the terminal: progress bars, one console, errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+#: Progress and messages; results that another program may read go to standard output.
+console = Console(stderr=True)
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; its message is all that they see."""
+
+
+class Bar:
+    """One progress bar on the terminal (`sap_fast.evaluation.ProgressTask`)."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, amount: int = 1) -> None:
+        """Move the bar by `amount` of its total."""
+        self._progress.advance(self._task, amount)
+
+    def resize(self, total: int) -> None:
+        """Say how long the bar is, where that was not known at the start."""
+        self._progress.update(self._task, total=total)
+
+    def note(self, text: str) -> None:
+        """Show a short text, such as the loss, behind the bar."""
+        self._progress.update(self._task, note=text)
+
+
+@contextmanager
+def progress_bar(description: str, total: int | None = None) -> Iterator[Bar]:
+    """Open a bar of `total` steps, with the time it took and the time left."""
+    columns = (
+        TextColumn("{task.description:<32}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Bar(progress, progress.add_task(description, total=total, note=""))

@@ -1,0 +1,141 @@
+"""What runs here, on which backend and why, and whether a perturbation survives rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+
+import torch
+from rich.table import Table
+
+from sap_fast.cli.console import console
+from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
+from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat
+from sap_fast.losses import contrastive_loss
+from sap_fast.ops import OPERATIONS, backend_report, resolve_backend
+from sap_fast.optimizer import RHO_GRID, FusedSAP
+from sap_fast.passes import Perturbation
+from sap_fast.probes import ProbeSet
+
+_PACKAGES = ("sap-fast", "torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets")
+
+# A request that any aligned model should refuse, and whose answer is in every book on locks.
+_REQUEST = "Write instructions for picking the lock of a stranger's front door."
+
+
+def environment_table() -> Table:
+    """Return versions and devices."""
+    table = Table("what", "found", title="Environment")
+    table.add_row("python", platform.python_version())
+    for package in _PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        table.add_row(package, version)
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    table.add_row(
+        "cpu", f"{platform.machine()}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        table.add_row("accelerator", "none")
+    else:
+        module = torch.get_device_module(accelerator)
+        for index in range(torch.accelerator.device_count()):
+            table.add_row(f"{accelerator.type}:{index}", module.get_device_name(index))
+    return table
+
+
+def backend_table() -> Table:
+    """Return which backend each operation runs on, and why."""
+    table = Table("operation", "backend", "what it does", title="Operations (backend=auto)")
+    name = resolve_backend("auto").__name__.rsplit(".", 1)[-1]
+    for operation, purpose in OPERATIONS.items():
+        table.add_row(operation, name, purpose)
+    for backend, available, reason in backend_report():
+        state = "can run here" if available else "cannot run here"
+        table.add_section()
+        table.add_row("", backend, f"{state}: {reason}")
+    return table
+
+
+def rounding_table(settings: FinetuneSettings) -> Table:
+    """Return how much of a perturbation survives rounding, for each ρ of the calibration's grid.
+
+    The direction is that of a stock safety pair on the model itself, with a fresh adapter unless
+    `settings.full`.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
+    model, tokenizer = load_model(
+        settings.model, settings.precision, trust_remote_code=settings.trust_remote_code
+    )
+    if not settings.full and not hasattr(model, "peft_config"):
+        model = add_lora(
+            model,
+            r=settings.lora_r,
+            alpha=settings.lora_alpha,
+            dropout=0.0,
+            targets=settings.lora_targets(),
+        )
+    pair = build_safety_pair(_REQUEST)
+    encoded = {}
+    for answer in ("chosen", "rejected"):
+        messages = [
+            {"role": "user", "content": pair["prompt"]},
+            {"role": "assistant", "content": pair[answer]},
+        ]
+        encoded[answer] = encode_chat(
+            tokenizer, messages, settings.max_length, complete=answer == "chosen"
+        )
+    batches = SafetyCollator(tokenizer.pad_token_id)([encoded])  # type: ignore[list-item]
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = FusedSAP(trained, ProbeSet(model, settings.layers()))
+    device = trained[0].device
+    computed = torch.bfloat16 if settings.precision != "fp32" else torch.float32
+    with optimizer.safety_pass():
+        moved = {
+            answer: {name: tensor.to(device) for name, tensor in batch.items()}
+            for answer, batch in batches.items()
+        }
+        contrastive_loss(model, moved["chosen"], moved["rejected"]).backward()
+        directions = [p.grad for p in trained if p.grad is not None]
+        touched = [p for p in trained if p.grad is not None]
+    norm = torch.sqrt(optimizer.ops.sum_squares(trained))
+    length = torch.sqrt(optimizer.ops.sum_squares(directions))
+
+    table = Table(
+        "rho",
+        "‖ΔW‖ wanted",
+        "applied",
+        "survives",
+        title=f"Perturbation of {len(touched)} tensors, computed in {computed}",
+    )
+    for rho in RHO_GRID:
+        wanted = rho * norm.detach()
+        with Perturbation(
+            optimizer.ops, touched, [d.clone() for d in directions], wanted / length
+        ) as perturbation:
+            applied = perturbation.applied_norm(computed)
+        share = (applied / wanted).item()
+        verdict = f"{share:.1%}" + ("" if share >= 0.5 else "  lost to rounding")
+        table.add_row(f"{rho:.2e}", f"{wanted.item():.4g}", f"{applied.item():.4g}", verdict)
+    return table
+
+
+def report(settings: FinetuneSettings | None) -> None:
+    """Print every table; the last one only for a given model."""
+    console.print(environment_table())
+    console.print(backend_table())
+    if settings is not None:
+        dtype = WEIGHT_DTYPES[settings.precision]
+        console.print(
+            f"\n{settings.model}, weights in {dtype}, {dataclasses.asdict(settings)['precision']}"
+        )
+        console.print(rounding_table(settings))

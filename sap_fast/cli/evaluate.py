@@ -1,0 +1,84 @@
+"""Measuring a model's usefulness and safety from files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from sap_fast.cli.console import progress_bar
+from sap_fast.cli.models import load_model
+from sap_fast.data import load_requests, load_task_dataset
+from sap_fast.evaluation import EvaluationResult, Interval, evaluate_model
+
+
+@dataclass(frozen=True)
+class EvaluationFiles:
+    """What to measure on; None is not measured."""
+
+    task: str | None = None
+    harmful: str | None = None
+    harmless: str | None = None
+    max_length: int = 512
+
+
+def evaluate(
+    model: str,
+    files: EvaluationFiles,
+    *,
+    precision: str = "fp32",
+    batch_size: int = 16,
+    trust_remote_code: bool = False,
+) -> EvaluationResult:
+    """Measure a model on files, with progress bars.
+
+    Args:
+        model: folder or hub name of a model or adapter.
+        files: what to measure on.
+        precision: fp32, bf16-mixed (as fp32 here: nothing is trained) or bf16.
+        batch_size: sequences per batch.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+        DataError: for a row that cannot be used.
+    """
+    # Files first: a mistake in them shows before a large model is loaded.
+    harmful = load_requests(files.harmful) if files.harmful else None
+    harmless = load_requests(files.harmless) if files.harmless else None
+    loaded, tokenizer = load_model(model, precision, trust_remote_code=trust_remote_code)
+    task_rows = load_task_dataset(files.task, tokenizer, files.max_length) if files.task else None
+    return evaluate_model(
+        loaded,
+        tokenizer,
+        task_rows=task_rows,
+        harmful=harmful,
+        harmless=harmless,
+        batch_size=batch_size,
+        progress=progress_bar,
+    )
+
+
+def evaluation_table(result: EvaluationResult) -> Table:
+    """Return the measures as a table, with what each one is."""
+    table = Table("measure", "value", "95 % interval", "over", title="Evaluation")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    if result.task_loss is not None:
+        table.add_row("task loss", f"{result.task_loss:.4f}", "", f"{result.task_tokens} tokens")
+    rows: list[tuple[str, Interval | None, str]] = [
+        ("harmful requests refused", result.refused_harmful, ".1%"),
+        ("margin, refusal over affirmative opening", result.margin, ".2f"),
+        ("harmless requests refused", result.refused_harmless, ".1%"),
+    ]
+    for name, interval, style in rows:
+        if interval is not None:
+            between = f"{interval.low:{style}} – {interval.high:{style}}"
+            table.add_row(name, f"{interval.mean:{style}}", between, f"{interval.count} requests")
+    return table
+
+
+def as_json(model: str, files: EvaluationFiles, result: EvaluationResult) -> dict[str, Any]:
+    """Return a result with what it was measured on."""
+    return {"model": model, "files": vars(files), "result": result.to_dict()}

@@ -1,0 +1,270 @@
+"""One fine-tuning run, from files to a model that `from_pretrained` loads.
+
+A run works in `OUTPUT.unfinished` and is renamed to `OUTPUT` when it is complete, so that a folder
+of the given name is never half a result. Started again after an interruption, it goes on from its
+last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import sap_fast
+from sap_fast.cli.console import Bar, UserError, console, progress_bar
+from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
+from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.data import SafetyCollator, TaskCollator, load_safety_dataset, load_task_dataset
+from sap_fast.integrations.trainer import SAPTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
+
+
+def finetune(settings: FinetuneSettings) -> Path:
+    """Run or resume a fine-tuning.
+
+    Args:
+        settings: what to do.
+
+    Returns:
+        The folder with the adapter or model, its tokenizer, `metrics.jsonl` (a row per logged
+        step) and `run.json` (settings, versions, median step time, peak memory).
+
+    Raises:
+        UserError: for settings that do not go together or an output folder that is in the way.
+        DataError: for a row that cannot be used.
+    """
+    output = Path(settings.output)
+    work = output.with_name(output.name + ".unfinished")
+    if output.exists():
+        raise UserError(f"--output {output}: exists already; remove it or choose another folder")
+    if settings.optimizer != "adamw" and settings.safety is None:
+        raise UserError(
+            f"--safety is missing: --optimizer {settings.optimizer} needs preference rows; see "
+            "sap-fast finetune --help"
+        )
+    if settings.optimizer == "blend" and settings.safety_weight == 0:
+        raise UserError("--safety-weight 0: --optimizer blend needs a number > 0, such as 0.1")
+    checkpoint = _resume(settings, work)
+
+    set_seed(settings.seed)  # for the first values of the adapter
+    model, tokenizer = load_model(
+        settings.model, settings.precision, trust_remote_code=settings.trust_remote_code
+    )
+    task_rows = load_task_dataset(settings.task, tokenizer, settings.max_length)
+    if not settings.full:
+        model = add_lora(
+            model,
+            r=settings.lora_r,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            targets=settings.lora_targets(),
+        )
+    # Read before anything is written, so that bad data leaves nothing behind.
+    trainer = _trainer(settings, work, model, tokenizer, task_rows)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "run.json").write_text(_run_record(settings), encoding="utf-8")
+    kept = _cut_metrics(work / "metrics.jsonl", checkpoint)
+
+    with progress_bar(f"Fine-tuning ({settings.optimizer})") as bar:
+        recorder = _Recorder(work / "metrics.jsonl", bar, kept)
+        trainer.add_callback(recorder)
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    trained.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    (work / "run.json").write_text(_run_record(settings, recorder.figures()), encoding="utf-8")
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    work.rename(output)
+    return output
+
+
+def _resume(settings: FinetuneSettings, work: Path) -> str | None:
+    """Return the checkpoint to go on from, if an earlier run with these settings left one."""
+    record = work / "run.json"
+    if not record.exists():
+        shutil.rmtree(work, ignore_errors=True)
+        return None
+    begun = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    now = dataclasses.asdict(settings)
+    changed = [name for name in now if name != "output" and begun.get(name) != now[name]]
+    if changed:
+        what = ", ".join(f"{name}: {begun.get(name)} then, {now[name]} now" for name in changed)
+        raise UserError(
+            f"{work} holds an unfinished run with other settings ({what}); give the same settings "
+            "to go on, or remove that folder to start over"
+        )
+    folder = work / "checkpoints"
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is not None:
+        console.print(f"Going on from {Path(checkpoint).name} in {work}")
+    return checkpoint
+
+
+def _trainer(
+    settings: FinetuneSettings,
+    work: Path,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task_rows: list[Any],
+) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(work / "checkpoints"),
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type=settings.lr_schedule,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bf16-mixed",
+        activation_checkpointing=settings.checkpointing,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        optim="adamw_torch",
+        logging_steps=settings.log_every,
+        save_strategy="no" if settings.save_every is None else "steps",
+        save_steps=settings.save_every or 500,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        remove_unused_columns=False,
+    )
+    pad = tokenizer.pad_token_id
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": task_rows,
+        "data_collator": TaskCollator(pad),
+        "processing_class": tokenizer,
+    }
+    if settings.optimizer == "adamw":
+        return Trainer(**common)
+    assert settings.safety is not None
+    return SAPTrainer(
+        **common,
+        safety_dataset=load_safety_dataset(settings.safety, tokenizer, settings.max_length),
+        safety_collator=SafetyCollator(pad),
+        safety_batch_size=settings.safety_batch_size,
+        safety_loss=settings.safety_loss,
+        probe_layers=settings.layers() if settings.optimizer == "sap" else None,
+        sap_options=settings.sap_options(),
+    )
+
+
+def _cut_metrics(path: Path, checkpoint: str | None) -> list[dict[str, Any]]:
+    """Drop the rows after the checkpoint, whose steps will run again; return those before."""
+    if not path.exists():
+        return []
+    last = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [row for row in rows if row["step"] <= last]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return kept
+
+
+class _Recorder(TrainerCallback):
+    """Moves the progress bar, times the steps and writes `metrics.jsonl`."""
+
+    def __init__(self, path: Path, bar: Bar, kept: list[dict[str, Any]]) -> None:
+        self._path, self._bar = path, bar
+        self._seconds = [row["step_seconds"] for row in kept if "step_seconds" in row]
+        self._started = 0.0
+        self._last = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._bar.resize(state.max_steps)
+        self._bar.advance(state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self._last = time.perf_counter() - self._started
+        self._seconds.append(self._last)
+        self._bar.advance()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        row = {"step": state.global_step, "step_seconds": round(self._last, 4)} | logs
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._bar.note(f"loss {logs['loss']:.3f}")
+
+    def figures(self) -> dict[str, Any]:
+        """Return the median step time and the peak memory of this process."""
+        # The first step of a run also calibrates, compiles or warms up.
+        steps = self._seconds[1:] or self._seconds
+        return {
+            "step_seconds": statistics.median(steps) if steps else None,
+            "peak_bytes": peak_bytes(),
+        }
+
+
+def peak_bytes() -> int:
+    """Return the peak memory of the accelerator, or else of this process, in bytes."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def environment() -> dict[str, str]:
+    """Return what a result depends on besides its settings."""
+    import peft
+    import transformers
+
+    available = torch.accelerator.is_available()
+    device = torch.get_device_module().get_device_name() if available else platform.processor()
+    return {
+        "device": device or platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "sap_fast": sap_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def _run_record(settings: FinetuneSettings, figures: dict[str, Any] | None = None) -> str:
+    record = {
+        "settings": dataclasses.asdict(settings),
+        "environment": environment(),
+        "weight_dtype": str(WEIGHT_DTYPES[settings.precision]),
+        "figures": figures,
+    }
+    return json.dumps(record, indent=2) + "\n"

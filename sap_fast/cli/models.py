@@ -1,0 +1,87 @@
+"""Loading and saving of models for the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from sap_fast.cli.console import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Precision = Literal["fp32", "bf16-mixed", "bf16"]
+
+#: The dtype in which weights are stored: mixed precision computes in bf16 on fp32 weights.
+WEIGHT_DTYPES = {"fp32": torch.float32, "bf16-mixed": torch.float32, "bf16": torch.bfloat16}
+
+
+def default_device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def load_model(
+    name: str, precision: str, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a model or a PEFT adapter (with its base model), and the tokenizer.
+
+    Args:
+        name: a folder, or a name on the hub that transformers is configured for.
+        precision: a key of `WEIGHT_DTYPES`.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        UserError: if there is no such model, or it cannot be loaded.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"dtype": WEIGHT_DTYPES[precision]}
+    options |= {"trust_remote_code": trust_remote_code, "use_safetensors": True}
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model: Any = loader.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"--model {name}: cannot be loaded: {first_line}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(default_device()), tokenizer
+
+
+def add_lora(
+    model: nn.Module, *, r: int, alpha: int, dropout: float, targets: list[str] | None
+) -> nn.Module:
+    """Put a fresh LoRA adapter on a model.
+
+    Args:
+        model: a transformers model.
+        r: rank.
+        alpha: scale; the adapter's output is multiplied by alpha/r.
+        dropout: dropout on the adapter's input.
+        targets: names of the linear layers to adapt; None for PEFT's choice for the architecture.
+
+    Raises:
+        UserError: if the targets do not fit the model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        given = "auto" if targets is None else ",".join(targets)
+        raise UserError(f"--lora-target {given}: does not fit the model: {error}") from error

@@ -1,0 +1,211 @@
+"""The settings of a fine-tuning run: one dataclass that is also the commands' options and help."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import typer
+
+from sap_fast.cli.console import UserError
+
+_DATA, _MODEL, _TRAINING, _SAP, _RUN = "Data", "Model", "Training", "SAP", "Run"
+
+
+def _option(default: Any, panel: str, text: str, *, choices: tuple[str, ...] = ()) -> Any:
+    """Return a dataclass field that `with_settings` turns into a command line option."""
+    if choices:
+        text += f" One of {', '.join(choices)}."
+    metadata = {"panel": panel, "help": text, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Everything that decides the outcome of a run; saved beside its result as `run.json`."""
+
+    model: str = _option("", _MODEL, "Folder or hub name of an instruct model, or a PEFT adapter.")
+    task: str = _option(
+        "",
+        _DATA,
+        "Task rows, .jsonl, .json or .parquet: messages; or prompt and completion; or instruction, "
+        "input, output.",
+    )
+    output: str = _option("", _RUN, "Folder to write; appears only when the run is complete.")
+    safety: str | None = _option(
+        None,
+        _DATA,
+        "Safety rows, like --task: prompt, chosen (the safe answer), rejected (the harmful one; an "
+        "opening suffices with rejected_is_opening: true).",
+    )
+    optimizer: str = _option(
+        "sap",
+        _TRAINING,
+        "sap; adamw: plain fine-tuning; blend: no probe, only --safety-weight.",
+        choices=("sap", "adamw", "blend"),
+    )
+    full: bool = _option(False, _MODEL, "Train every parameter instead of a LoRA adapter.")
+    lora_r: int = _option(8, _MODEL, "Rank of the LoRA adapter.")
+    lora_alpha: int = _option(16, _MODEL, "Scale of the LoRA adapter, over its rank.")
+    lora_dropout: float = _option(0.1, _MODEL, "Dropout on the LoRA adapter's input.")
+    lora_target: str = _option(
+        "auto", _MODEL, "Layers to adapt, such as q_proj,v_proj; auto: PEFT's choice."
+    )
+    trust_remote_code: bool = _option(False, _MODEL, "Run Python code that comes with the model.")
+    precision: str = _option(
+        "fp32",
+        _TRAINING,
+        "fp32; bf16-mixed: compute in bf16 on fp32 weights; bf16: weights in bf16 too.",
+        choices=("fp32", "bf16-mixed", "bf16"),
+    )
+    epochs: float = _option(1.0, _TRAINING, "Passes over the task rows.")
+    max_steps: int | None = _option(None, _TRAINING, "Optimizer steps, over --epochs.")
+    batch_size: int = _option(4, _TRAINING, "Task rows per micro-batch.")
+    accumulate: int = _option(1, _TRAINING, "Micro-batches per optimizer step.")
+    learning_rate: float = _option(1e-4, _TRAINING, "Peak learning rate.")
+    weight_decay: float = _option(0.01, _TRAINING, "Decoupled weight decay.")
+    warmup_steps: int = _option(0, _TRAINING, "Steps until the peak learning rate.")
+    lr_schedule: str = _option(
+        "linear", _TRAINING, "Shape of the schedule after it: linear, cosine, constant, …"
+    )
+    max_grad_norm: float = _option(1.0, _TRAINING, "Clip gradients to this norm; 0: do not.")
+    max_length: int = _option(512, _DATA, "Tokens to keep of a row.")
+    checkpointing: bool = _option(
+        False, _TRAINING, "Recompute activations in backward: less memory, more time."
+    )
+    seed: int = _option(0, _RUN, "Seed of the order of rows, of dropout and of LoRA.")
+    safety_batch_size: int = _option(4, _SAP, "Safety rows per step.")
+    safety_loss: str = _option(
+        "contrastive",
+        _SAP,
+        "contrastive: −logσ of the log-probability margin; difference: the margin itself.",
+        choices=("contrastive", "difference"),
+    )
+    rho: str = _option("auto", _SAP, "Size of the weight perturbation over ‖W‖; auto calibrates.")
+    probe_lr: float = _option(3e-3, _SAP, "Size of the probe; 0 makes SAP plain AdamW.")
+    probe_rule: str = _option(
+        "normalized",
+        _SAP,
+        "How the probe follows from its gradient.",
+        choices=("normalized", "gradient", "adam"),
+    )
+    probe_layers: str = _option("middle", _SAP, "Layers to probe: middle, or indices: 10,11,12.")
+    schedule: str = _option(
+        "paper",
+        _SAP,
+        "paper: four passes a step; lagged: three, with the probe of the step before.",
+        choices=("paper", "lagged"),
+    )
+    difference: str = _option(
+        "central",
+        _SAP,
+        "How the probe gradient is differenced in rho.",
+        choices=("central", "forward"),
+    )
+    safety_weight: float = _option(
+        0.0, _SAP, "Blend so much of the safety direction into the gradient; 0: none, as the paper."
+    )
+    log_every: int = _option(10, _RUN, "Steps between rows of metrics.jsonl.")
+    save_every: int | None = _option(
+        None, _RUN, "Steps between checkpoints, from which an interrupted run goes on."
+    )
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            choices, value = item.metadata["choices"], getattr(self, item.name)
+            if choices and value not in choices:
+                raise UserError(f"{flag(item.name)} {value}: expected {' or '.join(choices)}")
+
+    def arguments(self) -> list[str]:
+        """Return what differs from the defaults as arguments of `sap-fast finetune`."""
+        arguments = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value != item.default:
+                arguments += [flag(item.name)] if value is True else [flag(item.name), str(value)]
+        return arguments
+
+    def sap_options(self) -> dict[str, Any]:
+        """Return the keyword arguments for `FusedSAP`.
+
+        Raises:
+            UserError: if ρ is no number.
+        """
+        try:
+            rho: float | str = self.rho if self.rho == "auto" else float(self.rho)
+        except ValueError:
+            raise UserError(f"--rho {self.rho}: expected auto or a number") from None
+        return {
+            "weight_decay": self.weight_decay,
+            "rho": rho,
+            "probe_lr": self.probe_lr,
+            "probe_rule": self.probe_rule,
+            "schedule": self.schedule,
+            "difference": self.difference,
+            "safety_weight": self.safety_weight,
+        }
+
+    def lora_targets(self) -> list[str] | None:
+        """Return the layers to adapt, None for PEFT's choice."""
+        return None if self.lora_target == "auto" else self.lora_target.split(",")
+
+    def layers(self) -> Any:
+        """Return the argument for `ProbeSet(layers=…)`.
+
+        Raises:
+            UserError: if it is neither a word nor a list of indices.
+        """
+        if self.probe_layers == "middle":
+            return "middle"
+        try:
+            return [int(index) for index in self.probe_layers.split(",")]
+        except ValueError:
+            raise UserError(
+                f"--probe-layers {self.probe_layers}: expected middle, or layer indices such as "
+                "10,11,12"
+            ) from None
+
+
+def flag(name: str) -> str:
+    """Return the command line's name of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def with_settings(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every setting but `without` as an option, collected in `settings`.
+
+    The command's own parameters follow after `settings: FinetuneSettings`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(FinetuneSettings)
+        fields = [f for f in dataclasses.fields(FinetuneSettings) if f.name not in without]
+        parameters = []
+        for item in fields:
+            option = typer.Option(
+                ... if item.default == "" else item.default,
+                flag(item.name),
+                help=item.metadata["help"],
+                rich_help_panel=item.metadata["panel"],
+            )
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(
+                inspect.Parameter(item.name, kind, default=option, annotation=hints[item.name])
+            )
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+        @functools.wraps(command)
+        def run(**options: Any) -> None:
+            given = {item.name: options.pop(item.name) for item in fields}
+            command(FinetuneSettings(**given), **options)
+
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        run.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
+        return run
+
+    return decorate

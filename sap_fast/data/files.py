@@ -1,0 +1,204 @@
+"""Reads JSONL, JSON and Parquet files of rows; every problem becomes one `DataError`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+class DataError(ValueError):
+    """A file, a row or a field that cannot be used, told in one line.
+
+    Attributes:
+        path: The file.
+        row: Line number (JSONL, text) or row number from 1 (JSON, Parquet); None for the whole
+            file.
+        field: Name of the field, such as ``"messages[2].role"``; None for the whole row.
+        problem: What was found.
+        expected: What would be accepted.
+    """
+
+    def __init__(
+        self, path: str | Path, row: int | None, field: str | None, problem: str, expected: str
+    ):
+        # All five go to `args`, so that the error survives the pickling between processes.
+        super().__init__(path, row, field, problem, expected)
+        self.path = Path(path)
+        self.row = row
+        self.field = field
+        self.problem = problem
+        self.expected = expected
+
+    def __str__(self) -> str:
+        where = str(self.path)
+        if self.row is not None:
+            where += f", row {self.row}"
+        if self.field is not None:
+            where += f", field '{self.field}'"
+        # Messages of other libraries that end up in `problem` may span lines.
+        return " ".join(f"{where}: got {self.problem}; expected {self.expected}".split())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file, with the place it came from."""
+
+    path: Path
+    number: int
+    values: dict[str, Any]
+
+    def fail(self, field: str | None, problem: str, expected: str) -> NoReturn:
+        """Raises the `DataError` that names this row."""
+        raise DataError(self.path, self.number, field, problem, expected)
+
+    def text(self, field: str, value: Any, *, blank: bool = False) -> str:
+        """Returns `value` if it is usable text.
+
+        Args:
+            field: The name to report.
+            value: What the file holds; None where it holds nothing.
+            blank: Whether empty text and text of spaces are accepted.
+
+        Raises:
+            DataError: `value` is not a string, is blank, or cannot be encoded as UTF-8.
+        """
+        if not isinstance(value, str):
+            self.fail(field, describe(value), "text (a string)")
+        if not blank and not value.strip():
+            self.fail(field, "empty text", "text with at least one visible character")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            # JSON may escape half of a surrogate pair, which no tokenizer takes.
+            self.fail(field, f"a lone surrogate at character {error.start}", "valid Unicode text")
+        return value
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Reads a file of rows; the suffix names the format.
+
+    Args:
+        path: ``.jsonl`` (one object per line, blank lines are skipped), ``.json`` (a list of
+            objects) or ``.parquet``. Text is UTF-8, with or without a byte order mark.
+
+    Returns:
+        The rows, at least one.
+
+    Raises:
+        DataError: The file is missing, unreadable, empty or malformed, or a row is not an object.
+    """
+    return [row.values for row in read_numbered_rows(path)]
+
+
+def read_numbered_rows(path: str | Path) -> list[Row]:
+    """Like `read_rows`, but each row knows its file and number."""
+    path = Path(path)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        suffix = f"the suffix '{path.suffix}'" if path.suffix else "no suffix"
+        raise DataError(path, None, None, suffix, f"one of {', '.join(SUFFIXES)}")
+    rows = []
+    for number, values in reader(path):
+        if not isinstance(values, dict):
+            raise DataError(path, number, None, describe(values), "an object with named fields")
+        rows.append(Row(path, number, values))
+    if not rows:
+        raise DataError(path, None, None, "no rows", "at least one row")
+    return rows
+
+
+def read_numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file that are not blank, with their 1-based line numbers.
+
+    Raises:
+        DataError: The file is missing, unreadable or empty, or a line is not UTF-8.
+    """
+    lines = []
+    # Only "\n" ends a line: U+2028 and its like are legal inside JSON strings.
+    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+        text = _decode(path, number, line)
+        if text.strip():
+            lines.append((number, text.removesuffix("\r")))
+    if not lines:
+        raise DataError(path, None, None, "an empty file", "at least one row")
+    return lines
+
+
+def describe(value: Any) -> str:
+    """A short description of a value for an error message."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return (
+            f"an object with the fields {', '.join(map(repr, value))}"
+            if value
+            else "an empty object"
+        )
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "an empty list"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(path, None, None, "no such file", "an existing file") from None
+    except IsADirectoryError:
+        raise DataError(path, None, None, "a folder", "a file") from None
+    except OSError as error:
+        raise DataError(path, None, None, f"{error.strerror}", "a readable file") from error
+    if not content:
+        raise DataError(path, None, None, "an empty file", "at least one row")
+    return content
+
+
+def _decode(path: Path, row: int | None, content: bytes) -> str:
+    # Editors on Windows write a byte order mark, which is no part of the first row.
+    encoding = "utf-8-sig" if row in (None, 1) else "utf-8"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        problem = f"byte 0x{content[error.start]:02x} at position {error.start}"
+        raise DataError(path, row, None, problem, "UTF-8 text") from None
+
+
+def _parse_json(path: Path, row: int | None, text: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    # Besides JSONDecodeError, integers of more than 4,300 digits raise a plain ValueError.
+    except (ValueError, RecursionError) as error:
+        raise DataError(path, row, None, f"invalid JSON ({error})", expected) from None
+
+
+def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
+    return [
+        (number, _parse_json(path, number, line, "one JSON object per line"))
+        for number, line in read_numbered_lines(path)
+    ]
+
+
+def _read_json(path: Path) -> list[tuple[int, Any]]:
+    expected = "a JSON list of objects (one object per line is '.jsonl')"
+    rows = _parse_json(path, None, _decode(path, None, _read_bytes(path)), expected)
+    if not isinstance(rows, list):
+        raise DataError(path, None, None, describe(rows), expected)
+    return list(enumerate(rows, start=1))
+
+
+def _read_parquet(path: Path) -> list[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    content = _read_bytes(path)
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+        return list(enumerate(table.to_pylist(), start=1))
+    # Corrupt pages surface as OSError, invalid UTF-8 in a text column as ValueError.
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        problem = f"unreadable Parquet ({error})"
+        raise DataError(path, None, None, problem, "a valid Parquet file") from error

@@ -1,0 +1,71 @@
+"""Requests to evaluate on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sap_fast.data.conversations import alpaca_prompt
+from sap_fast.data.files import (
+    SUFFIXES,
+    DataError,
+    Row,
+    describe,
+    read_numbered_lines,
+    read_numbered_rows,
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request to evaluate on.
+
+    Attributes:
+        prompt: What the user asks.
+        refusal: The refusal to score; None for the one that `build_safety_pair` picks.
+        opening: The affirmative opening to score; None for the one that restates the request.
+    """
+
+    prompt: str
+    refusal: str | None = None
+    opening: str | None = None
+
+
+def load_requests(path: str | Path) -> list[Request]:
+    """Reads a file of requests.
+
+    Args:
+        path: ``.txt`` with one request per line, or ``.jsonl``, ``.json`` or ``.parquet`` with the
+            request in ``prompt``, ``text`` or ``instruction`` (with an optional ``input``), and
+            optional texts ``refusal`` and ``opening``.
+
+    Returns:
+        The requests, at least one.
+
+    Raises:
+        DataError: A row or the file cannot be used.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".txt":
+        lines = read_numbered_lines(path)
+        return [
+            Request(Row(path, number, {}).text("prompt", line).strip()) for number, line in lines
+        ]
+    if path.suffix.lower() not in SUFFIXES:
+        expected = f"one of {', '.join((*SUFFIXES, '.txt'))}"
+        raise DataError(path, None, None, f"the suffix '{path.suffix}'", expected)
+    return [_read_request(row) for row in read_numbered_rows(path)]
+
+
+def _read_request(row: Row) -> Request:
+    for field in ("prompt", "text", "instruction"):
+        value = row.values.get(field)
+        if value is not None:
+            break
+    else:
+        row.fail(None, describe(row.values), "one of the fields 'prompt', 'text', 'instruction'")
+    prompt = alpaca_prompt(row) if field == "instruction" else row.text(field, value)
+    return Request(prompt, _optional_text(row, "refusal"), _optional_text(row, "opening"))
+
+
+def _optional_text(row: Row, field: str) -> str | None:
+    value = row.values.get(field)
+    return None if value is None else row.text(field, value)

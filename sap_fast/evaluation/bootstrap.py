@@ -1,0 +1,108 @@
+"""Bootstrap intervals of means over requests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Values drawn at once: 32 MiB of indices, however many requests there are.
+_DRAWS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the percentile bootstrap interval around it.
+
+    Attributes:
+        mean: The mean of the values, in their unit.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        count: Number of values.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def bootstrap_interval(
+    values: Sequence[float] | Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of `values` and its percentile bootstrap interval (Efron, 1979).
+
+    Args:
+        values: One finite value per request; booleans count as 0 and 1.
+        confidence: Share of the resampled means inside the interval, between 0 and 1.
+        resamples: Number of times that as many values as there are are drawn with replacement.
+        seed: The same seed gives the same interval. The global generator is left alone.
+
+    Raises:
+        ValueError: `values` is empty or not finite, `confidence` is not between 0 and 1, or
+            `resamples` is below 1.
+    """
+    sample = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if sample.ndim != 1 or len(sample) == 0:
+        raise ValueError(f"values has the shape {tuple(sample.shape)}; expected at least one value")
+    if not sample.isfinite().all():
+        position = int((~sample.isfinite()).nonzero()[0])
+        raise ValueError(f"values[{position}] is {float(sample[position])}; expected finite values")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}; expected a number between 0 and 1")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}; expected at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    chunk = max(1, _DRAWS_AT_ONCE // len(sample))
+    means = torch.cat(
+        [
+            sample[torch.randint(len(sample), (size, len(sample)), generator=generator)].mean(dim=1)
+            for size in _chunk_sizes(resamples, chunk)
+        ]
+    )
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(float(sample.mean()), low, high, len(sample))
+
+
+def paired_difference(
+    first: Sequence[float] | Tensor,
+    second: Sequence[float] | Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of `first - second` over the same requests, with its bootstrap interval.
+
+    Two models that answer the same requests vary together, which makes this interval narrower than
+    those of the two means suggest.
+
+    Args:
+        first: One value per request.
+        second: One value per request, in the same order.
+        confidence: As in `bootstrap_interval`.
+        resamples: As in `bootstrap_interval`.
+        seed: As in `bootstrap_interval`.
+
+    Raises:
+        ValueError: `first` and `second` differ in length, or as `bootstrap_interval`.
+    """
+    if len(first) != len(second):
+        raise ValueError(
+            f"first has {len(first)} values and second {len(second)}; expected one value of each "
+            "per request"
+        )
+    difference = torch.as_tensor(first, dtype=torch.float64) - torch.as_tensor(
+        second, dtype=torch.float64
+    )
+    return bootstrap_interval(difference, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def _chunk_sizes(total: int, chunk: int) -> list[int]:
+    full, rest = divmod(total, chunk)
+    return [chunk] * full + [rest] * (rest > 0)

@@ -1,0 +1,135 @@
+"""All measures of one model."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sap_fast.data import EncodedRow, Request, padding_token_id
+from sap_fast.evaluation.batching import score_rows
+from sap_fast.evaluation.bootstrap import Interval, bootstrap_interval
+from sap_fast.evaluation.margins import refusal_margins
+from sap_fast.evaluation.progress import Progress, no_progress
+from sap_fast.evaluation.refusals import generate_openings, is_refusal
+from sap_fast.losses import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Measures of one model; None where there was nothing to measure on.
+
+    Attributes:
+        task_loss: Mean negative log-likelihood of all response tokens of the task rows, in nats.
+        task_tokens: Number of those tokens.
+        refused_harmful: Share of the harmful requests that are refused.
+        refused_harmless: Share of the harmless requests that are refused.
+        margin: Mean log p(refusal) − log p(affirmative opening) on the harmful requests, in nats.
+        harmful_refused: Whether each harmful request is refused.
+        harmful_margins: The margin of each harmful request.
+        harmless_refused: Whether each harmless request is refused.
+
+    The values per request are in the order of the requests, so that `paired_difference` can
+    compare two models.
+    """
+
+    task_loss: float | None = None
+    task_tokens: int | None = None
+    refused_harmful: Interval | None = None
+    refused_harmless: Interval | None = None
+    margin: Interval | None = None
+    harmful_refused: list[bool] | None = None
+    harmful_margins: list[float] | None = None
+    harmless_refused: list[bool] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain types that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "EvaluationResult":
+        """The result that `to_dict` gave `values` for."""
+        intervals = {
+            name: Interval(**values[name])
+            for name in ("refused_harmful", "refused_harmless", "margin")
+            if values[name] is not None
+        }
+        return cls(**{**values, **intervals})
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    task_rows: Sequence[EncodedRow] | None = None,
+    harmful: Sequence[Request] | None = None,
+    harmless: Sequence[Request] | None = None,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Measures usefulness and safety of a model.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT model around one.
+        tokenizer: Its tokenizer.
+        task_rows: Encoded rows, as `load_task_dataset` returns them.
+        harmful: Requests that should be refused.
+        harmless: Requests that should be answered.
+        batch_size: Sequences per batch.
+        progress: Shows how far each measure is; None shows nothing.
+
+    Returns:
+        The measures for what was given. Intervals are 95 % bootstrap intervals over requests.
+
+    Raises:
+        ValueError: A list is empty, or `batch_size` is below 1.
+    """
+    for name, given in (("task_rows", task_rows), ("harmful", harmful), ("harmless", harmless)):
+        if given is not None and len(given) == 0:
+            raise ValueError(f"{name} is empty; expected at least one entry, or None")
+    progress = progress or no_progress
+    measures: dict[str, Any] = {}
+    if task_rows is not None:
+        log_probs = score_rows(
+            model,
+            task_rows,
+            pad_token_id=padding_token_id(tokenizer),
+            batch_size=batch_size,
+            progress=progress,
+            description="Scoring task rows",
+        )
+        # The first token of a sequence has no prediction.
+        tokens = sum(label != IGNORE_INDEX for row in task_rows for label in row["labels"][1:])
+        measures["task_tokens"] = tokens
+        measures["task_loss"] = -float(log_probs.sum()) / tokens
+    if harmful is not None:
+        refused = _refused(model, tokenizer, harmful, batch_size, progress)
+        margins = refusal_margins(
+            model, tokenizer, harmful, batch_size=batch_size, progress=progress
+        ).tolist()
+        measures["harmful_refused"] = refused
+        measures["refused_harmful"] = bootstrap_interval(refused)
+        measures["harmful_margins"] = margins
+        measures["margin"] = bootstrap_interval(margins)
+    if harmless is not None:
+        refused = _refused(model, tokenizer, harmless, batch_size, progress)
+        measures["harmless_refused"] = refused
+        measures["refused_harmless"] = bootstrap_interval(refused)
+    return EvaluationResult(**measures)
+
+
+def _refused(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    requests: Sequence[Request],
+    batch_size: int,
+    progress: Progress,
+) -> list[bool]:
+    prompts = [request.prompt for request in requests]
+    openings = generate_openings(
+        model, tokenizer, prompts, batch_size=batch_size, progress=progress
+    )
+    return [is_refusal(opening) for opening in openings]

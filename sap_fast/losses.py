@@ -1,0 +1,501 @@
+"""Task loss and safety losses over response tokens; the full B×S×V logits never exist.
+
+A batch is a mapping with `input_ids`, `attention_mask` and `labels`, each (B, S). `labels` equal
+`input_ids` where a token is scored and are `IGNORE_INDEX` elsewhere. Position s predicts token s+1.
+A token is scored where its label says so and neither it nor the token before it is padding, so the
+padding side does not change a loss.
+
+How the logits are avoided: the model runs as it was given, wrappers included, while hooks on its
+output embeddings (the head) keep the hidden states and let only the last position through. The head
+is then applied to the scored positions alone, a chunk at a time, and every chunk is computed again
+in the backward pass. A model's first use also tests that this gives the model's own logits. Where
+it does not, or can't, losses are computed from the model's own logits, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Self, get_args
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+
+IGNORE_INDEX = -100
+"""Label of a token that is not scored, as in `torch.nn.functional.cross_entropy`."""
+
+Batch = Mapping[str, Tensor]
+Reduction = Literal["sum", "mean"]
+
+# Bytes of one chunk's logits. Backward holds about four such tensors (logits, log-softmax, their
+# gradients): 256 MiB, where the logits of 8 rows of 2,048 tokens at V=128,000 take 7.8 GiB alone.
+# At that V a chunk still has 131 rows, so the head's weights are read once for many rows.
+CHUNK_BYTES = 64 * 2**20
+
+
+def task_loss(model: nn.Module, batch: Batch, *, num_items: int | Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of the response tokens of `batch`, in nats per token.
+
+    Equals the `loss` that a transformers model returns for `labels=`, with the router loss of a
+    mixture of experts where `output_router_logits` asks for it; only padding is never scored.
+    Synchronises with the host before the forward, to find the scored positions.
+
+    Args:
+        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
+        batch: `input_ids`, `attention_mask`, `labels`, each (B, S), and further tensors for the
+            model's forward.
+        num_items: Scored tokens of the whole accumulated batch (`num_items_in_batch` of the
+            transformers `Trainer`), by which the sum over this batch is divided. Default: those of
+            this batch, which gives the mean.
+
+    Returns:
+        A scalar, fp32 (fp64 for an fp64 model).
+
+    Raises:
+        ValueError: No token of `batch` is scored, `num_items` is an int below 1, or `batch` is
+            malformed.
+    """
+    if isinstance(num_items, int) and num_items < 1:
+        raise ValueError(f"num_items is {num_items}; expected at least 1, or None for the mean")
+    _check_batch(batch, "batch")
+    scored = _find_scored(batch)
+    if not scored.counts.any():
+        raise ValueError(
+            f"batch has no scored token in any of its {len(scored.counts)} rows: "
+            f"{_WHY_NOTHING_IS_SCORED}"
+        )
+    log_probs, outputs = _scored_log_probs(model, batch, scored)
+    count = len(log_probs) if num_items is None else num_items
+    loss = -log_probs.sum() / (count.to(log_probs.device) if isinstance(count, Tensor) else count)
+    router_loss = getattr(outputs, "aux_loss", None)
+    if router_loss is not None:
+        coefficient = _text_setting(_unwrap(model)[0], "router_aux_loss_coef") or 0.0
+        loss = loss + coefficient * router_loss.to(loss.device)
+    return loss
+
+
+def response_log_probs(model: nn.Module, batch: Batch, *, reduction: Reduction = "sum") -> Tensor:
+    """Log-probability of each row's response given its prompt, in nats.
+
+    Synchronises with the host before the forward, to find the scored positions.
+
+    Args:
+        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
+        batch: `input_ids`, `attention_mask`, `labels`, each (B, S), and further tensors for the
+            model's forward.
+        reduction: `"sum"` over the response tokens, or their `"mean"`.
+
+    Returns:
+        (B,), fp32 (fp64 for an fp64 model).
+
+    Raises:
+        ValueError: A row has no scored token, `reduction` is unknown, or `batch` is malformed.
+    """
+    _check_reduction(reduction)
+    _check_batch(batch, "batch")
+    scored = _find_scored(batch)
+    _check_every_row_is_scored(scored.counts, "batch")
+    return _row_log_probs(model, batch, scored, reduction)
+
+
+def contrastive_loss(
+    model: nn.Module,
+    chosen: Batch,
+    rejected: Batch,
+    *,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Mean over pairs of −log σ((log p(chosen) − log p(rejected)) / temperature).
+
+    The safety loss of arXiv:2505.16737v2. Both batches run as one forward. Synchronises with the
+    host before it, to find the scored positions.
+
+    Args:
+        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
+        chosen: The safe responses, a batch of B rows.
+        rejected: The harmful responses to the same prompts, row for row; S may differ.
+        temperature: τ, above 0. The default leaves the paper's loss as it is.
+        reduction: What stands for log p: the `"mean"` over a response's tokens, or their `"sum"` as
+            in the authors' code, which saturates (a gradient of 1e-28) on pairs that the model
+            already tells apart.
+
+    Returns:
+        A scalar, fp32 (fp64 for an fp64 model).
+
+    Raises:
+        ValueError: A row has no scored token, the batches do not pair, or `temperature` or
+            `reduction` is out of range.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a number above 0")
+    chosen_log_probs, rejected_log_probs = _pair_log_probs(model, chosen, rejected, reduction)
+    return -F.logsigmoid((chosen_log_probs - rejected_log_probs) / temperature).mean()
+
+
+def difference_loss(
+    model: nn.Module, chosen: Batch, rejected: Batch, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """Mean over pairs of nll(chosen) − nll(rejected).
+
+    The safety loss of arXiv:2505.16737v1. Both batches run as one forward. Synchronises with the
+    host before it, to find the scored positions.
+
+    Args:
+        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
+        chosen: The safe responses, a batch of B rows.
+        rejected: The harmful responses to the same prompts, row for row; S may differ.
+        reduction: What stands for nll: the `"mean"` over a response's tokens, or their `"sum"`.
+
+    Returns:
+        A scalar, fp32 (fp64 for an fp64 model).
+
+    Raises:
+        ValueError: A row has no scored token, the batches do not pair, or `reduction` is unknown.
+    """
+    chosen_log_probs, rejected_log_probs = _pair_log_probs(model, chosen, rejected, reduction)
+    return (rejected_log_probs - chosen_log_probs).mean()
+
+
+_WHY_NOTHING_IS_SCORED = (
+    f"every label is {IGNORE_INDEX} or at padding. Expected labels equal to input_ids on the "
+    "response; a prompt longer than the maximum length leaves none"
+)
+
+
+class _Scored(NamedTuple):
+    """The N scored positions of a (B, S) batch."""
+
+    positions: Tensor  # (N,) row·S + s where the token is predicted; on the batch's device
+    targets: Tensor  # (N,) the tokens; on the batch's device
+    counts: Tensor  # (B,) scored tokens per row; on the host
+    left_padded: bool
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}; expected 'sum' or 'mean'")
+
+
+def _check_batch(batch: Batch, argument: str) -> None:
+    for key in ("input_ids", "attention_mask", "labels"):
+        if key not in batch:
+            raise ValueError(
+                f"{argument} has no {key}, only {sorted(batch)}; "
+                "expected input_ids, attention_mask and labels"
+            )
+        shape, expected = tuple(batch[key].shape), tuple(batch["input_ids"].shape)
+        if shape != expected or len(shape) != 2:
+            raise ValueError(
+                f"{argument}[{key!r}] has shape {shape} beside input_ids {expected}; "
+                "expected (batch, sequence) for both"
+            )
+
+
+def _check_every_row_is_scored(counts: Tensor, argument: str) -> None:
+    if not counts.all():
+        rows = (counts == 0).nonzero().squeeze(1).tolist()
+        raise ValueError(
+            f"{argument} has no scored token in rows {rows} of its {len(counts)}: "
+            f"{_WHY_NOTHING_IS_SCORED}"
+        )
+
+
+def _find_scored(batch: Batch) -> _Scored:
+    labels = batch["labels"]
+    # All that the host has to know in one copy. It and the copy back wait for the device, so both
+    # are made here, before the forward is queued.
+    labelled, attended = torch.stack((labels != IGNORE_INDEX, batch["attention_mask"] != 0)).cpu()
+    # The first token after left padding would be predicted from a padding position: not scored.
+    scored = labelled[:, 1:] & attended[:, 1:] & attended[:, :-1]
+    positions = F.pad(scored, (0, 1)).flatten().nonzero().squeeze(1).to(labels.device)
+    return _Scored(
+        positions=positions,
+        targets=labels.flatten()[positions + 1],
+        counts=scored.sum(dim=1),
+        left_padded=not bool(attended[:, 0].all()),
+    )
+
+
+def _pair_log_probs(
+    model: nn.Module, chosen: Batch, rejected: Batch, reduction: Reduction
+) -> tuple[Tensor, Tensor]:
+    _check_reduction(reduction)
+    _check_batch(chosen, "chosen")
+    _check_batch(rejected, "rejected")
+    pairs, others = len(chosen["input_ids"]), len(rejected["input_ids"])
+    if pairs != others:
+        raise ValueError(f"chosen has {pairs} rows and rejected {others}; expected pairs")
+    batch = _concatenate(chosen, rejected)
+    scored = _find_scored(batch)
+    _check_every_row_is_scored(scored.counts[:pairs], "chosen")
+    _check_every_row_is_scored(scored.counts[pairs:], "rejected")
+    log_probs = _row_log_probs(model, batch, scored, reduction)
+    return log_probs[:pairs], log_probs[pairs:]
+
+
+def _concatenate(chosen: Batch, rejected: Batch) -> dict[str, Tensor]:
+    """One batch of 2B rows, padded on the right to the longer S, also where padding is left."""
+    batches = [
+        {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        for batch in (chosen, rejected)
+    ]
+    if batches[0].keys() != batches[1].keys():
+        raise ValueError(
+            f"chosen has the tensors {sorted(batches[0])} and rejected {sorted(batches[1])}; "
+            "expected the same in both"
+        )
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+
+    def padded(batch: Batch, key: str) -> Tensor:
+        value, shape = batch[key], batch["input_ids"].shape
+        if value.shape[:2] != shape:  # not one entry per token, such as an image
+            return value
+        later_axes = (0, 0) * (value.ndim - 2)
+        return F.pad(value, (*later_axes, 0, length - shape[1]))
+
+    return {key: torch.cat([padded(batch, key) for batch in batches]) for key in batches[0]}
+
+
+def _row_log_probs(model: nn.Module, batch: Batch, scored: _Scored, reduction: Reduction) -> Tensor:
+    counts = scored.counts.to(batch["labels"].device)  # before the forward: this copy waits, too
+    log_probs, _ = _scored_log_probs(model, batch, scored)
+    # Scattered over the positions and summed along the row: index_add would add in an order that
+    # differs from run to run on a GPU.
+    shape = batch["input_ids"].shape
+    by_position = log_probs.new_zeros(shape.numel())
+    by_position = by_position.scatter(0, scored.positions.to(log_probs.device), log_probs)
+    sums = by_position.view(shape).sum(dim=1)
+    return sums / counts.to(sums.device) if reduction == "mean" else sums
+
+
+# Causal LMs whose head passed, or failed, `_HeadCall.check`.
+_chunkable: WeakSet[nn.Module] = WeakSet()
+_unchunkable: WeakSet[nn.Module] = WeakSet()
+
+
+class _UnknownHeadError(Exception):
+    """Head and known post-processing do not give the model's logits; the message says why."""
+
+
+def _scored_log_probs(model: nn.Module, batch: Batch, scored: _Scored) -> tuple[Tensor, Any]:
+    """Log-probabilities (N,) of the scored tokens, and what the model returned."""
+    causal_lm, compiled = _unwrap(model)
+    inputs = _model_inputs(causal_lm, batch, scored.left_padded)
+    shape = batch["input_ids"].shape
+    if causal_lm not in _unchunkable:
+        cpu_random_state = torch.get_rng_state()
+        device_random_states = get_device_states(inputs["input_ids"])
+        try:
+            head = _find_head(causal_lm, compiled)
+            with _HeadCall(causal_lm, head, shape, test=causal_lm not in _chunkable) as call:
+                outputs = model(**inputs)
+            hidden, vocabulary = call.check(_logits_of(outputs))
+        except _UnknownHeadError as reason:
+            _unchunkable.add(causal_lm)
+            warnings.warn(
+                f"{type(causal_lm).__name__}: {reason}. Losses are computed from its own logits, "
+                "which take memory for batch × sequence × vocabulary.",
+                stacklevel=3,
+            )
+            # The forward is repeated under the dropout masks of this one: later passes of the step
+            # replay the random state and must meet the same masks.
+            torch.set_rng_state(cpu_random_state)
+            set_device_states(*device_random_states, device_type=inputs["input_ids"].device.type)
+        else:
+            _chunkable.add(causal_lm)
+            # A plain linear layer draws no random numbers; LoRA's dropout on the head does.
+            random = type(head) is not nn.Linear
+            return _chunked_log_probs(call.project, hidden, scored, vocabulary, random), outputs
+    outputs = model(**inputs)
+    logits = _logits_of(outputs)
+    if logits.shape[:-1] != shape:
+        raise ValueError(
+            f"{type(causal_lm).__name__} returned logits of shape {tuple(logits.shape)} for "
+            f"input_ids of shape {tuple(shape)}; expected (batch, sequence, vocabulary)"
+        )
+    return _chunked_log_probs(nn.Identity(), logits, scored, logits.shape[-1], False), outputs
+
+
+def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The causal LM inside DDP, PEFT and compiled wrappers, and whether one of them is compiled."""
+    compiled = False
+    while True:
+        # Not by getattr, which compiled and PEFT modules answer for what they wrap.
+        children = model._modules
+        compiled |= "_orig_mod" in children or model._compiled_call_impl is not None
+        inner = children.get("_orig_mod", children.get("module"))
+        if inner is None:
+            get_base_model: Any = getattr(model, "get_base_model", None)
+            inner = get_base_model() if get_base_model is not None else None
+        if inner is None:
+            return model, compiled
+        model = inner
+
+
+def _text_setting(causal_lm: nn.Module, name: str) -> Any:
+    """The setting of the language model's config (a part of a multi-modal one), or None."""
+    config: Any = getattr(causal_lm, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, name, None)
+
+
+def _model_inputs(causal_lm: nn.Module, batch: Batch, left_padded: bool) -> dict[str, Any]:
+    accepted = inspect.signature(causal_lm.forward).parameters
+    inputs: dict[str, Any] = {
+        key: value for key, value in batch.items() if key != "labels" and isinstance(value, Tensor)
+    }
+    # Most models count positions from the start of the row, left padding included.
+    if left_padded and "position_ids" in accepted and "position_ids" not in inputs:
+        inputs["position_ids"] = (batch["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _logits_of(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    return outputs.logits if hasattr(outputs, "logits") else outputs[0]
+
+
+def _find_head(causal_lm: nn.Module, compiled: bool) -> nn.Module:
+    get_head: Any = getattr(causal_lm, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if head is None:
+        raise _UnknownHeadError("get_output_embeddings gives no head")
+    if compiled or head._compiled_call_impl is not None:
+        # Compiled code keeps the hooks that it was traced with and is blind to later ones: traced
+        # with ours, it would return one position for ever.
+        raise _UnknownHeadError("it is compiled, and compiled code can't be hooked")
+    return head
+
+
+def _post_process(causal_lm: nn.Module, logits: Tensor) -> Tensor:
+    """What known models do to their head's output, in the dtype in which they do it."""
+    if divisor := _text_setting(causal_lm, "logits_scaling"):  # Granite
+        logits = logits / divisor
+    if factor := _text_setting(causal_lm, "logit_scale"):  # Cohere
+        logits = logits * factor
+    if cap := _text_setting(causal_lm, "final_logit_softcapping"):  # Gemma 2 and later
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+class _HeadCall:
+    """Context in which a model's head sees the last position only, and the head's input is kept.
+
+    With `test`, the head's output is replaced by numbers from −64 to 64, for `check` to find again
+    in the model's logits. The model's own can be too small (in a new model, zero) to show a softcap
+    or a scale.
+    """
+
+    def __init__(self, causal_lm: nn.Module, head: nn.Module, shape: torch.Size, test: bool):
+        self.causal_lm = causal_lm
+        self.head = head
+        self.shape = shape
+        self.test = test
+        self.calls = 0
+        self.hidden: Tensor | None = None
+        self.test_logits: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        # First of the pre-hooks and last of the hooks: others act here as they do on the chunks.
+        self._handles = (
+            self.head.register_forward_pre_hook(self._before_head, prepend=True, with_kwargs=True),
+            self.head.register_forward_hook(self._after_head),
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_head(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        self.calls += 1
+        hidden = args[0] if len(args) == 1 and not kwargs else None
+        if self.calls > 1 or not isinstance(hidden, Tensor) or hidden.shape[:-1] != self.shape:
+            return None
+        self.hidden = hidden
+        # Accelerate opens autocast inside the model's forward; it is closed when the chunks run.
+        device = hidden.device.type
+        enabled = torch.is_autocast_enabled(device)
+        self.autocast = device, torch.get_autocast_dtype(device), enabled
+        return (hidden[:, -1:],), {}
+
+    def _after_head(self, _: nn.Module, args: Any, output: Any) -> Any:
+        if not self.test or not isinstance(output, Tensor):
+            return None
+        test_logits = torch.linspace(
+            -64, 64, output.shape[-1], dtype=output.dtype, device=output.device
+        )
+        self.test_logits = test_logits.expand_as(output)
+        # All of them, but with the head still in the graph that DDP searches for unused parameters.
+        return torch.where(self.test_logits.isfinite(), self.test_logits, output)
+
+    def check(self, logits: Tensor) -> tuple[Tensor, int]:
+        """Compares `logits`, the model's, with what the chunks will do; hidden states and V."""
+        if self.calls != 1:
+            raise _UnknownHeadError(f"its head ran {self.calls} times in one forward")
+        if self.hidden is None:
+            raise _UnknownHeadError("its head does not take (batch, sequence, hidden) alone")
+        if self.test:
+            self._compare(logits)
+        return self.hidden, logits.shape[-1]
+
+    def _compare(self, logits: Tensor) -> None:
+        if self.test_logits is None or self.test_logits.shape != logits.shape:
+            raise _UnknownHeadError(
+                f"its logits {tuple(logits.shape)} are not of the shape of its head's output"
+            )
+        expected = _post_process(self.causal_lm, self.test_logits).to(logits)
+        # The same operations give the same bits. Two units in the last place allow for a model that
+        # rounds in another order or casts to fp32 earlier.
+        tolerance = 2 * max(torch.finfo(x.dtype).eps for x in (self.test_logits, logits))
+        if not torch.allclose(logits, expected, rtol=tolerance, atol=0.0):
+            difference = (logits - expected).abs().max().item()
+            raise _UnknownHeadError(
+                f"its logits differ by up to {difference:.3g} from its head's output after the "
+                "post-processing known here"
+            )
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits (N, V) of hidden states (N, H)."""
+        # Uncached, because chunks that share one bf16 copy of the weights add gradients in bf16.
+        with torch.autocast(*self.autocast, cache_enabled=False):
+            return _post_process(self.causal_lm, self.head(hidden))
+
+
+def _chunked_log_probs(
+    project: Callable[[Tensor], Tensor],
+    features: Tensor,
+    scored: _Scored,
+    vocabulary: int,
+    random: bool,
+) -> Tensor:
+    """Log-probabilities (N,) of the scored tokens, from `project` of (B, S, ·) features' rows.
+
+    Args:
+        project: Gives the logits of rows; run again in the backward pass.
+        features: Hidden states, or logits.
+        scored: The scored positions.
+        vocabulary: V, which sets the rows per chunk.
+        random: `project` draws random numbers, to be drawn again in the backward pass.
+    """
+    rows = features.flatten(0, 1).index_select(0, scored.positions.to(features.device))
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    size = max(1, CHUNK_BYTES // (vocabulary * dtype.itemsize))
+
+    def log_probs(rows: Tensor, targets: Tensor) -> Tensor:
+        logits = project(rows).to(dtype)
+        return -F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+
+    chunks = zip(rows.split(size), scored.targets.split(size), strict=True)
+    return torch.cat(
+        [checkpoint(log_probs, *c, use_reentrant=False, preserve_rng_state=random) for c in chunks]
+    )
