@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    ByT5Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -395,6 +396,13 @@ def test_a_tokenizer_with_neither_template_nor_end_token():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a chat template nor an eos_token"):
         encode_chat(tokenizer, CHAT)
+
+
+def test_a_slow_tokenizer_is_rejected():
+    with pytest.raises(
+        ValueError, match="ByT5Tokenizer reports no character offsets; expected a f"
+    ):
+        encode_chat(ByT5Tokenizer(), CHAT)
 
 
 def test_padding_falls_back_to_the_end_token(tokenizer):

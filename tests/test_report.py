@@ -124,6 +124,11 @@ def write(tmp_path: Path, runs: list[ReportRun], info: ReportInfo = INFO) -> Pag
     return Page(path.read_text("utf-8"))
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return write(tmp_path_factory.mktemp("report"), RUNS)
+
+
 def test_table_rows() -> None:
     assert report.table_rows(RUNS, "AdamW") == [
         [
@@ -171,8 +176,8 @@ def test_number(value: float, digits: int, sign: str, expected: str) -> None:
     assert report._number(value, digits, sign) == expected
 
 
-def test_page_shows_the_figures(tmp_path: Path) -> None:
-    text = write(tmp_path, RUNS).text
+def test_page_shows_the_figures(page: Page) -> None:
+    text = page.text
     first, second = SAP.measure("harmful_refused"), ADAMW.measure("harmful_refused")
     difference = paired_difference(first, second)
     assert 0.1 < difference.low < difference.high < 0.7
@@ -192,8 +197,8 @@ def test_page_shows_the_figures(tmp_path: Path) -> None:
         assert words in text
 
 
-def test_page_shows_the_table(tmp_path: Path) -> None:
-    rows = write(tmp_path, RUNS).rows
+def test_page_shows_the_table(page: Page) -> None:
+    rows = page.rows
     names = ["Alignedbefore fine-tuning", "AdamW (baseline)plain", "FusedSAPwith the probe"]
     assert rows[0] == ["Model", *report._COLUMNS]
     for row, name, cells in zip(rows[1:], names, report.table_rows(RUNS, "AdamW"), strict=False):
@@ -235,9 +240,7 @@ def test_everything_given_is_escaped(tmp_path: Path) -> None:
     assert all(hostile in alternative for alternative in page.alternatives[:2])
 
 
-def test_nothing_is_loaded_from_outside(tmp_path: Path) -> None:
-    page = write(tmp_path, RUNS)
-
+def test_nothing_is_loaded_from_outside(page: Page) -> None:
     assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "iframe", "object"})
     assert re.findall(r"url\(|@import", page.source) == []
     sources = [image["src"] for image in page.attributes("img")]
@@ -256,8 +259,7 @@ def test_nothing_is_loaded_from_outside(tmp_path: Path) -> None:
     ]
 
 
-def test_pictures_have_a_dark_version(tmp_path: Path) -> None:
-    page = write(tmp_path, RUNS)
+def test_pictures_have_a_dark_version(page: Page) -> None:
     for image, source in zip(page.attributes("img"), page.attributes("source"), strict=True):
         assert source["media"] == "(prefers-color-scheme: dark)"
         light, dark = (
@@ -268,9 +270,7 @@ def test_pictures_have_a_dark_version(tmp_path: Path) -> None:
         assert report._DARK.text in dark and report._LIGHT.text not in dark
 
 
-def test_page_can_be_read_without_eyes(tmp_path: Path) -> None:
-    page = write(tmp_path, RUNS)
-
+def test_page_can_be_read_without_eyes(page: Page) -> None:
     assert page.alternatives == [
         "Harmful requests refused: Aligned 38 % (26–51 %), AdamW 38 % (26–51 %), FusedSAP 80 % "
         "(68–90 %). Harmless requests refused: Aligned 5 % (0–12 %), AdamW 5 % (0–12 %), FusedSAP "
@@ -290,9 +290,7 @@ def test_page_can_be_read_without_eyes(tmp_path: Path) -> None:
     assert all(header.get("scope") in ("col", "row") for header in headers)
 
 
-def test_figures_that_stay_the_same_are_told_and_not_drawn(tmp_path: Path) -> None:
-    page = write(tmp_path, RUNS)
-    # Agreement and probe sizes do not change; see the list of pictures above.
+def test_figures_that_stay_the_same_are_told_and_not_drawn(page: Page, tmp_path: Path) -> None:
     assert not any(text.startswith(("Agreement", "Probe size")) for text in page.alternatives)
     assert ["FusedSAP", "0.0125", "0.999", "3"] in page.rows
 
@@ -371,24 +369,23 @@ def test_figures_that_are_not_finite_are_shown(tmp_path: Path) -> None:
     assert "FusedSAP" not in page.alternatives[1]
 
 
-def test_same_runs_give_the_same_page(tmp_path: Path) -> None:
-    assert write(tmp_path, RUNS).source == write(tmp_path, RUNS).source
+def test_same_runs_give_the_same_page(page: Page, tmp_path: Path) -> None:
+    assert write(tmp_path, RUNS).source == page.source
 
 
 def test_failure_keeps_the_page_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, RUNS)
-    before = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "report.html").write_text("what was there")
 
     def fail(*arguments: Any) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        report.write_report(tmp_path / "report.html", INFO, [ADAMW])
+        report.write_report(tmp_path / "report.html", INFO, [replace(ADAMW, evaluation=None)])
     assert os.listdir(tmp_path) == ["report.html"]
-    assert (tmp_path / "report.html").read_bytes() == before
+    assert (tmp_path / "report.html").read_text() == "what was there"
 
 
 @pytest.mark.parametrize("names", [["AdamW", "AdamW"], ["FusedSAP", "Other"]])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +54,8 @@ def finetune(settings: FinetuneSettings) -> None:
     """
     from sap_fast.cli.finetune import finetune as run_finetune
 
-    output = run_finetune(settings)
+    with _interruptible():
+        output = run_finetune(settings)
     console.print(f"Done: [bold]{escape(str(output))}[/bold]")
 
 
@@ -127,7 +130,8 @@ def compare(
     from sap_fast.cli.report import results_table
 
     files = EvaluationFiles(held_out, harmful, harmless, settings.max_length)
-    info, runs = run_compare(settings, files, blend=blend)
+    with _interruptible():
+        info, runs = run_compare(settings, files, blend=blend)
     console.print(results_table(runs, info.baseline))
     console.print(f"Report: [bold]{escape(str(Path(settings.output) / 'report.html'))}[/bold]")
 
@@ -165,9 +169,16 @@ def run() -> None:
     except (UserError, DataError) as error:
         console.print(f"[bold red]Error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say, when Ctrl-C is pressed, that the work so far is not lost."""
+    try:
+        yield
     except KeyboardInterrupt:
-        console.print("\nInterrupted; the same command goes on where it can.")
-        sys.exit(130)
+        console.print("\nInterrupted. The same command goes on from the last checkpoint.")
+        raise typer.Exit(130) from None
 
 
 def _show_warning(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import sap_fast
@@ -73,15 +73,21 @@ def finetune(settings: FinetuneSettings) -> Path:
             dropout=settings.lora_dropout,
             targets=settings.lora_targets(),
         )
-    # Read before anything is written, so that bad data leaves nothing behind.
+    # Data and settings are checked before anything is written, so that a mistake leaves nothing.
     trainer = _trainer(settings, work, model, tokenizer, task_rows)
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        trainer.create_optimizer()
+    except ValueError as error:
+        if not (work / "run.json").exists():
+            shutil.rmtree(work)  # the Trainer made it
+        raise UserError(str(error)) from error
     (work / "run.json").write_text(_run_record(settings), encoding="utf-8")
     kept = _cut_metrics(work / "metrics.jsonl", checkpoint)
 
     with progress_bar(f"Fine-tuning ({settings.optimizer})") as bar:
         recorder = _Recorder(work / "metrics.jsonl", bar, kept)
         trainer.add_callback(recorder)
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
 
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)

@@ -40,7 +40,11 @@ def load_model(
     """
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    # Its bars and notes would tear the command's own progress display.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     options: dict[str, Any] = {"dtype": WEIGHT_DTYPES[precision]}
     options |= {"trust_remote_code": trust_remote_code, "use_safetensors": True}
     is_adapter = (Path(name) / "adapter_config.json").is_file()
