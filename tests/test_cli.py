@@ -111,6 +111,16 @@ def test_finetune_writes_an_adapter_that_loads(
     assert record["environment"]["torch"] == torch.__version__
     assert not list(tmp_path.glob("*.unfinished")) and not (output / "checkpoints").exists()
 
+    # The adapter itself can be trained further, by the same command.
+    further = tmp_path / "further"
+    assert sap_fast(monkeypatch, *finetuning(output, files, further)) == 0
+    again = AutoPeftModelForCausalLM.from_pretrained(further)
+    names = [name for name, _ in adapted.named_parameters() if "lora_B" in name]
+    assert names and all(
+        not torch.equal(again.get_parameter(name), adapted.get_parameter(name)) for name in names
+    )
+    assert sap_fast(monkeypatch, *finetuning(output, files, tmp_path / "all", "--full")) == 2
+
 
 @pytest.mark.parametrize("optimizer", ["adamw", "blend"])
 def test_finetune_in_full_with_the_rivals(

@@ -263,5 +263,5 @@ def test_gradients_are_read_only() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend='cuda'.*auto, reference"):
+    with pytest.raises(ValueError, match=r"backend='cuda'.*auto, reference"):
         resolve_backend("cuda")

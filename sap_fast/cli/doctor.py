@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -11,7 +10,7 @@ import torch
 from rich.table import Table
 
 from sap_fast.cli.console import console
-from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
+from sap_fast.cli.finetune import load_trained_model
 from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat
 from sap_fast.losses import contrastive_loss
@@ -72,17 +71,7 @@ def rounding_table(settings: FinetuneSettings) -> Table:
     Raises:
         UserError: if the model cannot be loaded.
     """
-    model, tokenizer = load_model(
-        settings.model, settings.precision, trust_remote_code=settings.trust_remote_code
-    )
-    if not settings.full and not hasattr(model, "peft_config"):
-        model = add_lora(
-            model,
-            r=settings.lora_r,
-            alpha=settings.lora_alpha,
-            dropout=0.0,
-            targets=settings.lora_targets(),
-        )
+    model, tokenizer = load_trained_model(settings)
     pair = build_safety_pair(_REQUEST)
     encoded = {}
     for answer in ("chosen", "rejected"):
@@ -115,7 +104,8 @@ def rounding_table(settings: FinetuneSettings) -> Table:
         "‖ΔW‖ wanted",
         "applied",
         "survives",
-        title=f"Perturbation of {len(touched)} tensors, computed in {computed}",
+        title=f"Perturbation of {len(touched)} tensors of {settings.model}, stored in "
+        f"{touched[0].dtype}, computed in {computed}",
     )
     for rho in RHO_GRID:
         wanted = rho * norm.detach()
@@ -134,8 +124,4 @@ def report(settings: FinetuneSettings | None) -> None:
     console.print(environment_table())
     console.print(backend_table())
     if settings is not None:
-        dtype = WEIGHT_DTYPES[settings.precision]
-        console.print(
-            f"\n{settings.model}, weights in {dtype}, {dataclasses.asdict(settings)['precision']}"
-        )
         console.print(rounding_table(settings))

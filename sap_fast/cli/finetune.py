@@ -61,18 +61,8 @@ def finetune(settings: FinetuneSettings) -> Path:
     checkpoint = _resume(settings, work)
 
     set_seed(settings.seed)  # for the first values of the adapter
-    model, tokenizer = load_model(
-        settings.model, settings.precision, trust_remote_code=settings.trust_remote_code
-    )
+    model, tokenizer = load_trained_model(settings)
     task_rows = load_task_dataset(settings.task, tokenizer, settings.max_length)
-    if not settings.full:
-        model = add_lora(
-            model,
-            r=settings.lora_r,
-            alpha=settings.lora_alpha,
-            dropout=settings.lora_dropout,
-            targets=settings.lora_targets(),
-        )
     # Data and settings are checked before anything is written, so that a mistake leaves nothing.
     trainer = _trainer(settings, work, model, tokenizer, task_rows)
     try:
@@ -97,6 +87,37 @@ def finetune(settings: FinetuneSettings) -> Path:
     shutil.rmtree(work / "checkpoints", ignore_errors=True)
     work.rename(output)
     return output
+
+
+def load_trained_model(
+    settings: FinetuneSettings,
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Load the model with the parameters that `settings` train: all, or an adapter's.
+
+    Raises:
+        UserError: if the model cannot be loaded, or is an adapter and `full` is set.
+    """
+    model, tokenizer = load_model(
+        settings.model,
+        settings.precision,
+        trainable=True,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    is_adapter = hasattr(model, "peft_config")
+    if settings.full and is_adapter:
+        raise UserError(
+            f"--full: {settings.model} is an adapter, which is trained as it is; leave --full out, "
+            "or merge the adapter into its model first"
+        )
+    if not settings.full and not is_adapter:
+        model = add_lora(
+            model,
+            r=settings.lora_r,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            targets=settings.lora_targets(),
+        )
+    return model, tokenizer
 
 
 def _resume(settings: FinetuneSettings, work: Path) -> str | None:

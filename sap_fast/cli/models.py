@@ -26,13 +26,14 @@ def default_device() -> torch.device:
 
 
 def load_model(
-    name: str, precision: str, *, trust_remote_code: bool = False
+    name: str, precision: str, *, trainable: bool = False, trust_remote_code: bool = False
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a model or a PEFT adapter (with its base model), and the tokenizer.
 
     Args:
         name: a folder, or a name on the hub that transformers is configured for.
         precision: a key of `WEIGHT_DTYPES`.
+        trainable: an adapter is to be trained further.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
@@ -49,6 +50,8 @@ def load_model(
     options |= {"trust_remote_code": trust_remote_code, "use_safetensors": True}
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    if is_adapter:
+        options["is_trainable"] = trainable
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model: Any = loader.from_pretrained(name, **options)
