@@ -16,6 +16,7 @@ import argparse
 import copy
 import csv
 import dataclasses
+import itertools
 import os
 import platform
 import random
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,28 @@ Estimate = dict[int, Tensor]
 
 RESULTS = Path(__file__).parent / "results"
 
-# Cosines that FusedSAP has to reach with dropout and rho="auto".
+# Cosines that FusedSAP's default has to reach with dropout and rho="auto".
 REQUIRED = {"fp32": 0.99, "bf16 autocast": 0.95}
+
+# What FusedSAP is measured with beside its defaults, which difference centrally.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "central": {},
+    "forward": {"difference": "forward"},
+    "lagged, first step": {"schedule": "lagged"},
+}
 
 # The grid of `FusedSAP.calibrate_rho`.
 GRID = tuple(0.1 * 2.0**-k for k in range(11))
 
 # The published ρ, and one that bf16 can see.
 NAIVE_RHOS = (2e-5, 1e-2)
+# Arithmetic and dropout masks of the two probe passes; the last is the published setting.
+NAIVE_SETTINGS = (
+    ("fp32", "same"),
+    ("fp32", "different"),
+    ("bf16 autocast", "off"),
+    ("bf16 autocast", "different"),
+)
 
 DROPOUT = 0.1
 TASK_ROWS = 4
@@ -130,52 +145,23 @@ class Subject:
         # Safety pass and clean task pass start from here, in the oracle as in what is measured.
         torch.manual_seed(seed)
         self.random_state = torch.get_rng_state()
+        self.oracle = self._find_oracle(dropout=True)
+        self.oracle_without_dropout = self._find_oracle(dropout=False)
 
     def measurements(self) -> list[tuple[str, Callable[[], list[Row]]]]:
         """Everything to measure, by what it is called in the progress display."""
-        arithmetics = ("fp32", "bf16 autocast")
-        todo: list[tuple[str, Callable[[], list[Row]]]] = [("fp64 oracle", self.prepare)]
-        for variant in VARIANTS:
-            for arithmetic in arithmetics:
-                todo.append(
-                    (
-                        f"FusedSAP, {variant}, {arithmetic}",
-                        lambda v=variant, a=arithmetic: [self.measure_ours(v, a)],
-                    )
-                )
-        for arithmetic in arithmetics:
-            todo.append((f"grid of ρ, {arithmetic}", lambda a=arithmetic: self.measure_grid(a)))
-        for arithmetic, masks in (
-            ("fp32", "same"),
-            ("fp32", "different"),
-            ("bf16 autocast", "off"),
-            ("bf16 autocast", "different"),
-        ):
-            todo.append(
-                (
-                    f"naive, {arithmetic}, masks {masks}",
-                    lambda a=arithmetic, m=masks: self.measure_naive(a, m),
-                )
-            )
+        todo: list[tuple[str, Callable[[], list[Row]]]] = []
+        for variant, arithmetic in itertools.product(VARIANTS, REQUIRED):
+            name = f"FusedSAP, {variant}, {arithmetic}"
+            todo.append((name, partial(self.measure_ours, variant, arithmetic)))
+        for arithmetic in REQUIRED:
+            todo.append((f"grid of ρ, {arithmetic}", partial(self.measure_grid, arithmetic)))
+        for arithmetic, masks in NAIVE_SETTINGS:
+            name = f"naive, {arithmetic}, masks: {masks}"
+            todo.append((name, partial(self.measure_naive, arithmetic, masks)))
         for dtype in (torch.float32, torch.bfloat16):
-            todo.append((f"restore, {dtype}", lambda d=dtype: self.measure_restore(d)))
+            todo.append((f"restore, {dtype}", partial(self.measure_restore, dtype)))
         return todo
-
-    # ---- the oracle ----
-
-    def prepare(self) -> list[Row]:
-        """Find the oracle, with dropout and without; no rows come of it."""
-        return [] if self.oracle and self.oracle_without_dropout else []
-
-    @cached_property
-    def oracle(self) -> Estimate:
-        """The oracle under the dropout masks of `random_state`."""
-        return self._find_oracle(dropout=True)
-
-    @cached_property
-    def oracle_without_dropout(self) -> Estimate:
-        """The oracle without dropout."""
-        return self._find_oracle(dropout=False)
 
     def _find_oracle(self, *, dropout: bool) -> Estimate:
         model: Any = copy.deepcopy(self.case.model).double().train(dropout)
@@ -203,8 +189,8 @@ class Subject:
 
     # ---- FusedSAP ----
 
-    def measure_ours(self, variant: str, arithmetic: str) -> Row:
-        """One step of FusedSAP as a user runs it, with the learning rate at zero."""
+    def measure_ours(self, variant: str, arithmetic: str) -> list[Row]:
+        """The h of one step as a user runs it, with the learning rate at zero."""
         probes = ProbeSet(self.case.model)
         optimizer = FusedSAP(self.case.trained, probes, lr=0.0, **VARIANTS[variant])
         torch.set_rng_state(self.random_state)
@@ -213,12 +199,10 @@ class Subject:
         probes.detach()
         calibration = optimizer.calibration
         assert calibration is not None
-        return dataclasses.replace(
-            self._row("numerics", f"FusedSAP, {variant}", arithmetic, "same", calibration.rho),
-            rho_setting="auto",
-            agreement=calibration.agreement,
-            **compare([probes.estimates], self.oracle),
-        )
+        row = self._row("numerics", f"FusedSAP, {variant}", arithmetic, "same", calibration.rho)
+        figures = compare([probes.estimates], self.oracle)
+        agreement = calibration.agreement
+        return [dataclasses.replace(row, rho_setting="auto", agreement=agreement, **figures)]
 
     def measure_grid(self, arithmetic: str) -> list[Row]:
         """The h of central differences for every ρ that the calibration tries."""
@@ -352,14 +336,6 @@ class Subject:
         )
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "central": {"difference": "central"},
-    "forward": {"difference": "forward"},
-    "lagged, first step": {"schedule": "lagged"},
-}
-"""What FusedSAP is measured with, beside its defaults."""
-
-
 def compare(found: Sequence[Estimate], oracle: Estimate) -> dict[str, Any]:
     """Cosine and size of estimates relative to the oracle, in the mean, as fields of `Row`."""
 
@@ -420,7 +396,8 @@ def smollm2_subject(seed: int, length: int) -> Subject:
             f"{wanted} are needed; give a larger one"
         )
     safety_rows: list[Any] = []
-    for index, request in enumerate(generator.sample(assets.harmful_requests()[:200], 4)):
+    requests = assets.harmful_requests()[:200]
+    for index, request in enumerate(generator.sample(requests, SAFETY_PAIRS)):
         pair = build_safety_pair(request, index)
         safety_rows.append(
             {
@@ -444,16 +421,16 @@ def smollm2_subject(seed: int, length: int) -> Subject:
     return Subject("SmolLM2-135M-Instruct, LoRA", case, seed)
 
 
+# How to make the subjects of `--config`, from seed and length.
 CONFIGS: dict[str, list[Callable[[int, int], Subject]]] = {
+    "smollm2": [smollm2_subject],
     "tiny": [
         lambda seed, _: Subject("tiny Llama, LoRA", problem(dropout=DROPOUT, seed=seed), seed),
         lambda seed, _: Subject(
             "tiny Llama, full", problem(lora=False, dropout=DROPOUT, seed=seed), seed
         ),
     ],
-    "smollm2": [smollm2_subject],
 }
-"""How to make the subjects of `--config`, from seed and length."""
 
 
 # ---- results ----
@@ -582,68 +559,80 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     configs = list(dict.fromkeys(row.config for row in rows))
     # Of the palette of Okabe and Ito, told apart by colour-blind readers as well.
     colours = dict(zip(configs, ("#0072B2", "#D55E00", "#009E73"), strict=False))
+    markers = dict(zip(configs, "os^", strict=False))
     styles = {"fp32": "-", "bf16 autocast": "--"}
     numerics = [row for row in rows if row.table == "numerics"]
+    cosine_name = "cosine of h with the fp64 oracle"
 
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = pyplot.subplots(
-            1, 2, figsize=(10, 5.2), width_ratios=(1, 1), layout="constrained"
+            1, 2, figsize=(10, 5.4), width_ratios=(1, 1), layout="constrained"
         )
-        for config in configs:
-            for arithmetic, style in styles.items():
-                line = [
-                    (r.rho, r.cosine)
-                    for r in rows
-                    if (r.table, r.config, r.arithmetic) == ("grid", config, arithmetic)
-                ]
-                left.plot(*zip(*line, strict=True), style, color=colours[config], linewidth=1.5)
+        for config, arithmetic in itertools.product(configs, styles):
+            line = [
+                (r.rho, r.cosine)
+                for r in rows
+                if (r.table, r.config, r.arithmetic) == ("grid", config, arithmetic)
+            ]
+            left.plot(*zip(*line, strict=True), styles[arithmetic], color=colours[config])
         for row in numerics:
             if row.path == "FusedSAP, central":
-                filled = colours[row.config] if row.arithmetic == "fp32" else "white"
+                is_fp32 = row.arithmetic == "fp32"
                 left.plot(
-                    row.rho,
-                    row.cosine,
-                    "o",
+                    *(row.rho, row.cosine, markers[row.config]),
                     markersize=8,
                     markeredgecolor=colours[row.config],
-                    markerfacecolor=filled,
+                    markerfacecolor=colours[row.config] if is_fp32 else "white",
                     clip_on=False,
                     zorder=3,
                 )
-        left.axvline(NAIVE_RHOS[0], color="grey", linestyle=":", linewidth=1)
-        left.text(NAIVE_RHOS[0] * 1.1, 0.02, "published ρ", color="dimgrey")
+        left.axvline(NAIVE_RHOS[0], color="grey", linestyle=":")
+        left.text(NAIVE_RHOS[0] * 1.15, 0.5, "published ρ", color="dimgrey", rotation=90)
+        cosines = [row.cosine for row in rows if row.cosine is not None]
         left.set(
             xscale="log",
             xlabel="ρ, size of the perturbation relative to ‖W‖",
-            ylabel="cosine of h with the fp64 oracle",
-            ylim=(min(0.0, *(r.cosine or 0.0 for r in rows)) - 0.02, 1.02),
-            title="FusedSAP, central, paired dropout: ρ by hand (lines) and auto (dots)",
+            ylabel=cosine_name,
+            ylim=(min(0.0, *cosines) - 0.02, 1.03),
+            title="FusedSAP for every ρ",
         )
-        legend = [Line2D([], [], color=colours[c], label=c) for c in configs]
-        legend += [Line2D([], [], color="black", linestyle=s, label=a) for a, s in styles.items()]
-        left.legend(handles=legend, loc="lower center", frameon=False, fontsize=8)
 
         labels = list(dict.fromkeys(_label(row) for row in numerics))
         for row in numerics:
             right.plot(
-                row.cosine,
-                labels.index(_label(row)),
-                "o",
+                *(row.cosine, labels.index(_label(row)), markers[row.config]),
                 color=colours[row.config],
                 alpha=0.8,
                 clip_on=False,
             )
+        ours = sum(label.startswith("FusedSAP") for label in labels)
+        right.axhline(ours - 0.5, color="dimgrey", linewidth=0.8)
         right.set_yticks(range(len(labels)), labels)
         right.invert_yaxis()
         right.grid(axis="y", color="0.92")
         right.set_axisbelow(True)
-        right.set(
-            xlim=(left.get_ylim()[0], 1.0),
-            xlabel="cosine of h with the fp64 oracle",
-            title="Every way to run the probe passes",
-        )
-        for axes in (left, right):
-            axes.title.set_size(9.5)
+        right.set(xlim=left.get_ylim(), xlabel=cosine_name, title="Ways to run the probe passes")
+
+        legend = [
+            Line2D([], [], color=colours[config], marker=markers[config], label=config)
+            for config in configs
+        ]
+        legend += [
+            Line2D([], [], color="dimgrey", linestyle=style, label=arithmetic)
+            for arithmetic, style in styles.items()
+        ]
+        legend += [
+            Line2D([], [], color="dimgrey", marker="o", linestyle="", label='rho="auto", fp32'),
+            Line2D(
+                *([], []),
+                color="dimgrey",
+                marker="o",
+                markerfacecolor="white",
+                linestyle="",
+                label='rho="auto", bf16',
+            ),
+        ]
+        figure.legend(handles=legend, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, dpi=180)
         pyplot.close(figure)
 
@@ -657,12 +646,12 @@ def _label(row: Row) -> str:
 
 
 def shortfalls(rows: Sequence[Row]) -> list[str]:
-    """What FusedSAP's rows miss of the cosines required, in words."""
+    """What FusedSAP's default misses of the cosines required, in words."""
     return [
         f"{row.config}, {row.path}, {row.arithmetic}: cosine {row.cosine:.4f}, "
         f"{REQUIRED[row.arithmetic]} required"
         for row in rows
-        if row.table == "numerics" and row.rho_setting == "auto"
+        if row.table == "numerics" and row.path == "FusedSAP, central"
         # Also true of a cosine that is not a number.
         if not (row.cosine is not None and row.cosine >= REQUIRED[row.arithmetic])
     ]
@@ -706,11 +695,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
 
-    names = ("tiny", "smollm2") if options.config == "all" else (options.config,)
+    names = tuple(CONFIGS) if options.config == "all" else (options.config,)
     rows: list[Row] = []
     with Progress(console=Console(stderr=True)) as progress:
         for make_subject in (make for name in names for make in CONFIGS[name]):
-            bar = progress.add_task("model and data", total=None)
+            bar = progress.add_task("model, data and fp64 oracle", total=None)
             try:
                 subject = make_subject(options.seed, options.length)
             except ValueError as error:
@@ -725,7 +714,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows += measure()
                 progress.advance(bar)
             progress.update(bar, description=subject.name)
-    print_tables(rows, Console())
+    # Written to a file, the tables would be folded to 80 columns.
+    print_tables(rows, Console(width=None if sys.stdout.isatty() else 130))
     write_csv(rows, environment(options), options.output / "fidelity.csv")
     draw(rows, options.output / "fidelity.png")
     print(f"Wrote {options.output / 'fidelity.csv'} and {options.output / 'fidelity.png'}")

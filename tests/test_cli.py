@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,32 +74,52 @@ def files(tmp_path: Path) -> dict[str, str]:
     return paths
 
 
-def sap_fast(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command line in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["sap-fast", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
+@dataclass
+class Terminal:
+    """Runs `sap-fast` in this process, on the model and files of the test."""
+
+    chat_model: Path
+    files: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+    shown: str = ""
+
+    def run(self, *arguments: str) -> int:
+        """Run a command; returns its exit status, and leaves what it printed in `shown`."""
+        self.monkeypatch.setattr(sys, "argv", ["sap-fast", *arguments])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        self.shown = self.capsys.readouterr().err
+        return int(stopped.value.code or 0)
+
+    def finetuning(self, output: Path, *more: str, model: Path | None = None) -> list[str]:
+        """Arguments of a short fine-tuning."""
+        return [
+            *("finetune", "--model", str(model or self.chat_model), "--task", self.files["task"]),
+            *("--safety", self.files["safety"], "--output", str(output)),
+            *("--max-steps", "4", "--batch-size", "2", "--max-length", "96", "--log-every", "1"),
+            *("--learning-rate", "0.01", "--rho", "0.001", "--safety-batch-size", "2", *more),
+        ]
 
 
-def finetuning(chat_model: Path, files: dict[str, str], output: Path, *more: str) -> list[str]:
-    return [
-        *("finetune", "--model", str(chat_model), "--task", files["task"]),
-        *("--safety", files["safety"], "--output", str(output)),
-        *("--max-steps", "4", "--batch-size", "2", "--max-length", "96", "--log-every", "1"),
-        *("--learning-rate", "0.01", "--rho", "0.001", "--safety-batch-size", "2", *more),
-    ]
+@pytest.fixture
+def terminal(
+    chat_model: Path,
+    files: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Terminal:
+    return Terminal(chat_model, files, monkeypatch, capsys)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_finetune_writes_an_adapter_that_loads(
-    chat_model: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finetune_writes_an_adapter_that_loads(terminal: Terminal, tmp_path: Path) -> None:
     output = tmp_path / "tuned"
-    assert sap_fast(monkeypatch, *finetuning(chat_model, files, output)) == 0
+    assert terminal.run(*terminal.finetuning(output)) == 0
     adapted = AutoPeftModelForCausalLM.from_pretrained(output)
     assert any(p.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)
     assert AutoTokenizer.from_pretrained(output).chat_template == TEMPLATE
@@ -113,28 +134,26 @@ def test_finetune_writes_an_adapter_that_loads(
 
     # The adapter itself can be trained further, by the same command.
     further = tmp_path / "further"
-    assert sap_fast(monkeypatch, *finetuning(output, files, further)) == 0
+    assert terminal.run(*terminal.finetuning(further, model=output)) == 0
     again = AutoPeftModelForCausalLM.from_pretrained(further)
     names = [name for name, _ in adapted.named_parameters() if "lora_B" in name]
     assert names and all(
         not torch.equal(again.get_parameter(name), adapted.get_parameter(name)) for name in names
     )
-    assert sap_fast(monkeypatch, *finetuning(output, files, tmp_path / "all", "--full")) == 2
+    assert terminal.run(*terminal.finetuning(tmp_path / "all", "--full", model=output)) == 2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "blend"])
 def test_finetune_in_full_with_the_rivals(
-    chat_model: Path,
-    files: dict[str, str],
+    terminal: Terminal,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
 ) -> None:
     output = tmp_path / "tuned"
     more = ["--full", "--optimizer", optimizer, "--safety-weight", "0.2"]
-    assert sap_fast(monkeypatch, *finetuning(chat_model, files, output, *more)) == 0
+    assert terminal.run(*terminal.finetuning(output, *more)) == 0
     tuned = AutoModelForCausalLM.from_pretrained(output)
-    start = AutoModelForCausalLM.from_pretrained(chat_model)
+    start = AutoModelForCausalLM.from_pretrained(terminal.chat_model)
     changed = [
         not torch.equal(a, b) for a, b in zip(tuned.parameters(), start.parameters(), strict=True)
     ]
@@ -143,16 +162,13 @@ def test_finetune_in_full_with_the_rivals(
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    chat_model: Path,
-    files: dict[str, str],
+    terminal: Terminal,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert sap_fast(monkeypatch, *finetuning(chat_model, files, straight)) == 0
+    assert terminal.run(*terminal.finetuning(straight)) == 0
 
-    command = finetuning(chat_model, files, resumed, "--save-every", "2")
+    command = terminal.finetuning(resumed, "--save-every", "2")
     recorder = finetune_module._Recorder
     on_log = recorder.on_log
 
@@ -161,18 +177,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         if state.global_step == 3:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
+    with terminal.monkeypatch.context() as patched:
         patched.setattr(recorder, "on_log", interrupted)
-        assert sap_fast(monkeypatch, *command) == 130
-    assert "The same command goes on" in capsys.readouterr().err
+        assert terminal.run(*command) == 130
+    assert "The same command goes on" in terminal.shown
     assert not resumed.exists()
 
     # Other settings do not mix with what is there.
-    assert sap_fast(monkeypatch, *command, "--seed", "3") == 2
-    assert "seed: 0 then, 3 now" in capsys.readouterr().err.replace("\n", " ")
+    assert terminal.run(*command, "--seed", "3") == 2
+    assert "seed: 0 then, 3 now" in terminal.shown.replace("\n", " ")
 
-    assert sap_fast(monkeypatch, *command) == 0
-    assert "Going on from checkpoint-2" in capsys.readouterr().err
+    assert terminal.run(*command) == 0
+    assert "Going on from checkpoint-2" in terminal.shown
     assert [row["step"] for row in metrics(resumed)] == [1, 2, 3, 4]
     a, b = (AutoPeftModelForCausalLM.from_pretrained(f).state_dict() for f in (straight, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -187,20 +203,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     ],
 )
 def test_a_bad_row_is_one_line_and_leaves_nothing(
-    chat_model: Path,
-    files: dict[str, str],
+    terminal: Terminal,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     change: dict[str, str],
     words: list[str],
 ) -> None:
     for name, line in change.items():
-        with open(files[name], "a") as file:
+        with open(terminal.files[name], "a") as file:
             file.write(line + "\n")
     before = sorted(tmp_path.iterdir())
-    assert sap_fast(monkeypatch, *finetuning(chat_model, files, tmp_path / "tuned")) == 2
-    error = capsys.readouterr().err
+    assert terminal.run(*terminal.finetuning(tmp_path / "tuned")) == 2
+    error = terminal.shown
     assert "Traceback" not in error
     (line,) = [line for line in error.splitlines() if line.startswith("Error:")]
     for word in words:
@@ -222,65 +235,53 @@ def test_a_bad_row_is_one_line_and_leaves_nothing(
     ],
 )
 def test_a_bad_setting_is_one_line_and_leaves_nothing(
-    chat_model: Path,
-    files: dict[str, str],
+    terminal: Terminal,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     more: list[str],
     message: str,
 ) -> None:
     before = sorted(tmp_path.iterdir())
-    assert sap_fast(monkeypatch, *finetuning(chat_model, files, tmp_path / "tuned", *more)) == 2
-    error = capsys.readouterr().err
+    assert terminal.run(*terminal.finetuning(tmp_path / "tuned", *more)) == 2
+    error = terminal.shown
     assert message in error and "Traceback" not in error
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_an_output_that_exists_is_left_alone(
-    chat_model: Path,
-    files: dict[str, str],
+    terminal: Terminal,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert sap_fast(monkeypatch, *finetuning(chat_model, files, tmp_path)) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert terminal.run(*terminal.finetuning(tmp_path)) == 2
+    assert "exists already" in terminal.shown
 
 
 def test_evaluate_prints_and_writes_every_measure(
-    chat_model: Path,
-    files: dict[str, str],
+    terminal: Terminal,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "result.json"
-    arguments = ["evaluate", "--model", str(chat_model), "--output", str(output)]
+    arguments = ["evaluate", "--model", str(terminal.chat_model), "--output", str(output)]
     for name in ("task", "harmful", "harmless"):
-        arguments += [f"--{name}", files[name]]
-    assert sap_fast(monkeypatch, *arguments) == 0
+        arguments += [f"--{name}", terminal.files[name]]
+    assert terminal.run(*arguments) == 0
     result = json.loads(output.read_text())["result"]
     assert result["refused_harmful"]["count"] == 3 and result["refused_harmless"]["count"] == 2
     assert result["task_loss"] > 0 and len(result["harmful_margins"]) == 3
-    printed = capsys.readouterr().err
+    printed = terminal.shown
     assert f"{result['task_loss']:.4f}" in printed and "95 % interval" in printed
-    assert sap_fast(monkeypatch, "evaluate", "--model", str(chat_model)) == 2
-    assert "nothing to measure" in capsys.readouterr().err
+    assert terminal.run("evaluate", "--model", str(terminal.chat_model)) == 2
+    assert "nothing to measure" in terminal.shown
 
 
 def test_compare_runs_both_and_reports_and_goes_on_where_it_stopped(
-    chat_model: Path,
-    files: dict[str, str],
+    terminal: Terminal,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "compared"
-    arguments = ["compare", *finetuning(chat_model, files, output)[1:]]
-    arguments += ["--harmful", files["harmful"], "--harmless", files["harmless"]]
-    arguments += ["--held-out", files["task"]]
-    assert sap_fast(monkeypatch, *arguments) == 0
+    arguments = ["compare", *terminal.finetuning(output)[1:]]
+    arguments += ["--harmful", terminal.files["harmful"], "--harmless", terminal.files["harmless"]]
+    arguments += ["--held-out", terminal.files["task"]]
+    assert terminal.run(*arguments) == 0
     results = json.loads((output / "results.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["Start", "AdamW", "FusedSAP"]
     for run in results["runs"][1:]:
@@ -289,29 +290,27 @@ def test_compare_runs_both_and_reports_and_goes_on_where_it_stopped(
     assert losses[0] == pytest.approx(losses[1], rel=0.05)  # the same first batch
     page = (output / "report.html").read_text()
     assert "FusedSAP" in page and "<table" in page
-    assert "FusedSAP" in capsys.readouterr().err
+    assert "FusedSAP" in terminal.shown
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is left to run")
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    terminal.monkeypatch.setattr(subprocess, "run", refuse)
     (output / "report.html").unlink()
-    assert sap_fast(monkeypatch, *arguments) == 0
+    assert terminal.run(*arguments) == 0
     assert (output / "report.html").exists()
 
 
-def test_doctor_names_versions_backends_and_what_survives_rounding(
-    chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    assert sap_fast(monkeypatch, "doctor") == 0
-    printed = capsys.readouterr().err
+def test_doctor_names_versions_backends_and_what_survives_rounding(terminal: Terminal) -> None:
+    terminal.monkeypatch.setenv("COLUMNS", "120")
+    assert terminal.run("doctor") == 0
+    printed = terminal.shown
     assert torch.__version__ in printed
     for operation in ("perturb_swap_", "probe_inject", "adamw_blend_", "reference"):
         assert operation in printed
-    arguments = ["doctor", "--model", str(chat_model), "--full", "--precision", "bf16"]
-    assert sap_fast(monkeypatch, *arguments) == 0
-    printed = capsys.readouterr().err
+    arguments = ["doctor", "--model", str(terminal.chat_model), "--full", "--precision", "bf16"]
+    assert terminal.run(*arguments) == 0
+    printed = terminal.shown
     assert "lost to rounding" in printed and "100" in printed
 
 

@@ -138,8 +138,6 @@ def greedy_by_hand(
     with torch.no_grad():
         while len(tokens) < start + count and tokens[-1] != tokenizer.eos_token_id:
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-            if len(tokens) == start + 1 and tokens[-1] == tokenizer.eos_token_id:
-                break
     return tokenizer.decode(tokens[start:], skip_special_tokens=True)
 
 
@@ -402,6 +400,17 @@ def test_evaluation_of_a_model_that_learned_to_refuse(refusing_model, tokenizer)
         ("Generating openings", 2),
     ]
     assert bars.advanced == [3, 6, 2]
+
+
+@pytest.mark.parametrize("end_of_turn", ["tokenizer's", "model's", "model's list"])
+def test_an_opening_ends_with_the_turn(refusing_model, tokenizer, end_of_turn):
+    model = copy.deepcopy(refusing_model)
+    end = tokenizer.eos_token_id
+    choices = {"tokenizer's": None, "model's": end, "model's list": [0, end]}
+    model.generation_config.eos_token_id = choices[end_of_turn]
+    prompts = [request.prompt for request in [*HARMFUL, *HARMLESS]]
+    openings = generate_openings(model, tokenizer, prompts)
+    assert openings == ["I can't", "I can't", "Sure, it", "Sure, it", "Sure, it"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

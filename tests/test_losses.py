@@ -442,6 +442,7 @@ def test_further_tensors_of_the_batch_reach_the_model():
     model, batch = EmbeddingModel(), make_batch(side="left")
     weights = torch.rand(3, 12, 2)
     response_log_probs(model, {**batch, "token_weights": weights, "names": ["a", "b", "c"]})
+    assert set(model.received) == {"position_ids", "use_cache", "token_weights"}
     assert model.received["token_weights"] is weights
     assert model.received["use_cache"] is False
     expected = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)

@@ -15,22 +15,10 @@ from torch import Tensor, nn
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
 from tests.oracle import naive_contrastive_loss, naive_task_loss
-from tests.tiny import Problem, problem, random_batch
+from tests.tiny import Problem, problem, random_batch, safety, task
 
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
 FAST = {"rho": 1e-3}
-
-
-def task(case: Problem, batch: dict[str, Tensor] | None = None) -> Tensor:
-    loss = naive_task_loss(case.model, batch or case.batch)
-    loss.backward()
-    return loss
-
-
-def safety(case: Problem) -> Tensor:
-    loss = naive_contrastive_loss(case.model, case.chosen, case.rejected)
-    loss.backward()
-    return loss
 
 
 def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -492,6 +480,21 @@ def test_calibration_changes_nothing_but_rho() -> None:
         == calibration.rho
         == max(calibration.agreements, key=lambda rho: calibration.agreements[rho])
     )
+
+
+def test_calibration_without_a_direction_finds_nothing_and_says_so() -> None:
+    case = problem()
+    optimizer = sap(case, rho="auto")
+
+    def flat() -> Tensor:
+        loss = safety(case)
+        for parameter in case.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        return loss
+
+    with pytest.warns(UserWarning, match="calibration found no ρ"):
+        assert optimizer.calibrate_rho(lambda: task(case), flat) is None
+    assert optimizer.needs_calibration
 
 
 def test_a_loop_that_never_calibrated_says_so_once() -> None:

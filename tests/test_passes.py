@@ -18,25 +18,13 @@ from sap_fast.optimizer import FusedSAP
 from sap_fast.passes import Perturbation
 from sap_fast.probes import ProbeSet
 from tests.oracle import naive_contrastive_loss, naive_task_loss
-from tests.tiny import Problem, problem, random_batch
+from tests.tiny import Problem, problem, random_batch, safety, task
 
 VARIANTS = [
     {"schedule": "paper", "difference": "central"},
     {"schedule": "paper", "difference": "forward"},
     {"schedule": "lagged"},
 ]
-
-
-def task(case: Problem) -> Tensor:
-    loss = naive_task_loss(case.model, case.batch)
-    loss.backward()
-    return loss
-
-
-def safety(case: Problem) -> Tensor:
-    loss = naive_contrastive_loss(case.model, case.chosen, case.rejected)
-    loss.backward()
-    return loss
 
 
 def sap(case: Problem, **options: Any) -> FusedSAP:

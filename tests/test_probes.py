@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet, find_decoder_layers
-from tests.oracle import naive_contrastive_loss, naive_task_loss
-from tests.tiny import HIDDEN, Problem, problem, random_batch, tiny_llama, with_lora
+from tests.oracle import naive_task_loss
+from tests.tiny import HIDDEN, Problem, problem, random_batch, safety, task, tiny_llama, with_lora
 
 MOE = {
     "num_experts": 5,
@@ -58,18 +58,6 @@ def tiny(architecture: str) -> nn.Module:
         | ARCHITECTURES[architecture]
     )
     return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def task(case: Problem) -> Tensor:
-    loss = naive_task_loss(case.model, case.batch)
-    loss.backward()
-    return loss
-
-
-def safety(case: Problem) -> Tensor:
-    loss = naive_contrastive_loss(case.model, case.chosen, case.rejected)
-    loss.backward()
-    return loss
 
 
 # ---- where ----

@@ -10,6 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.oracle import naive_contrastive_loss, naive_task_loss
+
 VOCABULARY = 128
 HIDDEN = 32
 
@@ -105,3 +107,17 @@ def problem(
         model = with_lora(model, dropout=dropout, seed=seed)
     batches = (random_batch(seed=10 * seed + k) for k in (1, 2, 3))
     return Problem(model, *batches)
+
+
+def task(case: Problem, batch: Batch | None = None) -> Tensor:
+    """A task closure's work: backward on the task loss, and the loss."""
+    loss = naive_task_loss(case.model, case.batch if batch is None else batch)
+    loss.backward()
+    return loss
+
+
+def safety(case: Problem) -> Tensor:
+    """A safety closure's work."""
+    loss = naive_contrastive_loss(case.model, case.chosen, case.rejected)
+    loss.backward()
+    return loss

@@ -106,6 +106,8 @@ def rounding_table(settings: FinetuneSettings) -> Table:
         "survives",
         title=f"Perturbation of {len(touched)} tensors of {settings.model}, stored in "
         f"{touched[0].dtype}, computed in {computed}",
+        caption="What survives can still drown in the rounding of activations: rho=auto measures "
+        "that, on your own batch.",
     )
     for rho in RHO_GRID:
         wanted = rho * norm.detach()
