@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-slow lint format install fidelity clean
+.PHONY: help demo test test-slow gpu lint format install fidelity clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
 	@echo "                (STEPS=60 for a longer run, DEMO='--help' for its options)"
 	@echo "make test       every test that is not marked slow"
 	@echo "make test-slow  the rest"
+	@echo "make gpu        the tests that need a CUDA device"
 	@echo "make lint       ruff and mypy;  make format  applies ruff's fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
@@ -33,6 +34,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+gpu: install
+	$(BIN)/python -m pytest -m gpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import subprocess
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,13 @@ from rich.console import Console
 
 from benchmarks import assets
 from benchmarks.alignment import aligned_smollm2, write_rows
+from benchmarks.provenance import ROOT, provenance
 from sap_fast.cli.compare import compare
+from sap_fast.cli.console import show_warnings
 from sap_fast.cli.evaluate import EvaluationFiles
-from sap_fast.cli.finetune import environment
 from sap_fast.cli.report import ReportRun, results_table
 from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.data import build_safety_pair
-
-ROOT = Path(__file__).resolve().parent.parent
 
 #: Alpaca rows: the first 200 were used for alignment.
 TRAINED, HELD_OUT = slice(200, 800), slice(899, 999)
@@ -41,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; `sys.argv` by default.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
-    parser.add_argument("--steps", type=int, default=30, help="steps of each fine-tuning (30)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each fine-tuning (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the fine-tuning (0)")
     parser.add_argument("--harmful", type=int, default=100, help="harmful requests to ask (100)")
     parser.add_argument("--harmless", type=int, default=60, help="harmless requests to ask (60)")
@@ -51,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, help="also append the results to this CSV file")
     options = parser.parse_args(arguments)
 
+    show_warnings()
     console = Console()
     assets.print_licenses()
     shipped = assets.smollm2_folder()
@@ -72,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         harmless=write_rows(
             data / "harmless.jsonl", as_prompts(assets.harmless_requests(), options.harmless)
         ),
-        max_length=256,
+        max_length=128,
     )
     settings = FinetuneSettings(
         model=str(aligned),
@@ -85,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch_size=10,
         learning_rate=1e-3,
         lr_schedule="constant",
-        max_length=256,
+        max_length=128,
         precision=options.precision,
         log_every=1,
         save_every=10,
@@ -112,14 +110,14 @@ def append_results(path: Path, runs: list[ReportRun], **settings: Any) -> None:
     """Append one row per model to a CSV file that names device, versions and commit."""
     rows = []
     for run in runs:
-        row: dict[str, Any] = {"date": date.today().isoformat(), "model": run.name} | settings
+        row: dict[str, Any] = {"model": run.name} | settings
         row["task_loss"] = run.measure("task_loss")
         for measure in ("refused_harmful", "margin", "refused_harmless"):
             interval = run.measure(measure)
             row |= {measure: interval["mean"]}
             row |= {f"{measure}_{end}": interval[end] for end in ("low", "high", "count")}
         row |= {"step_seconds": run.step_seconds, "peak_bytes": run.peak_bytes}
-        rows.append(row | environment() | {"commit": commit()})
+        rows.append(row | provenance())
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -127,13 +125,6 @@ def append_results(path: Path, runs: list[ReportRun], **settings: Any) -> None:
         if is_new:
             writer.writeheader()
         writer.writerows(rows)
-
-
-def commit() -> str:
-    """Return the commit that is checked out, marked where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -18,14 +18,10 @@ import csv
 import dataclasses
 import itertools
 import os
-import platform
 import random
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +34,7 @@ from torch import Tensor
 
 from benchmarks import assets
 from benchmarks.naive import NaiveSAP, concatenate
+from benchmarks.provenance import provenance
 from sap_fast.data import (
     SafetyCollator,
     TaskCollator,
@@ -364,12 +361,16 @@ def changed_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 # ---- the models ----
 
 
+class TooShortError(ValueError):
+    """`length` leaves too few rows with an answer."""
+
+
 def smollm2_subject(seed: int, length: int) -> Subject:
     """SmolLM2-135M-Instruct with LoRA (r=8, on q and v) after a few steps on Alpaca rows.
 
     Raises:
         AssetError: model or data could not be fetched.
-        ValueError: `length` leaves too few rows with an answer.
+        TooShortError: `length` leaves too few rows with an answer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -391,9 +392,9 @@ def smollm2_subject(seed: int, length: int) -> Subject:
         if len(task_rows) == wanted:
             break
     else:
-        raise ValueError(
-            f"length={length} leaves an answer in {len(task_rows)} of {len(rows)} Alpaca rows, but "
-            f"{wanted} are needed; give a larger one"
+        raise TooShortError(
+            f"--length {length} leaves an answer in {len(task_rows)} of {len(rows)} Alpaca rows; "
+            f"{wanted} are needed: give a larger one"
         )
     safety_rows: list[Any] = []
     requests = assets.harmful_requests()[:200]
@@ -436,44 +437,6 @@ CONFIGS: dict[str, list[Callable[[int, int], Subject]]] = {
 # ---- results ----
 
 
-def environment(options: argparse.Namespace) -> dict[str, str]:
-    """The columns that say where and of what the figures were taken."""
-    packages = ("torch", "transformers", "peft", "sap-fast")
-    return {
-        "device": f"cpu, {_processor()}, {torch.get_num_threads()} threads",
-        **{name.replace("-", "_"): version(name) for name in packages},
-        "commit": _commit(),
-        "seed": str(options.seed),
-        "length": str(options.length),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:  # not Linux
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _commit() -> str:
-    """The short hash, with `-dirty` where a Python file differs from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + (
-            "-dirty" if git("status", "--porcelain", "--", ":/*.py") else ""
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or not a clone
-        return "unknown"
-
-
 def write_csv(rows: Sequence[Row], surroundings: dict[str, str], path: Path) -> None:
     """Write all rows, or, interrupted, nothing."""
     unfinished = path.with_suffix(".unfinished")
@@ -494,23 +457,24 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
     """Print the three tables."""
     configs = list(dict.fromkeys(row.config for row in rows))
     for config in configs:
-        table = _table(f"h against the fp64 oracle: {config}")
+        title = f"h against the fp64 oracle: {config} (different masks: mean of {REPEATS} draws)"
+        table = _table(title)
         for name in ("path", "arithmetic", "masks"):
             table.add_column(name)
         for name in ("ρ", "agreement", "cosine", "lowest layer", "size"):
             table.add_column(name, justify="right")
         for row in rows:
             if row.table == "numerics" and row.config == config:
-                rho = f"auto → {row.rho:.2g}" if row.rho_setting == "auto" else f"{row.rho:g}"
+                shown = f"auto → {row.rho:.2g}" if row.rho_setting == "auto" else f"{row.rho:g}"
                 table.add_row(
                     row.path,
                     row.arithmetic,
                     row.masks,
-                    rho,
+                    shown,
                     _decimals(row.agreement),
                     _decimals(row.cosine),
                     _decimals(row.lowest_layer_cosine),
-                    f"{row.relative_size:.3g}×",
+                    f"{row.relative_size:.{0 if row.relative_size >= 100 else 2}f}×",
                 )
         console.print(table)
 
@@ -535,8 +499,8 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
     for config in configs:
         table.add_column(config, justify="right")
     for path, dtype, rho in sorted({key[1:] for key in shares}):
-        cells = [shares[config, path, dtype, rho] for config in configs]
-        table.add_row(path, dtype, f"{rho:g}", *(f"{share:.2%}" for share in cells))
+        changed = [shares[config, path, dtype, rho] for config in configs]
+        table.add_row(path, dtype, f"{rho:g}", *(f"{share:.2%}" for share in changed))
     console.print(table)
 
 
@@ -560,7 +524,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     # Of the palette of Okabe and Ito, told apart by colour-blind readers as well.
     colours = dict(zip(configs, ("#0072B2", "#D55E00", "#009E73"), strict=False))
     markers = dict(zip(configs, "os^", strict=False))
-    styles = {"fp32": "-", "bf16 autocast": "--"}
+    styles: dict[str, Any] = {"fp32": "-", "bf16 autocast": "--"}
     numerics = [row for row in rows if row.table == "numerics"]
     cosine_name = "cosine of h with the fp64 oracle"
 
@@ -693,6 +657,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seed", type=int, default=0, help="of rows, initial weights and dropout masks"
     )
     options = parser.parse_args(arguments)
+    if options.length < 1:
+        parser.error(f"--length {options.length}; expected at least 1")
     options.output.mkdir(parents=True, exist_ok=True)
 
     names = tuple(CONFIGS) if options.config == "all" else (options.config,)
@@ -702,7 +668,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bar = progress.add_task("model, data and fp64 oracle", total=None)
             try:
                 subject = make_subject(options.seed, options.length)
-            except ValueError as error:
+            except TooShortError as error:
                 parser.error(str(error))
             except assets.AssetError as error:
                 print(error, file=sys.stderr)
@@ -714,9 +680,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows += measure()
                 progress.advance(bar)
             progress.update(bar, description=subject.name)
-    # Written to a file, the tables would be folded to 80 columns.
-    print_tables(rows, Console(width=None if sys.stdout.isatty() else 130))
-    write_csv(rows, environment(options), options.output / "fidelity.csv")
+    # Written to a file, the tables would else be folded to 80 columns.
+    print_tables(rows, Console(width=None if sys.stdout.isatty() else 150))
+    surroundings = {**provenance(), "seed": str(options.seed), "length": str(options.length)}
+    write_csv(rows, surroundings, options.output / "fidelity.csv")
     draw(rows, options.output / "fidelity.png")
     print(f"Wrote {options.output / 'fidelity.csv'} and {options.output / 'fidelity.png'}")
     missed = shortfalls(rows)

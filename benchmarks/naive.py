@@ -17,7 +17,7 @@ together and labels are shifted, and log-probabilities are means over tokens, no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -170,5 +170,5 @@ class NaiveSAP:
 
 
 @torch.no_grad()
-def _norm(tensors: list[Tensor]) -> Tensor:
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.float().square().sum() for tensor in tensors]).sum().sqrt()

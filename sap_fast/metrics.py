@@ -77,21 +77,21 @@ class SAPMetrics:
 class Mailbox:
     """Brings a small tensor to the host without making the host wait for the device.
 
-    On the CPU what is posted can be collected at once; elsewhere once the device got that far.
+    On CUDA what is posted can be collected once the device got that far; elsewhere at once.
     """
 
     def __init__(self) -> None:
-        self._posted: tuple[Tensor, torch.Event | None] | None = None
+        self._posted: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def post(self, tensor: Tensor) -> None:
         """Send a tensor on its way, in the place of one not collected yet."""
-        if tensor.device.type == "cpu":
+        if tensor.device.type != "cuda":
             self._posted = (tensor, None)
             return
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         copy.copy_(tensor, non_blocking=True)
-        event = torch.Event(device=tensor.device)
-        event.record()
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(tensor.device))
         self._posted = (copy, event)
 
     def collect(self) -> list[float] | None:

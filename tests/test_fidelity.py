@@ -10,34 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import fidelity
 from benchmarks.naive import NaiveSAP, concatenate
-from sap_fast.losses import contrastive_loss, task_loss
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
-from tests.tiny import Problem, problem
+from tests.tiny import Problem, problem, safety, task
 
 
 def naive_of(case: Problem, **options: Any) -> NaiveSAP:
     probes = ProbeSet(case.model)
     probes.detach()
     return NaiveSAP(case.model, probes.modules, **options)
-
-
-def closures(case: Problem) -> tuple[Any, Any]:
-    def task() -> Tensor:
-        loss = task_loss(case.model, case.batch)
-        loss.backward()
-        return loss
-
-    def safety() -> Tensor:
-        loss = contrastive_loss(case.model, case.chosen, case.rejected)
-        loss.backward()
-        return loss
-
-    return task, safety
 
 
 # ---- NaiveSAP ----
@@ -52,7 +36,7 @@ def test_without_dropout_and_autocast_its_h_is_ours(lora: bool, dtype: torch.dty
     other = case.copy()
     probes = ProbeSet(other.model)
     optimizer = FusedSAP(other.trained, probes, lr=0.0, rho=rho, difference="forward")
-    optimizer.step(*closures(other))
+    optimizer.step(lambda: task(other), lambda: safety(other))
 
     naive = naive_of(case, rho=rho, autocast=False)
     naive.find_direction(case.chosen, case.rejected)
@@ -96,7 +80,10 @@ def test_its_step_trains_under_the_probe_that_its_passes_found() -> None:
     loss = naive.step(case.batch, case.chosen, case.rejected)
     unmoved = case.model(**case.batch).loss
     assert abs(loss - expected) < 0.02 * abs(loss - unmoved)
-    # The probe is off again.
+    # The probe is off again; and after `detach` it is gone.
+    assert torch.equal(case.model(**case.batch).loss, unmoved)
+    with torch.no_grad():
+        naive.probes[1].fill_(1.0)
     naive.detach()
     assert torch.equal(case.model(**case.batch).loss, unmoved)
 
@@ -114,7 +101,7 @@ def test_its_restore_loses_bits_and_ours_does_not(dtype: torch.dtype) -> None:
     before = [parameter.detach().clone() for parameter in case.trained]
     probes = ProbeSet(case.model)
     optimizer = FusedSAP(case.trained, probes, lr=0.0, rho=1e-2)
-    optimizer.step(*closures(case))
+    optimizer.step(lambda: task(case), lambda: safety(case))
     assert fidelity.changed_share(before, case.trained) == 0
 
     naive = naive_of(case, rho=1e-2, autocast=False)
@@ -157,8 +144,10 @@ def test_the_script_writes_csv_and_picture(
     assert sorted(path.name for path in folder.iterdir()) == ["fidelity.csv", "fidelity.png"]
     assert (folder / "fidelity.png").read_bytes().startswith(b"\x89PNG")
     columns = [field.name for field in dataclasses.fields(fidelity.Row)]
-    columns += ["device", "torch", "transformers", "peft", "sap_fast", "commit", "seed", "length"]
-    assert list(rows[0]) == [*columns, "date"]
+    assert list(rows[0])[: len(columns)] == columns
+    # What the figures were taken of is told in every row.
+    for name in ("date", "device", "torch", "transformers", "peft", "commit", "seed", "length"):
+        assert all(row[name] for row in rows), name
     per_config = [
         [row["table"] for row in rows if row["config"] == config]
         for config in ("tiny Llama, LoRA", "tiny Llama, full")
@@ -189,6 +178,41 @@ def test_the_script_finds_our_h_true_and_the_naive_one_noise(
         r for r in rows if (r["masks"], r["arithmetic"], r["rho"]) == ("same", "fp32", "2e-05")
     ]
     assert len(exact) == 2 and all(float(row["cosine"]) > 0.999 for row in exact)
+
+
+def test_the_grid_holds_the_rho_that_auto_picked_and_what_it_gave(
+    results: tuple[int, Path, list[dict[str, str]]],
+) -> None:
+    picked = [row for row in results[2] if row["path"] == "FusedSAP, central" and row["agreement"]]
+    picked = [row for row in picked if row["rho_setting"] == "auto"]
+    assert len(picked) == 4
+    figures = ("agreement", "cosine", "relative_size", "lowest_layer_cosine")
+    for row in picked:
+        key = [row[name] for name in ("config", "arithmetic", "rho")]
+        (same,) = [
+            other
+            for other in results[2]
+            if other["table"] == "grid"
+            and [other[name] for name in ("config", "arithmetic", "rho")] == key
+        ]
+        assert [row[name] for name in figures] == [same[name] for name in figures]
+
+
+def test_the_exit_status_tells_of_a_shortfall_and_of_missing_assets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fidelity.Subject, "measurements", lambda subject: [])
+    monkeypatch.setattr(fidelity, "draw", lambda rows, path: None)
+    monkeypatch.setattr(fidelity, "shortfalls", lambda rows: ["a cosine too low"])
+    assert fidelity.main(["--config", "tiny", "--output", str(tmp_path)]) == 1
+    assert "a cosine too low" in capsys.readouterr().err
+
+    def unreachable() -> None:
+        raise fidelity.assets.AssetError("no index can be reached")
+
+    monkeypatch.setattr(fidelity.assets, "smollm2", unreachable)
+    assert fidelity.main(["--config", "smollm2", "--output", str(tmp_path)]) == 2
+    assert "no index can be reached" in capsys.readouterr().err
 
 
 def test_a_cosine_below_what_is_required_is_told() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sap_fast.cli.console import UserError, console
+from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import FinetuneSettings, with_settings
 
 app = typer.Typer(
@@ -163,7 +162,7 @@ def run() -> None:
     """Run the command line; user errors end in one line and status 2."""
     from sap_fast.data import DataError
 
-    warnings.showwarning = _show_warning
+    show_warnings()
     try:
         app()
     except (UserError, DataError) as error:
@@ -179,16 +178,3 @@ def _interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("\nInterrupted. The same command goes on from the last checkpoint.")
         raise typer.Exit(130) from None
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: object = None,
-    line: str | None = None,
-) -> None:
-    """Show the text of a warning meant for users; those of other libraries' insides stay quiet."""
-    if category is UserWarning:
-        console.print(f"[yellow]Warning:[/yellow] {escape(str(message))}", soft_wrap=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -57,3 +59,17 @@ def progress_bar(description: str, total: int | None = None) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console) as progress:
         yield Bar(progress, progress.add_task(description, total=total, note=""))
+
+
+def show_warnings() -> None:
+    """Show warnings as one line each, and only those that are meant for users.
+
+    Libraries announce their own deprecations with other categories than `UserWarning`; these stay
+    quiet.
+    """
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if category is UserWarning:
+            console.print(f"[yellow]Warning:[/yellow] {escape(str(message))}", soft_wrap=True)
+
+    warnings.showwarning = show

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import resource
 import shutil
 import statistics
@@ -22,8 +21,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-import sap_fast
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
+from sap_fast.cli.environment import environment
 from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
 from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.data import SafetyCollator, TaskCollator, load_safety_dataset, load_task_dataset
@@ -267,24 +266,6 @@ def peak_bytes() -> int:
         return torch.accelerator.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def environment() -> dict[str, str]:
-    """Return what a result depends on besides its settings."""
-    import peft
-    import transformers
-
-    available = torch.accelerator.is_available()
-    device = torch.get_device_module().get_device_name() if available else platform.processor()
-    return {
-        "device": device or platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "sap_fast": sap_fast.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
 
 
 def _run_record(settings: FinetuneSettings, figures: dict[str, Any] | None = None) -> str:

@@ -1,0 +1,34 @@
+"""Where and of what the figures of a CSV were taken."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import date
+from pathlib import Path
+
+from sap_fast.cli.environment import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def provenance() -> dict[str, str]:
+    """Return the columns that every CSV carries: date, device, versions and commit."""
+    return {"date": date.today().isoformat()} | environment() | {"commit": commit()}
+
+
+def commit() -> str:
+    """Return the short hash of the commit that is checked out.
+
+    It ends in `-dirty` where a Python file differs from that commit, and is `unknown` outside of a
+    clone.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ":/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"

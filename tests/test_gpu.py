@@ -1,0 +1,79 @@
+"""What only a CUDA device shows: its random generator, and that no step waits for it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sap_fast.optimizer import FusedSAP
+from sap_fast.probes import ProbeSet
+from tests.oracle import cosine, naive_contrastive_loss, naive_task_loss, oracle_estimate
+from tests.tiny import HIDDEN, Problem, problem, safety, task
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none here"),
+]
+
+
+def on_gpu(case: Problem) -> Problem:
+    moved = [{name: x.cuda() for name, x in batch.items()} for batch in case[1:]]
+    return Problem(case.model.cuda(), *moved)
+
+
+def test_dropout_masks_of_the_device_are_the_same_in_every_pass() -> None:
+    case = on_gpu(problem(dropout=0.3))
+    states: list[Tensor] = []
+    case.model.register_forward_pre_hook(lambda *_: states.append(torch.cuda.get_rng_state()))
+    optimizer = FusedSAP(case.trained, ProbeSet(case.model, layers=[1]), lr=0.0, rho=1e-3)
+    optimizer.step(lambda: task(case), lambda: safety(case))
+    *probe_states, task_state = states[-3:]
+    assert all(torch.equal(state, task_state) for state in probe_states)
+    before = torch.cuda.get_rng_state()
+    with optimizer.safety_pass():
+        safety(case)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_h_on_the_device_is_the_oracle() -> None:
+    case = problem()
+    twin = case._replace(model=copy.deepcopy(case.model).double())
+    modules = ProbeSet(twin.model, layers=[1, 2]).modules
+    oracle = oracle_estimate(
+        lambda: naive_task_loss(twin.model, twin.batch),
+        lambda: naive_contrastive_loss(twin.model, twin.chosen, twin.rejected),
+        twin.trained,
+        modules,
+        (HIDDEN,),
+    )
+    moved = on_gpu(case)
+    probes = ProbeSet(moved.model, layers=[1, 2])
+    FusedSAP(moved.trained, probes, lr=0.0).step(lambda: task(moved), lambda: safety(moved))
+    found = {index: h.cpu() for index, h in probes.estimates.items()}
+    assert cosine(found, oracle) > 0.9999
+
+
+def test_no_step_waits_for_the_device() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]).cuda()
+    x, y = torch.randn(2, 2, 8, 64, device="cuda")
+
+    def backward(target: Tensor) -> Tensor:
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    probes = ProbeSet(model, layers=[model[1]])
+    optimizer = FusedSAP(model.parameters(), probes, rho=1e-3, safety_weight=0.1, max_grad_norm=1.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        # The first step allocates state.
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step(lambda: backward(y), lambda: backward(-y))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.metrics.skipped_steps == 0
