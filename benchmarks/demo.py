@@ -26,7 +26,7 @@ from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.data import build_safety_pair
 
 #: Alpaca rows: the first 200 were used for alignment.
-TRAINED, HELD_OUT = slice(200, 800), slice(899, 999)
+TRAINED, HELD_OUT = slice(200, 800), slice(939, 999)
 #: AdvBench rows: 0–199 for training, 300–519 for what is reported.
 SAFETY_PAIRS, TESTED = slice(0, 200), slice(300, 520)
 
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
     parser.add_argument("--steps", type=int, default=20, help="steps of each fine-tuning (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the fine-tuning (0)")
-    parser.add_argument("--harmful", type=int, default=100, help="harmful requests to ask (100)")
-    parser.add_argument("--harmless", type=int, default=60, help="harmless requests to ask (60)")
+    parser.add_argument("--harmful", type=int, default=80, help="harmful requests to ask (80)")
+    parser.add_argument("--harmless", type=int, default=40, help="harmless requests to ask (40)")
     parser.add_argument("--blend", type=float, help="also run gradient blending with this weight")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16-mixed or bf16 (fp32)")
     parser.add_argument("--output", type=Path, help="folder (runs/demo-STEPS-SEED)")

@@ -43,7 +43,7 @@ from sap_fast.data import (
     padding_token_id,
 )
 from sap_fast.losses import contrastive_loss, task_loss
-from sap_fast.optimizer import FusedSAP
+from sap_fast.optimizer import RHO_GRID, FusedSAP
 from sap_fast.probes import ProbeSet
 from tests.oracle import cosine, naive_task_loss, naive_token_log_probs, oracle_estimate
 from tests.tiny import Problem, problem
@@ -61,9 +61,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "forward": {"difference": "forward"},
     "lagged, first step": {"schedule": "lagged"},
 }
-
-# The grid of `FusedSAP.calibrate_rho`.
-GRID = tuple(0.1 * 2.0**-k for k in range(11))
 
 # The published ρ, and one that bf16 can see.
 NAIVE_RHOS = (2e-5, 1e-2)
@@ -210,7 +207,7 @@ class Subject:
         with optimizer.safety_pass():
             safety()
         found: list[Estimate] = []
-        for rho in GRID:
+        for rho in RHO_GRID:
             optimizer.rho = rho
             for _ in optimizer.probe_passes():
                 task()
@@ -222,7 +219,7 @@ class Subject:
                 agreement=cosine(found[k], found[k + 1]) if k + 1 < len(found) else None,
                 **compare([found[k]], self.oracle),
             )
-            for k, rho in enumerate(GRID)
+            for k, rho in enumerate(RHO_GRID)
         ]
 
     def _closures(
@@ -474,7 +471,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
                     _decimals(row.agreement),
                     _decimals(row.cosine),
                     _decimals(row.lowest_layer_cosine),
-                    f"{row.relative_size:.{0 if row.relative_size >= 100 else 2}f}×",
+                    _decimals(row.relative_size, 2) + "×",
                 )
         console.print(table)
 
@@ -484,7 +481,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
     columns = list(dict.fromkeys((config, arithmetic) for config, arithmetic, _ in grid))
     for config, arithmetic in columns:
         table.add_column(f"{config}\n{arithmetic}", justify="right")
-    for rho in GRID:
+    for rho in RHO_GRID:
         cells = [grid[(*column, rho)] for column in columns]
         table.add_row(
             f"{rho:.2g}", *(f"{_decimals(c.cosine)} ({_decimals(c.agreement)})" for c in cells)
@@ -508,8 +505,8 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold")
 
 
-def _decimals(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _decimals(value: float | None, decimals: int = 4) -> str:
+    return "–" if value is None else f"{value:.{decimals}f}"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -15,8 +15,9 @@ class Calibration:
 
     Attributes:
         rho: the ρ chosen.
-        agreement: cosine of h at that ρ and at half of it: how far h can be trusted, 1 at best.
-        agreements: the same for every ρ tried.
+        agreement: the largest cosine of h at a ρ tried and at half of it: how far h can be trusted,
+            1 at best.
+        agreements: that cosine for every ρ tried.
         step: number of steps taken before.
     """
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sap_fast.optimizer import FusedSAP
+from sap_fast.optimizer import RHO_GRID, FusedSAP
 from sap_fast.probes import ProbeSet
 from tests.oracle import (
     cosine,
@@ -85,14 +85,21 @@ def test_h_is_the_oracle_in_fp32(lora: bool, dropout: float, difference: str) ->
     assert optimizer.calibration is not None and optimizer.calibration.agreement > 0.999
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"difference": "forward"}, {"schedule": "lagged"}], ids=str
+)
 @pytest.mark.parametrize("lora", [True, False])
-def test_h_is_the_oracle_under_bf16_autocast_with_dropout(lora: bool) -> None:
+def test_h_is_the_oracle_under_bf16_autocast_with_dropout(
+    lora: bool, options: dict[str, Any]
+) -> None:
     case = problem(lora=lora, dropout=0.1)
     random_state = torch.get_rng_state()
     oracle = exact(case, random_state)
-    _, probes = estimate(case, random_state, autocast=True)
+    _, probes = estimate(case, random_state, autocast=True, **options)
     assert probes.compute_dtype == torch.bfloat16
-    assert cosine(probes.estimates, oracle) > 0.95
+    # With full parameters no ρ brings a forward difference there: rounding below, curvature above.
+    limit = 0.95 if lora or not options else 0.88
+    assert cosine(probes.estimates, oracle) > limit
 
 
 def test_different_dropout_masks_make_h_noise() -> None:
@@ -219,16 +226,28 @@ def test_measured_lean_is_the_predicted_one() -> None:
     assert metrics.lean is not None and metrics.lean > 0
 
 
-def test_calibration_picks_a_rho_near_the_best_of_the_grid() -> None:
-    for lora, autocast in [(True, False), (True, True), (False, True)]:
-        case = problem(lora=lora, dropout=0.1)
-        random_state = torch.get_rng_state()
-        oracle = exact(case, random_state)
-        cosines = {}
-        for k in range(10):
-            rho = 0.1 * 2.0**-k
-            _, probes = estimate(case.copy(), random_state, autocast=autocast, rho=rho)
-            cosines[rho] = cosine(probes.estimates, oracle)
-        optimizer, _ = estimate(case, random_state, autocast=autocast)
-        assert optimizer.calibration is not None
-        assert cosines[optimizer.calibration.rho] > max(cosines.values()) - 0.02
+@pytest.mark.parametrize(
+    ("lora", "autocast", "difference", "tolerance"),
+    [
+        (True, False, "central", 0.001),
+        (True, True, "central", 0.02),
+        (False, True, "central", 0.02),
+        (True, True, "forward", 0.03),
+        (False, True, "forward", 0.03),
+    ],
+)
+def test_calibration_picks_a_rho_near_the_best_of_the_grid(
+    lora: bool, autocast: bool, difference: str, tolerance: float
+) -> None:
+    case = problem(lora=lora, dropout=0.1)
+    random_state = torch.get_rng_state()
+    oracle = exact(case, random_state)
+    cosines = {}
+    for rho in RHO_GRID:
+        _, probes = estimate(
+            case.copy(), random_state, autocast=autocast, rho=rho, difference=difference
+        )
+        cosines[rho] = cosine(probes.estimates, oracle)
+    optimizer, _ = estimate(case, random_state, autocast=autocast, difference=difference)
+    assert optimizer.calibration is not None
+    assert cosines[optimizer.calibration.rho] > max(cosines.values()) - tolerance
