@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from sap_fast.metrics import Calibration, Mailbox, SAPMetrics
 from sap_fast.ops import resolve_backend
 from sap_fast.ops.reference import accumulation_dtype
-from sap_fast.passes import LossRecord, Passes, StepRecord
+from sap_fast.passes import LossRecord, Passes, StepRecord, refuse_sparse
 from sap_fast.probes import PROBE_RULES, ProbeSet
 
 Closure = Callable[[], Tensor]
@@ -54,8 +54,8 @@ class FusedSAP(Optimizer):
     `step()` without a closure is the AdamW update alone, and never probes.
 
     Args:
-        params: parameters or parameter groups; a group may set its own `lr`, `betas`, `eps`,
-            `weight_decay` and `maximize`.
+        params: parameters or parameter groups; a group may set its own `lr`, `betas`, `eps` and
+            `weight_decay`.
         probes: where the probe lives. None: plain AdamW, with gradient blending if `safety_weight`
             is set.
         lr: learning rate; a 0-d tensor is accepted. Default of the paper's experiments.
@@ -236,7 +236,8 @@ class FusedSAP(Optimizer):
             The task loss of the task pass, if there was a closure.
 
         Raises:
-            RuntimeError: inside a pass; or with probe passes run but no task pass after them.
+            RuntimeError: inside a pass; with probe passes run but no task pass after them; for a
+                sparse gradient.
             TypeError: with one closure but not the other that is needed.
         """
         self._passes.refuse_inside("step()")
@@ -287,6 +288,7 @@ class FusedSAP(Optimizer):
         trained = [p for p in self._all_parameters() if p.grad is not None]
         # All state first: an update that runs out of memory half-way cannot be undone.
         for parameter in trained:
+            refuse_sparse(parameter)
             self._initialize_state(parameter)
         directions, blend, gradient_scale = self._blend_and_scale(trained)
         for group in self.param_groups:
@@ -378,7 +380,7 @@ class FusedSAP(Optimizer):
             self._warn_once(
                 "skipped",
                 f"FusedSAP: {skipped:.0f} step(s) ran as plain AdamW because the direction was "
-                f"zero or not finite, or the probe gradient was not finite (‖∇L_safe‖ = "
+                "zero or not finite, or the probe gradient was not finite (‖∇L_safe‖ = "
                 f"{direction_norm:.3g}); further ones are counted in metrics.skipped_steps",
             )
         if survives < 0.5:

@@ -195,6 +195,19 @@ def frozen(params: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def refuse_sparse(parameter: Tensor) -> None:
+    """Raise if a parameter has a sparse gradient.
+
+    Raises:
+        RuntimeError: naming the parameter's shape and the cure.
+    """
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        raise RuntimeError(
+            f"sparse gradient in a parameter of shape {tuple(parameter.shape)}: FusedSAP needs "
+            "dense ones; build the embedding with sparse=False"
+        )
+
+
 class Passes:
     """The passes of the step in progress, and what is carried from one to the next.
 
@@ -255,13 +268,9 @@ class Passes:
                 "the safety pass left no gradient in any parameter of the optimizer: call "
                 "backward() on the safety loss of the model that the optimizer trains"
             )
+        for parameter in perturbed:
+            refuse_sparse(parameter)
         direction = [parameter.grad for parameter in perturbed if parameter.grad is not None]
-        for gradient in direction:
-            if gradient.is_sparse:
-                raise RuntimeError(
-                    f"sparse gradient of shape {tuple(gradient.shape)} in the safety pass: "
-                    "FusedSAP needs dense ones; build the embedding with sparse=False"
-                )
         ops, record = self._optimizer.ops, self.record
         record.direction_norm = ops.sum_squares(direction).sqrt()
         record.direction_valid = record.direction_norm.isfinite() & (record.direction_norm > 0)

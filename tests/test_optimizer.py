@@ -354,6 +354,22 @@ def test_missing_closures_are_named() -> None:
         optimizer.step(None, lambda: safety(case))
 
 
+def test_sparse_gradients_are_refused_before_anything_changes() -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    before = embedding.weight.detach().clone()
+    for safety_weight in (0.0, 0.1):
+        optimizer = FusedSAP(embedding.parameters(), safety_weight=safety_weight)
+
+        def backward() -> Tensor:
+            loss = embedding(torch.tensor([1, 2])).sum()
+            loss.backward()
+            return loss
+
+        with pytest.raises(RuntimeError, match=r"shape \(5, 3\).*sparse=False"):
+            optimizer.step(backward, backward)
+        assert torch.equal(embedding.weight, before)
+
+
 # ---- directions and probes that are not there ----
 
 
