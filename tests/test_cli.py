@@ -336,6 +336,14 @@ def test_help_teaches_every_setting() -> None:
         assert f"--{name.replace('_', '-')}" in shown
 
 
+def test_without_the_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sap_fast.cli.find_spec", lambda name: None if name == "peft" else True)
+    with pytest.raises(SystemExit, match=r"needs peft: pip install 'sap-fast\[train\]'"):
+        main()
+
+
 def test_importing_the_package_imports_neither_transformers_nor_triton() -> None:
     script = (
         "import sap_fast, sys; "

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
+
+#: What the commands need beyond the package's own dependencies.
+_NEEDED = ("typer", "rich", "transformers", "peft", "accelerate", "pyarrow", "matplotlib", "jinja2")
+
 
 def main() -> None:
     """Run `sap-fast`; bad input ends with one clear line and exit status 2."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        sys.exit(f"sap-fast needs {', '.join(missing)}: pip install 'sap-fast[train]'")
     from sap_fast.cli.app import run
 
     run()
