@@ -1,0 +1,54 @@
+"""What the README shows runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import typer
+from accelerate import Accelerator
+
+from sap_fast.cli.app import app
+from tests.tiny import problem
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_both_python_examples_run() -> None:
+    closures, passes = blocks("python")
+    case = problem()
+    before = [parameter.detach().clone() for parameter in case.trained]
+    names = {
+        "model": case.model,
+        "batch": case.batch,
+        "pairs": {"chosen": case.chosen, "rejected": case.rejected},
+        "accelerator": Accelerator(cpu=True),
+    }
+    exec(closures, names)
+    optimizer = names["optimizer"]
+    assert optimizer.metrics.rho_agreement > 0.99
+    middle = [parameter.detach().clone() for parameter in case.trained]
+    exec(passes, names)
+    for first, second, third in zip(before, middle, case.trained, strict=True):
+        assert not first.equal(second) and not second.equal(third)
+
+
+def test_every_command_and_option_shown_exists() -> None:
+    commands = typer.main.get_command(app).commands
+    shown = [line for block in blocks("bash") for line in block.splitlines() if "sap-fast" in line]
+    assert {shlex.split(line)[1] for line in shown} == set(commands)
+    for line in shown:
+        _, name, *arguments = shlex.split(line)
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        given = {argument for argument in arguments if argument.startswith("--")}
+        assert given <= known, (name, given - known)
+
+
+def test_files_that_are_linked_are_there() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
