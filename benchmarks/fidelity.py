@@ -35,6 +35,7 @@ from torch import Tensor
 from benchmarks import assets
 from benchmarks.naive import NaiveSAP, concatenate
 from benchmarks.provenance import provenance
+from sap_fast.cli.environment import processor_name
 from sap_fast.data import (
     SafetyCollator,
     TaskCollator,
@@ -679,7 +680,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress.update(bar, description=subject.name)
     # Written to a file, the tables would else be folded to 80 columns.
     print_tables(rows, Console(width=None if sys.stdout.isatty() else 150))
-    surroundings = {**provenance(), "seed": str(options.seed), "length": str(options.length)}
+    # The oracle runs on the CPU, and so does everything that is held against it.
+    surroundings = {**provenance(), "device": processor_name()}
+    surroundings |= {"seed": str(options.seed), "length": str(options.length)}
     write_csv(rows, surroundings, options.output / "fidelity.csv")
     draw(rows, options.output / "fidelity.png")
     print(f"Wrote {options.output / 'fidelity.csv'} and {options.output / 'fidelity.png'}")

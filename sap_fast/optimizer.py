@@ -520,12 +520,12 @@ class FusedSAP(Optimizer):
         slope, norm = _number(record.direction_slope), _number(record.perturbation_norm)
         if slope is None:
             return None
-        losses = [_number(loss.total) for loss in record.probe_losses]
-        if self.schedule == "lagged" or not norm or len(losses) != 2 or None in losses:
+        losses = [loss.total for loss in record.probe_losses if loss.total is not None]
+        if self.schedule == "lagged" or not norm or len(losses) != 2:
             return sign * slope
         apart = 2 * norm if self.difference == "central" else norm
         # ⟨ĝ, ∇_W L_task(W, 0)⟩, differenced from the losses that the probe passes had anyway.
-        return sign * (slope - (losses[0] - losses[1]) / apart)  # type: ignore[operator]
+        return sign * (slope - (losses[0] - losses[1]).item() / apart)
 
     # ---- state ----
 

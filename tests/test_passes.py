@@ -237,11 +237,14 @@ def test_leaving_the_loop_of_probe_passes_early_restores_the_model() -> None:
 # ---- gradients of micro-batches ----
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("shape", ["hidden", "token"])
+@pytest.mark.parametrize(
+    ("variant", "shape"),
+    # A probe per token fits its own batch only, so FusedSAP refuses it with the lagged schedule.
+    [(variant, "hidden") for variant in VARIANTS]
+    + [(variant, "token") for variant in VARIANTS[:2]],
+    ids=str,
+)
 def test_micro_batches_in_the_passes_are_one_batch(variant: dict[str, Any], shape: str) -> None:
-    if shape == "token" and variant["schedule"] == "lagged":
-        pytest.skip("refused by FusedSAP: a probe per token fits its own batch only")
     whole, parts = problem(), problem()
     batches = [random_batch(rows=2, length=n, seed=n) for n in (9, 12)]
     scored = [(b["labels"][:, 1:] != -100).sum() for b in batches]

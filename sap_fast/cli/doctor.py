@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rich.table import Table
 
@@ -59,7 +61,7 @@ def rounding_table(settings: FinetuneSettings) -> Table:
     """
     model, tokenizer = load_trained_model(settings)
     pair = build_safety_pair(_REQUEST)
-    encoded = {}
+    encoded: Any = {}
     for answer in ("chosen", "rejected"):
         messages = [
             {"role": "user", "content": pair["prompt"]},
@@ -68,7 +70,7 @@ def rounding_table(settings: FinetuneSettings) -> Table:
         encoded[answer] = encode_chat(
             tokenizer, messages, settings.max_length, complete=answer == "chosen"
         )
-    batches = SafetyCollator(tokenizer.pad_token_id)([encoded])  # type: ignore[list-item]
+    batches = SafetyCollator(tokenizer.pad_token_id)([encoded])
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = FusedSAP(trained, ProbeSet(model, settings.layers()))

@@ -27,9 +27,14 @@ def environment() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """Return the name of the accelerator, or else of the processor and what it can do."""
+    """Return the name of the accelerator, or else of the processor."""
     if torch.accelerator.is_available():
         return torch.get_device_module().get_device_name()
+    return processor_name()
+
+
+def processor_name() -> str:
+    """Return the name of the processor and the vector instructions that PyTorch uses on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

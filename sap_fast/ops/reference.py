@@ -9,10 +9,10 @@ scales and coefficients are 0-d tensors, so that nothing here waits for the devi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,26 +84,24 @@ class _ProbeInject(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         anchor: Tensor,
         offset: Tensor | None,
         buffer: Tensor,
         sign: float,
     ) -> Tensor:
-        ctx.buffer, ctx.sign = buffer, sign  # type: ignore[attr-defined]
+        ctx.buffer, ctx.sign = buffer, sign
         return hidden.view_as(hidden) if offset is None else (hidden + offset).to(hidden.dtype)
 
     @staticmethod
-    def backward(
-        ctx: FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor | None, None, None, None, None]:
-        buffer: Tensor = ctx.buffer  # type: ignore[attr-defined]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        buffer: Tensor = ctx.buffer
         # A buffer of H elements stands for every token; one of the hidden states' shape for each.
         token_dims = tuple(range(gradient.dim() - buffer.dim()))
         total = gradient.sum(token_dims, dtype=buffer.dtype) if token_dims else gradient
-        buffer.add_(total, alpha=ctx.sign)  # type: ignore[attr-defined]
-        return (gradient if ctx.needs_input_grad[0] else None), None, None, None, None  # type: ignore[attr-defined]
+        buffer.add_(total, alpha=ctx.sign)
+        return (gradient if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
 def probe_inject(
