@@ -403,6 +403,30 @@ def test_a_step_without_a_direction_is_adamw_is_counted_and_warns_once(
     assert len(messages) == 1 and "‖∇L_safe‖ =" in messages[0]
 
 
+@pytest.mark.filterwarnings("ignore:FusedSAP. 1 step")
+def test_a_lagged_step_without_a_direction_does_not_use_the_probe_of_the_step_before() -> None:
+    ours = problem()
+    optimizer = sap(ours, schedule="lagged", probe_lr=0.05)
+    sap_step(ours, optimizer)
+    assert optimizer.probes is not None and optimizer.probes.offsets[1].norm() > 0
+    theirs = ours.copy()
+    adamw = torch.optim.AdamW(groups(theirs.trained), **SETTINGS)
+    adamw.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    def flat() -> Tensor:
+        loss = safety(ours)
+        for parameter in ours.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        return loss
+
+    optimizer.zero_grad()
+    optimizer.step(lambda: task(ours), flat)
+    adamw.zero_grad()
+    task(theirs)
+    adamw.step()
+    assert_same_bits(weights(ours), weights(theirs))
+
+
 def test_a_probe_gradient_of_nan_switches_the_probe_off_for_that_step() -> None:
     ours, theirs = problem(), problem()
     optimizer = sap(ours, probe_lr=0.05)

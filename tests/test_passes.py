@@ -219,6 +219,22 @@ def test_an_error_in_a_closure_leaves_no_trace(call: int, zero_grad: bool) -> No
     assert_unchanged(case.model, before)
 
 
+def test_after_a_failed_task_closure_plain_steps_work_again() -> None:
+    case = problem()
+    optimizer = sap(case)
+    calls = itertools.count()
+
+    def fails_in_the_task_pass() -> Tensor:
+        if next(calls) == 2:
+            raise ValueError("injected")
+        return task(case)
+
+    with pytest.raises(ValueError, match="injected"):
+        optimizer.step(fails_in_the_task_pass, lambda: safety(case))
+    task(case)
+    optimizer.step()
+
+
 def test_leaving_the_loop_of_probe_passes_early_restores_the_model() -> None:
     case = problem(dropout=0.1)
     optimizer = sap(case)
