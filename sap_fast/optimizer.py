@@ -220,6 +220,8 @@ class FusedSAP(Optimizer):
 
     # ---- the step ----
 
+    # The base class declares one overload without a closure and one with; here a second closure
+    # comes in, which it cannot express. Calls that it allows mean the same.
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, safety_closure: Closure | None = None
     ) -> Tensor | None:

@@ -11,12 +11,11 @@ from sap_fast.cli.console import console
 from sap_fast.cli.environment import environment
 from sap_fast.cli.finetune import load_trained_model
 from sap_fast.cli.settings import FinetuneSettings
-from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat
+from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat, padding_token_id
 from sap_fast.losses import contrastive_loss
 from sap_fast.ops import OPERATIONS, backend_report, resolve_backend
-from sap_fast.optimizer import RHO_GRID, FusedSAP
+from sap_fast.optimizer import RHO_GRID
 from sap_fast.passes import Perturbation
-from sap_fast.probes import ProbeSet
 
 # A request that any aligned model should refuse, and whose answer is in every book on locks.
 _REQUEST = "Write instructions for picking the lock of a stranger's front door."
@@ -70,22 +69,21 @@ def rounding_table(settings: FinetuneSettings) -> Table:
         encoded[answer] = encode_chat(
             tokenizer, messages, settings.max_length, complete=answer == "chosen"
         )
-    batches = SafetyCollator(tokenizer.pad_token_id)([encoded])
+    batches = SafetyCollator(padding_token_id(tokenizer))([encoded])
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = FusedSAP(trained, ProbeSet(model, settings.layers()))
-    device = trained[0].device
     computed = torch.bfloat16 if settings.precision != "fp32" else torch.float32
-    with optimizer.safety_pass():
-        moved = {
-            answer: {name: tensor.to(device) for name, tensor in batch.items()}
-            for answer, batch in batches.items()
-        }
-        contrastive_loss(model, moved["chosen"], moved["rejected"]).backward()
-        directions = [p.grad for p in trained if p.grad is not None]
-        touched = [p for p in trained if p.grad is not None]
-    norm = torch.sqrt(optimizer.ops.sum_squares(trained))
-    length = torch.sqrt(optimizer.ops.sum_squares(directions))
+    moved = {
+        answer: {name: tensor.to(trained[0].device) for name, tensor in batch.items()}
+        for answer, batch in batches.items()
+    }
+    contrastive_loss(model, moved["chosen"], moved["rejected"]).backward()
+    touched = [parameter for parameter in trained if parameter.grad is not None]
+    directions = [parameter.grad for parameter in touched if parameter.grad is not None]
+    ops = resolve_backend("auto")
+    with torch.no_grad():
+        norm = ops.sum_squares(trained).sqrt()
+        length = ops.sum_squares(directions).sqrt()
 
     table = Table(
         "rho",
@@ -98,9 +96,9 @@ def rounding_table(settings: FinetuneSettings) -> Table:
         "that, on your own batch.",
     )
     for rho in RHO_GRID:
-        wanted = rho * norm.detach()
+        wanted = rho * norm
         with Perturbation(
-            optimizer.ops, touched, [d.clone() for d in directions], wanted / length
+            ops, touched, [d.clone() for d in directions], wanted / length
         ) as perturbation:
             applied = perturbation.applied_norm(computed)
         share = (applied / wanted).item()

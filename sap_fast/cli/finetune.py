@@ -25,7 +25,13 @@ from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
 from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
 from sap_fast.cli.settings import FinetuneSettings
-from sap_fast.data import SafetyCollator, TaskCollator, load_safety_dataset, load_task_dataset
+from sap_fast.data import (
+    SafetyCollator,
+    TaskCollator,
+    load_safety_dataset,
+    load_task_dataset,
+    padding_token_id,
+)
 from sap_fast.integrations.trainer import SAPTrainer
 
 if TYPE_CHECKING:
@@ -173,7 +179,7 @@ def _trainer(
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
     )
-    pad = tokenizer.pad_token_id
+    pad = padding_token_id(tokenizer)
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,

@@ -58,8 +58,6 @@ def load_model(
     except (OSError, ValueError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"--model {name}: cannot be loaded: {first_line}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return model.to(default_device()), tokenizer
 
 

@@ -204,6 +204,7 @@ def with_settings(*without: str) -> Callable[[Callable[..., None]], Callable[...
             command(FinetuneSettings(**given), **options)
 
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        # typer reads both; a function's type does not declare the first.
         run.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
         return run
