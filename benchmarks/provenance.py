@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from sap_fast.cli.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def provenance() -> dict[str, str]:
@@ -32,3 +36,16 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def write_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write `rows`, each with its provenance, to a CSV in `benchmarks/results`."""
+    surroundings = provenance()
+    path = RESULTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*columns, *surroundings], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **surroundings} for row in rows)
+    return path
