@@ -74,9 +74,7 @@ def main() -> None:
     tensors = [torch.zeros(8) for _ in range(TENSORS)]
     with tempfile.TemporaryDirectory() as folder:
         build("abi_ordinary", _ORDINARY, "at::TensorList", Path(folder))
-        build(
-            "abi_stable", _STABLE, "const std::vector<torch::stable::Tensor>&", Path(folder)
-        )
+        build("abi_stable", _STABLE, "const std::vector<torch::stable::Tensor>&", Path(folder))
         operations = {
             "ordinary": torch.ops.abi_ordinary.addresses,
             "stable": torch.ops.abi_stable.addresses,

@@ -10,15 +10,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from sap_fast import ops
 from sap_fast.metrics import Calibration, Mailbox, SAPMetrics
-from sap_fast.ops import resolve_backend
 from sap_fast.ops.reference import accumulation_dtype
 from sap_fast.passes import LossRecord, Passes, StepRecord, refuse_sparse
 from sap_fast.probes import PROBE_RULES, ProbeSet
@@ -79,7 +78,7 @@ class FusedSAP(Optimizer):
             the paper. Keeps the direction: one parameter-sized buffer until `step`.
         max_grad_norm: clip the (blended) gradient to this global norm.
         maximize: ascend the task objective. L_safe is descended all the same.
-        backend: whose operations to use, see `sap_fast.ops`.
+        backend: whose operations to use, `"auto"` for the fastest that can run; see `sap_fast.ops`.
         calibrate_every: with `rho="auto"`, calibrate again after so many steps.
         keep_direction: keep ĝ until `step`, at the cost of one parameter-sized buffer: needed for
             `metrics.lean` and for several rounds of probe passes after one safety pass. May be
@@ -91,6 +90,7 @@ class FusedSAP(Optimizer):
     Raises:
         ValueError: for a setting out of range, or parameters that share nothing with the probed
             model.
+        RuntimeError: if a backend is named that cannot run where the parameters are.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class FusedSAP(Optimizer):
         self._skipped_steps = torch.zeros((), dtype=torch.int64)
         self._start_session()
 
-        resolve_backend(backend)
+        ops.check_backend(backend, {p.device.type for p in self._all_parameters()})
         if probes is not None:
             probes.backend = backend
             probed = {id(parameter) for parameter in probes.model.parameters()}
@@ -296,21 +296,22 @@ class FusedSAP(Optimizer):
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             states = [self.state[parameter] for parameter in params]
-            self.ops.adamw_blend_(
+            ops.adamw_blend_(
                 params,
                 [parameter.grad for parameter in params],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [state["step"] for state in states],
+                [directions.get(parameter) for parameter in params] if directions else [],
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
-                directions=[directions.get(parameter) for parameter in params],
                 blend=blend,
                 gradient_scale=gradient_scale,
+                backend=self.backend,
             )
         self._steps += 1
         self._account(record)
@@ -322,7 +323,7 @@ class FusedSAP(Optimizer):
         if state:
             return
         dtype = accumulation_dtype(parameter.dtype)
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, device=_step_device(parameter))
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment] = torch.zeros_like(
                 parameter, dtype=dtype, memory_format=torch.preserve_format
@@ -341,7 +342,7 @@ class FusedSAP(Optimizer):
         if not gradients or not (blending or self.max_grad_norm is not None):
             return directions, blend, gradient_scale
 
-        square = self.ops.sum_squares(gradients)
+        square = ops.sum_squares(gradients, backend=self.backend)
         if blending:
             assert passes.direction is not None and norm_of_direction is not None
             assert valid is not None
@@ -351,7 +352,7 @@ class FusedSAP(Optimizer):
             if pairs:
                 # ‖±g + b·d‖² from its parts: no buffer holds the sum before the update.
                 sign = -1.0 if self.defaults["maximize"] else 1.0
-                cross = 2 * sign * blend * self.ops.dot(*zip(*pairs, strict=True))
+                cross = 2 * sign * blend * ops.dot(*zip(*pairs, strict=True), backend=self.backend)
                 blended = square + cross + (blend * norm_of_direction).square()
                 square = torch.where(valid, blended, square)
         if self.max_grad_norm is not None:
@@ -532,11 +533,6 @@ class FusedSAP(Optimizer):
     # ---- state ----
 
     @property
-    def ops(self) -> ModuleType:
-        """The backend's operations."""
-        return resolve_backend(self.backend)
-
-    @property
     def direction_is_kept(self) -> bool:
         """Whether ĝ stays exact until the end of the step."""
         return self.keep_direction or self.safety_weight != 0
@@ -594,6 +590,9 @@ class FusedSAP(Optimizer):
         saved = [identifier for g in state_dict["param_groups"] for identifier in g["params"]]
         for identifier, parameter in zip(saved, self._all_parameters(), strict=True):
             dtype = accumulation_dtype(parameter.dtype)
+            if identifier in state_dict["state"]:
+                step = self.state[parameter]["step"]
+                self.state[parameter]["step"] = step.to(_step_device(parameter))
             for moment in ("exp_avg", "exp_avg_sq"):
                 if identifier in state_dict["state"] and parameter.dtype != dtype:
                     value = state_dict["state"][identifier][moment]
@@ -638,6 +637,11 @@ _PICKLED = (
     "_steps",
     "_skipped_steps",
 )
+
+
+def _step_device(parameter: Tensor) -> torch.device:
+    """Where a parameter's step counter lies: on the GPU, so that a step can be a CUDA graph."""
+    return parameter.device if parameter.is_cuda else torch.device("cpu")
 
 
 def _number(tensor: Tensor | None) -> float | None:

@@ -26,12 +26,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from sap_fast import ops
 from sap_fast.ops.reference import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -88,28 +88,30 @@ class Perturbation:
     """W + ΔW in the place of W, for as long as the context lasts.
 
     Args:
-        ops: the backend.
         params: parameters W.
         buffers: the direction, one tensor per parameter and of its dtype; they hold W meanwhile,
             and the direction again afterwards, to rounding (`ops.restore_swap_`).
         scale: ρ‖W‖/‖direction‖, 0-d; zero perturbs nothing.
+        backend: whose operations to use, see `sap_fast.ops`.
     """
 
     def __init__(
         self,
-        ops: ModuleType,
         params: Sequence[Tensor],
         buffers: Sequence[Tensor],
         scale: Tensor,
+        *,
+        backend: str = "auto",
     ) -> None:
-        self._ops, self._params, self._buffers, self._scale = ops, params, buffers, scale
+        self._params, self._buffers, self._scale = params, buffers, scale
+        self._backend = backend
         self._reflected = False
 
     @torch.no_grad()
     def __enter__(self) -> Perturbation:
         before = [parameter._version for parameter in self._params]
         try:
-            self._ops.perturb_swap_(self._params, self._buffers, self._scale)
+            ops.perturb_swap_(self._params, self._buffers, self._scale, backend=self._backend)
         except BaseException:
             # A parameter that was written has its old value in its buffer; no other one has.
             for parameter, buffer, version in zip(self._params, self._buffers, before, strict=True):
@@ -122,14 +124,14 @@ class Perturbation:
     def reflect(self) -> None:
         """Go from W + ΔW to W − ΔW."""
         self._reflected = True
-        self._ops.reflect_(self._params, self._buffers)
+        ops.reflect_(self._params, self._buffers, backend=self._backend)
 
     @torch.no_grad()
     def applied_norm(self, dtype: torch.dtype) -> Tensor:
         """Return the norm of the perturbation that is left once weights are rounded to `dtype`."""
         wide = accumulation_dtype(self._params[0].dtype)
         squares = [
-            self._ops.sum_squares([p.to(dtype).to(wide) - b.to(dtype).to(wide)])
+            ops.sum_squares([p.to(dtype).to(wide) - b.to(dtype).to(wide)], backend=self._backend)
             for p, b in zip(self._params, self._buffers, strict=True)
         ]
         return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
@@ -139,8 +141,11 @@ class Perturbation:
         before = [parameter._version for parameter in self._params]
         try:
             inverse = torch.where(self._scale == 0, 0.0, 1 / self._scale)
-            self._ops.restore_swap_(
-                self._params, self._buffers, -inverse if self._reflected else inverse
+            ops.restore_swap_(
+                self._params,
+                self._buffers,
+                -inverse if self._reflected else inverse,
+                backend=self._backend,
             )
         except BaseException:
             # A parameter that was written is back at W; its buffer may not hold W any more.
@@ -271,10 +276,10 @@ class Passes:
         for parameter in perturbed:
             refuse_sparse(parameter)
         direction = [parameter.grad for parameter in perturbed if parameter.grad is not None]
-        ops, record = self._optimizer.ops, self.record
-        record.direction_norm = ops.sum_squares(direction).sqrt()
+        backend, record = self._optimizer.backend, self.record
+        record.direction_norm = ops.sum_squares(direction, backend=backend).sqrt()
         record.direction_valid = record.direction_norm.isfinite() & (record.direction_norm > 0)
-        record.parameter_norm = ops.sum_squares(trained).sqrt()
+        record.parameter_norm = ops.sum_squares(trained, backend=backend).sqrt()
         self.perturbed, self.direction = perturbed, direction
 
     # ---- passes 2 and 3 ----
@@ -357,7 +362,9 @@ class Passes:
                 with probes.active(sign=sign, inject=difference == "lagged", frozen=True):
                     yield loss
 
-            with Perturbation(self._optimizer.ops, self.perturbed, buffers, scale) as perturbation:
+            with Perturbation(
+                self.perturbed, buffers, scale, backend=self._optimizer.backend
+            ) as perturbation:
                 yield from one_pass(+1.0)
                 if measure_rounding:
                     dtype = probes.compute_dtype or self.perturbed[0].dtype
@@ -442,7 +449,7 @@ class Passes:
         ]
         if pairs:
             directions, gradients = zip(*pairs, strict=True)
-            product = self._optimizer.ops.dot(directions, gradients)
+            product = ops.dot(directions, gradients, backend=self._optimizer.backend)
             self.record.direction_slope = product / self.record.direction_norm
 
     def finish_lagged(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sap_fast.ops import resolve_backend
+from sap_fast import ops
 from sap_fast.ops.reference import accumulation_dtype
 
 PROBE_RULES = ("gradient", "normalized", "adam")
@@ -73,6 +73,8 @@ class ProbeSet:
         #: The dtype that the last probe pass computed in: autocast's, or the hidden states'.
         self.compute_dtype: torch.dtype | None = None
 
+        #: Makes hidden states differentiable where nothing below them is, see `ops.probe_inject`.
+        self._anchor = torch.empty(0, requires_grad=True)
         self._collect = False
         self._sign = 1.0
         self._inject = False
@@ -188,8 +190,13 @@ class ProbeSet:
                 elements = buffer.shape[-1] * (self._token_count if self.shape == "token" else 1)
                 offsets.append(buffer.clone())
                 radii.append(scales[index] * elements**0.5)
-        finite = resolve_backend(self.backend).probe_rule_(
-            offsets, rule, probe_lr, perturbation_norm=perturbation_norm, radii=radii
+        finite = ops.probe_rule_(
+            offsets,
+            rule,
+            probe_lr,
+            perturbation_norm=perturbation_norm,
+            radii=radii,
+            backend=self.backend,
         )
         remaining = iter(offsets)
         self._offsets = {j: [next(remaining) for _ in self._buffers[j]] for j in self.layers}
@@ -241,8 +248,14 @@ class ProbeSet:
                 hidden = hidden.detach()
             self._measure(index, hidden.detach())
             buffer = self._buffer(index, hidden)
-        ops = resolve_backend(self.backend)
-        injected = ops.probe_inject(hidden, self._offset(index, hidden), buffer, self._sign)
+        injected = ops.probe_inject(
+            hidden,
+            self._offset(index, hidden),
+            buffer,
+            self._sign,
+            anchor=self._anchor,
+            backend=self.backend,
+        )
         return (injected, *output[1:]) if isinstance(output, tuple) else injected
 
     def _measure(self, index: int, hidden: Tensor) -> None:

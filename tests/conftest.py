@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+from sap_fast.ops import why_not
+
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
@@ -14,3 +16,13 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     yield
+
+
+@pytest.fixture(params=["native", "reference"])
+def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend of the CPU in turn, in the place of "auto"."""
+    reason = why_not(request.param, "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("SAP_FAST_BACKEND", request.param)
+    return request.param

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
 from tests.oracle import naive_contrastive_loss, naive_task_loss
-from tests.tiny import Problem, problem, random_batch, safety, task
+from tests.tiny import Problem, plain_adamw, problem, random_batch, safety, task
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
 FAST = {"rho": 1e-3}
@@ -73,7 +75,7 @@ def test_without_rho_or_probe_lr_twenty_steps_have_the_bits_of_adamw(
 ) -> None:
     ours, theirs = problem(lora=lora, dropout=0.1), problem(lora=lora, dropout=0.1)
     optimizer = sap(ours, **options)
-    adamw = torch.optim.AdamW(groups(theirs.trained), **SETTINGS)
+    adamw = plain_adamw(groups(theirs.trained), **SETTINGS)
     schedules = [
         torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=20) for o in (optimizer, adamw)
     ]
@@ -94,7 +96,7 @@ def test_without_rho_or_probe_lr_twenty_steps_have_the_bits_of_adamw(
 def test_without_probes_it_is_adamw() -> None:
     ours, theirs = problem(), problem()
     optimizer = FusedSAP(groups(ours.trained), **SETTINGS)
-    adamw = torch.optim.AdamW(groups(theirs.trained), **SETTINGS)
+    adamw = plain_adamw(groups(theirs.trained), **SETTINGS)
     for step in range(3):
         batch = random_batch(seed=step)
         optimizer.zero_grad()
@@ -121,7 +123,7 @@ def test_the_probe_changes_the_update() -> None:
 def test_step_without_closure_is_adamw_even_with_probes() -> None:
     ours, theirs = problem(), problem()
     optimizer = sap(ours)
-    adamw = torch.optim.AdamW(groups(theirs.trained), **SETTINGS)
+    adamw = plain_adamw(groups(theirs.trained), **SETTINGS)
     task(ours)
     optimizer.step()
     task(theirs)
@@ -147,7 +149,7 @@ def test_a_fresh_optimizer_with_zero_gradients_gets_all_its_state() -> None:
 def test_clipping_is_that_of_torch() -> None:
     ours, theirs = problem(), problem()
     optimizer = FusedSAP(groups(ours.trained), max_grad_norm=0.1, **SETTINGS)
-    adamw = torch.optim.AdamW(groups(theirs.trained), **SETTINGS)
+    adamw = plain_adamw(groups(theirs.trained), **SETTINGS)
     task(ours)
     optimizer.step()
     task(theirs)
@@ -173,7 +175,7 @@ def test_gradient_blending_adds_gamma_times_the_norm_along_the_direction() -> No
     for parameter, d in zip(theirs.trained, direction, strict=True):
         parameter.grad += gamma * norm * d / length
     assert torch.nn.utils.clip_grad_norm_(theirs.trained, limit) > 2 * limit
-    torch.optim.AdamW(groups(theirs.trained), **SETTINGS).step()
+    plain_adamw(groups(theirs.trained), **SETTINGS).step()
     for a, b in zip(weights(ours), weights(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -200,7 +202,7 @@ def test_lr_may_be_a_tensor(as_tensor: bool) -> None:
     ours, theirs = problem(), problem()
     lr = torch.tensor(2e-3) if as_tensor else 2e-3
     optimizer = FusedSAP(ours.trained, lr=lr)
-    adamw = torch.optim.AdamW(theirs.trained, lr=float(lr))
+    adamw = plain_adamw(theirs.trained, lr=float(lr))
     task(ours)
     optimizer.step()
     task(theirs)
@@ -252,7 +254,7 @@ def test_moments_of_bf16_parameters_stay_in_fp32_through_a_state_dict() -> None:
 
 def test_the_state_of_torch_adamw_loads() -> None:
     ours, theirs = problem(), problem()
-    adamw = torch.optim.AdamW(groups(theirs.trained), **SETTINGS)
+    adamw = plain_adamw(groups(theirs.trained), **SETTINGS)
     for step in range(3):
         adamw.zero_grad()
         task(theirs, random_batch(seed=step))
@@ -380,7 +382,7 @@ def test_a_step_without_a_direction_is_adamw_is_counted_and_warns_once(
 ) -> None:
     ours, theirs = problem(), problem()
     optimizer = sap(ours, schedule=schedule, safety_weight=0.3, probe_lr=0.05)
-    adamw = torch.optim.AdamW(groups(theirs.trained), **SETTINGS)
+    adamw = plain_adamw(groups(theirs.trained), **SETTINGS)
 
     def poisoned() -> Tensor:
         loss = safety(ours)
@@ -410,7 +412,7 @@ def test_a_lagged_step_without_a_direction_does_not_use_the_probe_of_the_step_be
     sap_step(ours, optimizer)
     assert optimizer.probes is not None and optimizer.probes.offsets[1].norm() > 0
     theirs = ours.copy()
-    adamw = torch.optim.AdamW(groups(theirs.trained), **SETTINGS)
+    adamw = plain_adamw(groups(theirs.trained), **SETTINGS)
     adamw.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
     def flat() -> Tensor:
@@ -430,7 +432,7 @@ def test_a_lagged_step_without_a_direction_does_not_use_the_probe_of_the_step_be
 def test_a_probe_gradient_of_nan_switches_the_probe_off_for_that_step() -> None:
     ours, theirs = problem(), problem()
     optimizer = sap(ours, probe_lr=0.05)
-    adamw = torch.optim.AdamW(groups(theirs.trained), **SETTINGS)
+    adamw = plain_adamw(groups(theirs.trained), **SETTINGS)
     frozen_calls = 0
 
     def poisoned() -> Tensor:

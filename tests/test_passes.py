@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sap_fast.ops import reference
 from sap_fast.optimizer import FusedSAP
 from sap_fast.passes import Perturbation
 from sap_fast.probes import ProbeSet
 from tests.oracle import naive_contrastive_loss, naive_task_loss
 from tests.tiny import Problem, problem, random_batch, safety, task
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 VARIANTS = [
     {"schedule": "paper", "difference": "central"},
@@ -184,7 +185,9 @@ def test_an_error_between_any_two_statements_of_the_swaps_leaves_no_trace() -> N
         buffers = [torch.randn(5, generator=generator) for _ in range(3)]
         mode = FailAt(at)
         with pytest.raises(RuntimeError, match="injected") if at else nullcontext(), mode:
-            with Perturbation(reference, params, buffers, torch.tensor(0.1)) as perturbation:
+            with Perturbation(
+                params, buffers, torch.tensor(0.1), backend="reference"
+            ) as perturbation:
                 perturbation.applied_norm(torch.float32)
                 perturbation.reflect()
         return params, mode.count

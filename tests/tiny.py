@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sap_fast.ops import choose_backend
 from tests.oracle import naive_contrastive_loss, naive_task_loss
 
 VOCABULARY = 128
@@ -121,3 +122,12 @@ def safety(case: Problem) -> Tensor:
     loss = naive_contrastive_loss(case.model, case.chosen, case.rejected)
     loss.backward()
     return loss
+
+
+def plain_adamw(params: Any, **settings: Any) -> torch.optim.AdamW:
+    """The AdamW of PyTorch that has the roundings of FusedSAP's on the CPU.
+
+    The native kernels round as `fused=True` does. The reference rounds as the default does, whose
+    square root (MKL's) can be off by one unit in the last place.
+    """
+    return torch.optim.AdamW(params, fused=choose_backend("auto", "cpu") == "native", **settings)

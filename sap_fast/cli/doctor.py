@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from sap_fast import ops
 from sap_fast.cli.console import console
 from sap_fast.cli.environment import environment
 from sap_fast.cli.finetune import load_trained_model
 from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat, padding_token_id
 from sap_fast.losses import contrastive_loss
-from sap_fast.ops import OPERATIONS, backend_report, resolve_backend
+from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, why_not
 from sap_fast.optimizer import RHO_GRID
 from sap_fast.passes import Perturbation
 
@@ -37,15 +38,22 @@ def environment_table() -> Table:
 
 
 def backend_table() -> Table:
-    """Return which backend each operation runs on, and why."""
-    table = Table("operation", "backend", "what it does", title="Operations (backend=auto)")
-    name = resolve_backend("auto").__name__.rsplit(".", 1)[-1]
+    """Return which backend each operation runs on, per device, and why."""
+    table = Table("operation", "device", "backend", "what it does", title="Operations")
+    devices = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        devices.append(accelerator.type)
     for operation, purpose in OPERATIONS.items():
-        table.add_row(operation, name, purpose)
-    for backend, available, reason in backend_report():
-        state = "can run here" if available else "cannot run here"
-        table.add_section()
-        table.add_row("", backend, f"{state}: {reason}")
+        for device in devices:
+            table.add_row(operation, device, choose_backend("auto", device), purpose)
+    table.add_section()
+    for device in devices:
+        chosen = choose_backend("auto", device)
+        for backend in IMPLEMENTATIONS:
+            can = why_not(backend, device) is None
+            state = "chosen" if backend == chosen else "can run" if can else "cannot run"
+            table.add_row("", device, backend, f"{state}: {describe(backend, device)}")
     return table
 
 
@@ -80,7 +88,6 @@ def rounding_table(settings: FinetuneSettings) -> Table:
     contrastive_loss(model, moved["chosen"], moved["rejected"]).backward()
     touched = [parameter for parameter in trained if parameter.grad is not None]
     directions = [parameter.grad for parameter in touched if parameter.grad is not None]
-    ops = resolve_backend("auto")
     with torch.no_grad():
         norm = ops.sum_squares(trained).sqrt()
         length = ops.sum_squares(directions).sqrt()
@@ -98,7 +105,7 @@ def rounding_table(settings: FinetuneSettings) -> Table:
     for rho in RHO_GRID:
         wanted = rho * norm
         with Perturbation(
-            ops, touched, [d.clone() for d in directions], wanted / length
+            touched, [d.clone() for d in directions], wanted / length
         ) as perturbation:
             applied = perturbation.applied_norm(computed)
         share = (applied / wanted).item()

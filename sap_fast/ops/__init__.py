@@ -1,54 +1,328 @@
-"""The arithmetic of a SAP step, one function per operation, one module per backend.
+"""The arithmetic of a SAP step: every operation, on the backend that is asked for.
 
-`reference` is the specification: plain PyTorch that runs on every device. Every other backend
-implements the same names and is held to it. `resolve_backend` picks the module that an optimizer
-uses; `backend_report` says what can run here and why, for `sap-fast doctor`.
+What each operation computes is written in `reference`, in plain PyTorch; its schema is in `schema`.
+Other backends are held to the reference:
+
+========== ============================================ ================================
+backend    runs on                                      needs
+========== ============================================ ================================
+reference  every device                                 nothing
+native     CPU; CUDA                                    the compiled extension (`native`)
+triton     GPUs                                         the package triton (`triton`)
+========== ============================================ ================================
+
+`backend="auto"` takes, for the device that the tensors are on, the first of native, triton and
+reference that can run there, and the reference for what that one does not support (fp64, tensors
+with gaps). The environment variable `SAP_FAST_BACKEND` takes the place of "auto". A backend that is
+named and cannot run raises.
 """
 
 from __future__ import annotations
 
 import logging
-from types import ModuleType
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from sap_fast.ops import reference
+import torch
+from torch import Tensor
+
+from sap_fast.ops import native, reference, triton
+from sap_fast.ops.schema import IMPLEMENTATIONS, SCHEMAS, overload
 
 logger = logging.getLogger(__name__)
 
 #: Names that `backend=` accepts.
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", *IMPLEMENTATIONS)
 
-#: What each operation does, by name; every backend module has a function of this name.
+#: What each operation does, by name.
 OPERATIONS = {
     "sum_squares": "sum of squares over a list of tensors",
     "dot": "inner product of two lists of tensors",
     "perturb_swap_": "W becomes W + ΔW; the buffer of ΔW keeps W",
     "reflect_": "W + ΔW becomes W − ΔW",
     "restore_swap_": "W comes back bit for bit; the buffer becomes the direction again",
-    "probe_inject": "x + v, and the sum over tokens of the gradient on the way back",
+    "probe_add": "x + v: the probe in the hidden states",
+    "probe_project_": "the sum over tokens of the gradient of x, on the way back",
     "probe_rule_": "the probe gradient h becomes the probe V_safe",
-    "adamw_blend_": "gradient blending, clipping and AdamW",
+    "adamw_blend_": "gradient blending, unscaling, clipping and AdamW",
 }
+assert OPERATIONS.keys() == SCHEMAS.keys()
 
-_announced: set[str] = set()
+_said: set[str] = set()
 
 
-def resolve_backend(name: str) -> ModuleType:
-    """Return the module that implements the operations.
+# ---- which backend ----
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """Return why `backend` cannot run on devices of this type; None if it can."""
+    if backend == "native":
+        return native.why_not(device_type)
+    if backend == "triton":
+        return triton.why_not(device_type)
+    return None
+
+
+def is_auto(backend: str) -> bool:
+    """Return whether neither the argument nor the environment names a backend."""
+    return backend == "auto" and os.environ.get("SAP_FAST_BACKEND", "auto") in ("", "auto")
+
+
+def choose_backend(backend: str, device_type: str) -> str:
+    """Return the name of the backend that runs operations on tensors of a device.
 
     Args:
-        name: `"auto"` (the fastest backend that can run here) or a backend's name.
+        backend: one of `BACKENDS`.
+        device_type: `tensor.device.type`.
 
     Raises:
-        ValueError: if `name` is not one of `BACKENDS`.
+        ValueError: if `backend`, or the value of `SAP_FAST_BACKEND`, is not one of `BACKENDS`.
+        RuntimeError: if the backend that is named cannot run on that device.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not known; choose one of {', '.join(BACKENDS)}")
-    if name == "auto" and "auto" not in _announced:
-        _announced.add("auto")
-        logger.info("sap_fast runs on the reference backend: %s", backend_report()[0][2])
-    return reference
+    source = "backend"
+    if backend == "auto" and not is_auto(backend):
+        source, backend = "SAP_FAST_BACKEND", os.environ["SAP_FAST_BACKEND"]
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return next(name for name in IMPLEMENTATIONS if why_not(name, device_type) is None)
+    reason = why_not(backend, device_type)
+    if reason is not None:
+        raise RuntimeError(f"{source}={backend!r} cannot run on {device_type}: {reason}")
+    return backend
 
 
-def backend_report() -> list[tuple[str, bool, str]]:
-    """List the backends as (name, can run here, reason)."""
-    return [("reference", True, "plain PyTorch, the only backend of this version, on every device")]
+def check_backend(backend: str, device_types: Iterable[str]) -> None:
+    """Check that a backend can run on devices of these types, and say once which one does.
+
+    Raises:
+        ValueError: if the name is not known.
+        RuntimeError: if that backend cannot run on one of the devices, with the reason.
+    """
+    for device_type in sorted(set(device_types)):
+        chosen = choose_backend(backend, device_type)
+        if is_auto(backend):
+            reason = describe(chosen, device_type)
+            _say_once(f"sap_fast: {device_type} runs on the {chosen} backend ({reason})")
+
+
+def describe(backend: str, device_type: str) -> str:
+    """Return what a backend that can run on a device is there, or why it cannot run."""
+    reason = why_not(backend, device_type)
+    if reason is not None:
+        return reason
+    if backend == "native":
+        return native.describe(device_type)
+    return triton.describe() if backend == "triton" else "plain PyTorch, on every device"
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info(message)
+
+
+def _run(name: str, backend: str, device: torch.device, *arguments: Any, **options: Any) -> Any:
+    """Run an operation on the backend that `choose_backend` takes for `device`."""
+    chosen = choose_backend(backend, device.type)
+    if chosen == "reference":
+        return getattr(reference, name)(*arguments, **options)
+    operator = overload(name, chosen)
+    if not is_auto(backend):
+        return operator(*arguments, **options)
+    try:
+        return operator(*arguments, **options)
+    except NotImplementedError as error:
+        # Raised before anything was written.
+        _say_once(f"sap_fast: {name} runs on the reference backend: {error}")
+        return getattr(reference, name)(*arguments, **options)
+
+
+def _by_device(first: Sequence[Tensor], *others: Sequence[Any]) -> list[list[list[Any]]]:
+    """Split lists of equal length by the device of the first one's tensors."""
+    groups: dict[torch.device, list[list[Any]]] = {}
+    for row in zip(first, *others, strict=True):
+        group = groups.setdefault(row[0].device, [[] for _ in row])
+        for items, item in zip(group, row, strict=True):
+            items.append(item)
+    return list(groups.values())
+
+
+def _one_device(tensors: Sequence[Tensor]) -> bool:
+    return len({tensor.device for tensor in tensors}) <= 1
+
+
+# ---- operations ----
+
+
+def sum_squares(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+    """Return the sum of squares over a list of tensors; see `reference.sum_squares`."""
+    if _one_device(tensors):
+        return _run("sum_squares", backend, tensors[0].device, tensors)
+    sums = [sum_squares(group, backend=backend) for (group,) in _by_device(tensors)]
+    return torch.stack([part.to(tensors[0].device) for part in sums]).sum()
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+    """Return the inner product of two lists of tensors; see `reference.dot`."""
+    if _one_device(left):
+        return _run("dot", backend, left[0].device, left, right)
+    sums = [dot(*group, backend=backend) for group in _by_device(left, right)]
+    return torch.stack([part.to(left[0].device) for part in sums]).sum()
+
+
+def perturb_swap_(
+    params: Sequence[Tensor], buffers: Sequence[Tensor], scale: Tensor, *, backend: str = "auto"
+) -> None:
+    """Set p, b ← p + scale·b, p; see `reference.perturb_swap_`."""
+    for group in _device_groups(params, buffers):
+        _run("perturb_swap_", backend, group[0][0].device, *group, scale)
+
+
+def reflect_(params: Sequence[Tensor], buffers: Sequence[Tensor], *, backend: str = "auto") -> None:
+    """Set p ← 2·b − p; see `reference.reflect_`."""
+    for group in _device_groups(params, buffers):
+        _run("reflect_", backend, group[0][0].device, *group)
+
+
+def restore_swap_(
+    params: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    inverse_scale: Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Set p, b ← b, (p − b)·inverse_scale; see `reference.restore_swap_`."""
+    for group in _device_groups(params, buffers):
+        _run("restore_swap_", backend, group[0][0].device, *group, inverse_scale)
+
+
+def adamw_blend_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    directions: Sequence[Tensor | None] = (),
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    blend: Tensor | None = None,
+    gradient_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Blend, unscale, clip and update with AdamW; see `reference.adamw_blend_`."""
+    # Doubles hold a Python float exactly; the kernels round once, where they use it.
+    rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
+    for group in _device_groups(*lists, *([directions] if directions else [])):
+        _run(
+            "adamw_blend_",
+            backend,
+            group[0][0].device,
+            *(group if directions else [*group, []]),
+            lr=rate,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            blend=blend,
+            gradient_scale=gradient_scale,
+            found_inf=found_inf,
+        )
+
+
+def _device_groups(first: Sequence[Tensor], *others: Sequence[Any]) -> Sequence[Sequence[Any]]:
+    if not first:
+        return []
+    return [[first, *others]] if _one_device(first) else _by_device(first, *others)
+
+
+def probe_rule_(
+    buffers: Sequence[Tensor],
+    rule: str,
+    probe_lr: float,
+    *,
+    perturbation_norm: Tensor,
+    radii: Sequence[Tensor],
+    backend: str = "auto",
+) -> Tensor:
+    """Turn the probe gradients h into the probes V_safe; see `reference.probe_rule_`."""
+    arguments = (buffers, rule, probe_lr, perturbation_norm, radii)
+    if _one_device(buffers):
+        return _run("probe_rule_", backend, buffers[0].device, *arguments)
+    # One h that is not finite zeroes the probes of every device.
+    return reference.probe_rule_(*arguments)
+
+
+def _for_dtype(backend: str, dtype: torch.dtype) -> str:
+    # Compiled graphs choose when they are traced, before an operation could refuse fp64.
+    return "reference" if dtype == torch.float64 and is_auto(backend) else backend
+
+
+def _probe_add(hidden: Tensor, offset: Tensor, backend: str) -> Tensor:
+    backend = _for_dtype(backend, hidden.dtype)
+    return _run("probe_add", backend, hidden.device, hidden, offset)
+
+
+class _ProbeInject(torch.autograd.Function):
+    """x + v forward; backward adds sign·Σ_tokens ∂L/∂x to a buffer and passes the gradient on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        anchor: Tensor,
+        offset: Tensor | None,
+        buffer: Tensor,
+        sign: float,
+        backend: str,
+    ) -> Tensor:
+        ctx.buffer, ctx.sign, ctx.backend = buffer, sign, backend
+        return hidden.view_as(hidden) if offset is None else _probe_add(hidden, offset, backend)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+        backend = _for_dtype(ctx.backend, gradient.dtype)
+        _run("probe_project_", backend, gradient.device, ctx.buffer, gradient, ctx.sign)
+        return (gradient if ctx.needs_input_grad[0] else None), None, None, None, None, None
+
+
+def probe_inject(
+    hidden: Tensor,
+    offset: Tensor | None,
+    buffer: Tensor | None = None,
+    sign: float = 1.0,
+    *,
+    anchor: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return hidden + offset, and project the gradient into `buffer` on the way back.
+
+    Args:
+        hidden: hidden states, (…, H).
+        offset: the probe V in fp32, (H,) or the shape of `hidden`; None stands for zero. The sum is
+            rounded to the dtype of `hidden`.
+        buffer: where the backward pass adds sign·∂L/∂V, in fp32, of the shape of the probe. None:
+            nothing is collected.
+        sign: +1 or −1, the sign of this pass in the finite difference.
+        anchor: an empty tensor that requires grad. It makes the result differentiable where nothing
+            below it is, and takes no gradient. Made here unless given; `torch.compile` needs it
+            given.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        Hidden states that require grad if `buffer` is given, also where every parameter is frozen.
+    """
+    if buffer is None:
+        return hidden if offset is None else _probe_add(hidden, offset, backend)
+    if anchor is None:
+        anchor = torch.empty(0, requires_grad=True)
+    return _ProbeInject.apply(hidden, anchor, offset, buffer, sign, backend)

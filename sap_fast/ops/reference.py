@@ -9,7 +9,6 @@ scales and coefficients are 0-d tensors, so that nothing here waits for the devi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,59 +78,34 @@ def restore_swap_(
         buffer.copy_(direction)
 
 
-class _ProbeInject(torch.autograd.Function):
-    """x + v forward; backward adds sign·Σ_tokens ∂L/∂x to a buffer and passes the gradient on."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        anchor: Tensor,
-        offset: Tensor | None,
-        buffer: Tensor,
-        sign: float,
-    ) -> Tensor:
-        ctx.buffer, ctx.sign = buffer, sign
-        return hidden.view_as(hidden) if offset is None else (hidden + offset).to(hidden.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        buffer: Tensor = ctx.buffer
-        # A buffer of H elements stands for every token; one of the hidden states' shape for each.
-        token_dims = tuple(range(gradient.dim() - buffer.dim()))
-        total = gradient.sum(token_dims, dtype=buffer.dtype) if token_dims else gradient
-        buffer.add_(total, alpha=ctx.sign)
-        return (gradient if ctx.needs_input_grad[0] else None), None, None, None, None
-
-
-def probe_inject(
-    hidden: Tensor, offset: Tensor | None, buffer: Tensor | None = None, sign: float = 1.0
-) -> Tensor:
-    """Return hidden + offset, and project the gradient into `buffer` on the way back.
+def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
+    """Return hidden + offset, rounded to the dtype of `hidden`.
 
     Args:
         hidden: hidden states, (…, H).
-        offset: the probe V in fp32, (H,) or the shape of `hidden`; None stands for zero. The sum is
-            rounded to the dtype of `hidden`.
-        buffer: where the backward pass adds sign·∂L/∂V, in fp32, of the shape of the probe. None:
-            nothing is collected.
-        sign: +1 or −1, the sign of this pass in the finite difference.
-
-    Returns:
-        Hidden states that require grad if `buffer` is given, also where every parameter is frozen.
+        offset: the probe V in fp32, (H,) or the shape of `hidden`.
     """
-    if buffer is None:
-        return hidden if offset is None else (hidden + offset).to(hidden.dtype)
-    # Makes the result differentiable where nothing below it is; it takes no gradient itself.
-    anchor = torch.empty(0, device=hidden.device, requires_grad=True)
-    return _ProbeInject.apply(hidden, anchor, offset, buffer, sign)
+    return (hidden + offset).to(hidden.dtype)
+
+
+def probe_project_(buffer: Tensor, gradient: Tensor, sign: float) -> None:
+    """Add sign·Σ_tokens gradient to `buffer`.
+
+    Args:
+        buffer: fp32. One of H elements stands for every token; one of the gradient's shape for
+            each.
+        gradient: ∂L/∂x of the hidden states x, (…, H).
+        sign: +1 or −1, the sign of this pass in the finite difference.
+    """
+    token_dims = tuple(range(gradient.dim() - buffer.dim()))
+    total = gradient.sum(token_dims, dtype=buffer.dtype) if token_dims else gradient
+    buffer.add_(total, alpha=sign)
 
 
 def probe_rule_(
     buffers: Sequence[Tensor],
     rule: str,
     probe_lr: float,
-    *,
     perturbation_norm: Tensor,
     radii: Sequence[Tensor],
 ) -> Tensor:
@@ -175,18 +149,19 @@ def adamw_blend_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
     *,
-    lr: float | Tensor,
+    lr: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    maximize: bool = False,
-    directions: Sequence[Tensor | None] | None = None,
-    blend: Tensor | None = None,
-    gradient_scale: Tensor | None = None,
+    maximize: bool,
+    blend: Tensor | None,
+    gradient_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    """Blend, clip and update with AdamW; gradients are read, not written.
+    """Blend, unscale, clip and update with AdamW; gradients are read, not written.
 
     g ← gradient_scale·(±g + blend·d), then AdamW with decoupled weight decay (Loshchilov & Hutter,
     arXiv:1711.05101). Without `blend` and `gradient_scale` an fp32 parameter gets the bits that
@@ -194,38 +169,44 @@ def adamw_blend_(
 
     Args:
         params: parameters.
-        grads: their gradients.
+        grads: their gradients, of the same dtype.
         exp_avgs: first moments, fp32 for any parameter dtype but fp64.
         exp_avg_sqs: second moments, likewise.
-        steps: number of updates each parameter has had, 0-d; counted up here.
-        lr: learning rate.
+        steps: number of updates each parameter has had, 0-d fp32; counted up here.
+        directions: the safety gradient d of each parameter, None where it has none; or an empty
+            list.
+        lr: learning rate, 0-d.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         maximize: ascend the task objective; the blended safety loss is descended all the same.
-        directions: the safety gradient d of each parameter, None where it has none.
         blend: γ‖g‖/‖d‖, 0-d. Zero leaves the gradient, whatever d holds.
-        gradient_scale: clipping coefficient, 0-d.
+        gradient_scale: clipping coefficient, or 1/loss scale, or their product; 0-d.
+        found_inf: 0-d; where it is not zero nothing is updated or counted. Waits for the device.
     """
+    if found_inf is not None and bool(found_inf):
+        return
     for index, parameter in enumerate(params):
         gradient = -_wide(grads[index]) if maximize else _wide(grads[index])
-        direction = directions[index] if directions is not None else None
+        direction = directions[index] if directions else None
         if blend is not None and direction is not None:
             weight = blend.to(parameter.device)
             gradient = torch.where(weight == 0, gradient, gradient + weight * _wide(direction))
         if gradient_scale is not None:
             gradient = gradient * gradient_scale.to(parameter.device)
-        steps[index] += 1
-        step = float(steps[index])
+        # Where the step counter lies on the device, so do these 0-d fp64 tensors.
+        step = steps[index].add_(1).double()
+        rate = lr.to(step.device, torch.float64)
+        step_size = rate / (1 - beta1**step)
+        root_correction = (1 - beta2**step).sqrt()
         exp_avg, exp_avg_sq = exp_avgs[index], exp_avg_sqs[index]
         # For fp32 and fp64 this is the parameter itself, updated in place without a copy.
         value = _wide(parameter)
-        value.mul_(1 - float(lr) * weight_decay)
+        value.mul_(1 - rate * weight_decay)
         exp_avg.lerp_(gradient, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        step_size = float(lr) / (1 - beta1**step)
-        denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-        value.addcdiv_(exp_avg, denominator, value=-step_size)
+        denominator = (exp_avg_sq.sqrt() / root_correction).add_(eps)
+        value.sub_(step_size * exp_avg / denominator)
         if value is not parameter:
             parameter.copy_(value)

@@ -1,0 +1,152 @@
+// What the bindings demand of lists of tensors, on every device.
+//
+// Everything is checked before anything is written. What kernels do not support raises
+// NotImplementedError, upon which backend="auto" uses the reference; what no backend could make
+// sense of raises RuntimeError. Both name the list, the index and the value.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace sap_fast {
+
+enum class Access { kRead, kWrite };
+
+// A list as an operation got it. Entries that are absent (a parameter without a direction) are
+// null.
+struct TensorList {
+  const char* name;
+  Access access;
+  std::vector<const at::Tensor*> tensors;
+};
+
+inline TensorList list_of(const char* name, Access access, at::TensorList tensors) {
+  TensorList list{name, access, {}};
+  list.tensors.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) list.tensors.push_back(&tensor);
+  return list;
+}
+
+inline bool is_low_precision(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+inline bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kFloat || is_low_precision(dtype);
+}
+
+// Raises unless `list` has as many tensors as `first`, each of the shape, layout and device of its
+// counterpart, without gaps. Those of one shape and the same strides are read and written in the
+// order in which they lie in memory.
+inline void check_layout(const TensorList& first, const TensorList& list) {
+  TORCH_CHECK(first.tensors.size() == list.tensors.size(), first.name, " has ",
+              first.tensors.size(), " tensors, ", list.name, " has ", list.tensors.size());
+  const at::Tensor& leader = *first.tensors.front();
+  for (size_t index = 0; index < list.tensors.size(); ++index) {
+    if (list.tensors[index] == nullptr) continue;
+    const at::Tensor& tensor = *list.tensors[index];
+    const at::Tensor& counterpart = *first.tensors[index];
+    TORCH_CHECK_NOT_IMPLEMENTED(tensor.layout() == at::kStrided, list.name, "[", index,
+                                "] has layout ", tensor.layout(), "; dense tensors are supported");
+    TORCH_CHECK_NOT_IMPLEMENTED(tensor.device() == leader.device(), list.name, "[", index,
+                                "] is on ", tensor.device(), ", ", first.name, "[0] on ",
+                                leader.device(), "; give tensors of one device");
+    TORCH_CHECK(tensor.sizes() == counterpart.sizes(), list.name, "[", index, "] has shape ",
+                tensor.sizes(), ", ", first.name, "[", index, "] has ", counterpart.sizes());
+    if (tensor.is_contiguous() && counterpart.is_contiguous()) continue;
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        tensor.is_non_overlapping_and_dense() && tensor.strides() == counterpart.strides(),
+        list.name, "[", index, "] of shape ", tensor.sizes(), " has strides ", tensor.strides(),
+        ", ", first.name, "[", index, "] has ", counterpart.strides(),
+        "; equal strides without gaps are supported");
+  }
+}
+
+inline void check_dtype(const TensorList& first) {
+  for (size_t index = 0; index < first.tensors.size(); ++index) {
+    const at::ScalarType dtype = first.tensors[index]->scalar_type();
+    TORCH_CHECK_NOT_IMPLEMENTED(is_supported(dtype), first.name, "[", index, "] has dtype ", dtype,
+                                "; float32, bfloat16 and float16 are supported");
+  }
+}
+
+// Raises unless every tensor of `list` has the dtype of its counterpart in `first`.
+inline void check_same_dtype(const TensorList& first, const TensorList& list) {
+  for (size_t index = 0; index < list.tensors.size(); ++index) {
+    if (list.tensors[index] == nullptr) continue;
+    const at::ScalarType dtype = list.tensors[index]->scalar_type();
+    const at::ScalarType expected = first.tensors[index]->scalar_type();
+    TORCH_CHECK_NOT_IMPLEMENTED(dtype == expected, list.name, "[", index, "] has dtype ", dtype,
+                                ", ", first.name, "[", index, "] has ", expected,
+                                "; equal dtypes are supported");
+  }
+}
+
+inline void check_float32(const TensorList& list) {
+  for (size_t index = 0; index < list.tensors.size(); ++index) {
+    const at::ScalarType dtype = list.tensors[index]->scalar_type();
+    TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat, list.name, "[", index, "] has dtype ", dtype,
+                                "; float32 is supported");
+  }
+}
+
+// Raises if a tensor that is written shares memory with any other tensor.
+inline void check_overlap(const std::vector<TensorList>& lists) {
+  struct Extent {
+    uintptr_t begin;
+    uintptr_t end;
+    const TensorList* list;
+    size_t index;
+  };
+  std::vector<Extent> extents;
+  size_t count = 0;
+  for (const TensorList& list : lists) count += list.tensors.size();
+  extents.reserve(count);
+  for (const TensorList& list : lists) {
+    for (size_t index = 0; index < list.tensors.size(); ++index) {
+      const at::Tensor* const tensor = list.tensors[index];
+      if (tensor == nullptr || tensor->numel() == 0) continue;
+      const auto begin = reinterpret_cast<uintptr_t>(tensor->const_data_ptr());
+      extents.push_back({begin, begin + tensor->nbytes(), &list, index});
+    }
+  }
+  const auto by_address = [](const Extent& a, const Extent& b) { return a.begin < b.begin; };
+  std::sort(extents.begin(), extents.end(), by_address);
+  const Extent* farthest = nullptr;          // of all so far, the one that ends last
+  const Extent* farthest_written = nullptr;  // of the written ones
+  for (const Extent& extent : extents) {
+    const bool written = extent.list->access == Access::kWrite;
+    const Extent* const other = written ? farthest : farthest_written;
+    TORCH_CHECK(other == nullptr || other->end <= extent.begin, extent.list->name, "[",
+                extent.index, "] shares memory with ", other->list->name, "[", other->index,
+                "]; each tensor may be given once, and one that is written only to itself");
+    if (farthest == nullptr || extent.end > farthest->end) farthest = &extent;
+    if (written && (farthest_written == nullptr || extent.end > farthest_written->end)) {
+      farthest_written = &extent;
+    }
+  }
+}
+
+inline void check_scalar(const char* name, const at::Tensor& scalar) {
+  TORCH_CHECK(scalar.numel() == 1 && scalar.is_floating_point(), name, " has shape ",
+              scalar.sizes(), " and dtype ", scalar.scalar_type(),
+              "; a floating-point tensor of one element is needed");
+}
+
+inline void check_not_empty(const char* name, at::TensorList tensors) {
+  TORCH_CHECK(!tensors.empty(), name, " is empty; give at least one tensor");
+}
+
+// Lets autograd see that tensors were written.
+inline void bump_versions(const TensorList& list) {
+  for (const at::Tensor* tensor : list.tensors) {
+    if (!tensor->is_inference()) tensor->unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace sap_fast

@@ -1,0 +1,37 @@
+// Kernels for AVX-512 F, BW, DQ and VL: Skylake-SP, Zen 4 and later.
+#include "system.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define SAP_FAST_FMA
+#define SAP_FAST_AVX512
+#include "kernels_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace sap_fast {
+const Kernels* avx512_kernels() { return &kKernels; }
+}  // namespace sap_fast
+
+#else
+
+#include "kernels.h"
+
+namespace sap_fast {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace sap_fast
+
+#endif

@@ -1,0 +1,349 @@
+"""Triton kernels of the parameter update: gradient blending, unscaling, clipping and AdamW.
+
+Arithmetic comes first, named as in csrc/math.h; memory movement after it. What the operation has to
+compute is in `sap_fast.ops.reference`.
+
+The coefficients that depend on the step, lr/(1 − β₁ᵗ) and √(1 − β₂ᵗ), are found in fp64 by a few
+PyTorch operations on all step counters at once, as the reference finds them one by one, and rounded
+to fp32 once: 1 − β₂ᵗ would lose 10 of 24 bits in fp32 at t = 1 and β₂ = 0.999, and the kernels
+themselves stay free of fp64, of which many GPUs have little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sap_fast.ops.triton.table import (
+    DTYPES,
+    TAIL,
+    Operand,
+    address_table,
+    check_lists,
+    check_overlaps,
+    check_same,
+    interrupts_deferred,
+    launch,
+    load_address,
+    load_block,
+    load_chunk,
+    make_tables,
+    on_device,
+    scalar,
+    store_block,
+)
+
+#: Elements per program: up to five operands of 8 elements per thread are in registers at once.
+BLOCK = 1024
+
+#: Step counters per program.
+STEP_BLOCK = 128
+
+
+# ---- arithmetic ----
+
+
+@triton.jit
+def blend_gradient(gradient: tl.tensor, direction: tl.tensor, blend: tl.tensor) -> tl.tensor:
+    """Return g + blend·d. At blend zero g as it is, whatever d holds."""
+    return tl.where(blend == 0.0, gradient, gradient + blend * direction)
+
+
+@triton.jit
+def adamw(
+    parameter: tl.tensor,
+    gradient: tl.tensor,
+    exp_avg: tl.tensor,
+    exp_avg_sq: tl.tensor,
+    decay: tl.tensor,
+    gradient_weight: tl.tensor,
+    beta2: tl.tensor,
+    square_weight: tl.tensor,
+    negative_step: tl.tensor,
+    root_correction: tl.tensor,
+    eps: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """One step of AdamW with the roundings of torch.optim.AdamW(fused=True) on the CPU."""
+    exp_avg = tl.fma(gradient - exp_avg, gradient_weight, exp_avg)
+    exp_avg_sq = tl.fma(square_weight * gradient, gradient, exp_avg_sq * beta2)
+    denominator = tl.math.div_rn(tl.math.sqrt_rn(exp_avg_sq), root_correction) + eps
+    update = tl.math.div_rn(negative_step * exp_avg, denominator)
+    return parameter * decay + update, exp_avg, exp_avg_sq
+
+
+# ---- memory ----
+
+
+@triton.jit
+def load_steps_kernel(
+    addresses: tl.tensor, counts: tl.tensor, tensors: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Gather the step counters, one more than they are stored."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < tensors
+    steps = tl.load(addresses + index, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    tl.store(counts + index, tl.load(steps, mask=inside, other=0.0) + 1.0, mask=inside)
+
+
+@triton.jit
+def store_steps_kernel(
+    addresses: tl.tensor,
+    counts: tl.tensor,
+    found_inf: tl.tensor | None,
+    tensors: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Scatter the step counters, unless an infinity was found."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < tensors
+    if found_inf is not None:
+        inside = inside & (tl.load(found_inf) == 0.0)
+    steps = tl.load(addresses + index, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    tl.store(steps, tl.load(counts + index, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _adamw_block(
+    params: tl.tensor,
+    grads: tl.tensor,
+    exp_avgs: tl.tensor,
+    exp_avg_sqs: tl.tensor,
+    directions: tl.tensor,
+    sign: tl.tensor,
+    blend: tl.tensor | None,
+    gradient_scale: tl.tensor | None,
+    decay: tl.tensor,
+    gradient_weight: tl.tensor,
+    beta2: tl.tensor,
+    square_weight: tl.tensor,
+    negative_step: tl.tensor,
+    root_correction: tl.tensor,
+    eps: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    gradient = load_block(grads, size, BLOCK, WHOLE).to(tl.float32) * sign
+    if blend is not None:
+        direction = load_block(directions, size, BLOCK, WHOLE).to(tl.float32)
+        gradient = blend_gradient(gradient, direction, tl.load(blend))
+    if gradient_scale is not None:
+        gradient = gradient * tl.load(gradient_scale)
+    parameter, exp_avg, exp_avg_sq = adamw(
+        load_block(params, size, BLOCK, WHOLE).to(tl.float32),
+        gradient,
+        load_block(exp_avgs, size, BLOCK, WHOLE),
+        load_block(exp_avg_sqs, size, BLOCK, WHOLE),
+        decay,
+        gradient_weight,
+        beta2,
+        square_weight,
+        negative_step,
+        root_correction,
+        eps,
+    )
+    store_block(params, parameter, size, BLOCK, WHOLE)
+    store_block(exp_avgs, exp_avg, size, BLOCK, WHOLE)
+    store_block(exp_avg_sqs, exp_avg_sq, size, BLOCK, WHOLE)
+
+
+@triton.jit
+def adamw_blend_kernel(
+    addresses: tl.tensor,
+    chunks: tl.tensor,
+    coefficients: tl.tensor,
+    blend: tl.tensor | None,
+    gradient_scale: tl.tensor | None,
+    found_inf: tl.tensor | None,
+    sign: tl.tensor,
+    gradient_weight: tl.tensor,
+    beta2: tl.tensor,
+    square_weight: tl.tensor,
+    eps: tl.tensor,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The update of one chunk; without `blend` the table has no directions."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0.0:
+            return
+    tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    OPERANDS: tl.constexpr = 4 if blend is None else 5
+    params = load_address(addresses, tensor, 0, OPERANDS, DTYPE) + offset
+    grads = load_address(addresses, tensor, 1, OPERANDS, DTYPE) + offset
+    exp_avgs = load_address(addresses, tensor, 2, OPERANDS, tl.float32) + offset
+    exp_avg_sqs = load_address(addresses, tensor, 3, OPERANDS, tl.float32) + offset
+    directions = load_address(addresses, tensor, OPERANDS - 1, OPERANDS, DTYPE) + offset
+    decay = tl.load(coefficients + 3 * tensor)
+    negative_step = tl.load(coefficients + 3 * tensor + 1)
+    root_correction = tl.load(coefficients + 3 * tensor + 2)
+    sign32 = tl.full((), sign, tl.float32)
+    gradient_weight32 = tl.full((), gradient_weight, tl.float32)
+    beta2_32 = tl.full((), beta2, tl.float32)
+    square_weight32 = tl.full((), square_weight, tl.float32)
+    eps32 = tl.full((), eps, tl.float32)
+    if whole:
+        _adamw_block(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            directions,
+            sign32,
+            blend,
+            gradient_scale,
+            decay,
+            gradient_weight32,
+            beta2_32,
+            square_weight32,
+            negative_step,
+            root_correction,
+            eps32,
+            size,
+            BLOCK,
+            True,
+        )
+    else:
+        for start in range(0, size, TAIL):
+            _adamw_block(
+                params + start,
+                grads + start,
+                exp_avgs + start,
+                exp_avg_sqs + start,
+                directions + start,
+                sign32,
+                blend,
+                gradient_scale,
+                decay,
+                gradient_weight32,
+                beta2_32,
+                square_weight32,
+                negative_step,
+                root_correction,
+                eps32,
+                size - start,
+                TAIL,
+                False,
+            )
+
+
+# ---- operation ----
+
+
+def adamw_blend_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    blend: Tensor | None,
+    gradient_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """See `reference.adamw_blend_`; nothing here waits for the device."""
+    operands = [
+        Operand("params", params, written=True),
+        Operand("grads", grads, written=False),
+        Operand("exp_avgs", exp_avgs, written=True, dtype=torch.float32),
+        Operand("exp_avg_sqs", exp_avg_sqs, written=True, dtype=torch.float32),
+    ]
+    if blend is not None and directions:
+        operands.append(Operand("directions", directions, written=False))
+    check_lists(operands)
+    device = params[0].device
+    _check_steps(operands, steps, device)
+    if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
+        return
+    with on_device(device):
+        gradient_factor = None if gradient_scale is None else scalar(gradient_scale, device)
+        skip = None if found_inf is None else scalar(found_inf, device)
+        weight = None if blend is None else scalar(blend, device)
+        rate = scalar(lr, device, torch.float64)
+        with interrupts_deferred():
+            for table in make_tables(operands, BLOCK):
+                members = [steps[index] for index in table.members]
+                step_table = address_table([step.data_ptr() for step in members], device)
+                counts = torch.empty(len(members), dtype=torch.float32, device=device)
+                grid = (triton.cdiv(len(members), STEP_BLOCK),)
+                launch(
+                    load_steps_kernel,
+                    grid,
+                    step_table,
+                    counts,
+                    len(members),
+                    written=(),
+                    BLOCK=STEP_BLOCK,
+                )
+                has_directions = table.addresses.shape[1] == 5
+                launch(
+                    adamw_blend_kernel,
+                    (table.plan.chunk_count,),
+                    table.addresses,
+                    table.plan.chunks,
+                    _coefficients(counts, rate, beta1, beta2, weight_decay),
+                    weight if has_directions else None,
+                    gradient_factor,
+                    skip,
+                    -1.0 if maximize else 1.0,
+                    1 - beta1,
+                    beta2,
+                    1 - beta2,
+                    eps,
+                    written=table.written,
+                    DTYPE=DTYPES[table.dtype],
+                    BLOCK=BLOCK,
+                )
+                launch(
+                    store_steps_kernel,
+                    grid,
+                    step_table,
+                    counts,
+                    skip,
+                    len(members),
+                    written=members,
+                    BLOCK=STEP_BLOCK,
+                )
+
+
+def _check_steps(
+    operands: Sequence[Operand], steps: Sequence[Tensor], device: torch.device
+) -> None:
+    count = len(operands[0].tensors)
+    if len(steps) != count:
+        raise ValueError(f"steps has {len(steps)} tensors, params has {count}")
+    for index, step in enumerate(steps):
+        if step.numel() != 1:
+            raise ValueError(f"steps[{index}] has shape {tuple(step.shape)}; it must be 0-d")
+        check_same(f"steps[{index}]", step, torch.float32, device)
+    check_overlaps(
+        [(f"steps[{index}]", step, True) for index, step in enumerate(steps)]
+        + [
+            (f"{operand.name}[{index}]", tensor, operand.written)
+            for operand in operands
+            for index, tensor in enumerate(operand.tensors)
+            if tensor is not None
+        ]
+    )
+
+
+def _coefficients(
+    counts: Tensor, rate: Tensor, beta1: float, beta2: float, weight_decay: float
+) -> Tensor:
+    """Return 1 − lr·weight_decay, −lr/(1 − β₁ᵗ) and √(1 − β₂ᵗ) per tensor, (tensors, 3)."""
+    step = counts.double()
+    negative_step = -rate / (1 - beta1**step)
+    root_correction = (1 - beta2**step).sqrt()
+    decay = (1 - rate * weight_decay).expand_as(step)
+    return torch.stack([decay, negative_step, root_correction], dim=1).float()

@@ -1,0 +1,309 @@
+"""Triton kernels of the parameter operations: reductions, perturb, reflect, restore.
+
+Arithmetic comes first, named as in csrc/math.h; memory movement after it. What each operation has
+to compute is in `sap_fast.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sap_fast.ops.triton.table import (
+    DTYPES,
+    TAIL,
+    Operand,
+    check_lists,
+    interrupts_deferred,
+    launch,
+    load_address,
+    load_block,
+    load_chunk,
+    make_tables,
+    on_device,
+    scalar,
+    store_block,
+)
+
+#: Elements per program: per thread and operand 8 accesses of 128 bits in fp32, 4 in 16 bits.
+BLOCK = 4096
+
+#: Elements per partial sum, and how many of them are read at a time.
+SUM_CHUNK = 32768
+SUM_BLOCK = 2048
+
+#: Partial sums that stage two reads at a time.
+FOLD_BLOCK = 1024
+
+
+# ---- arithmetic ----
+
+
+@triton.jit
+def perturb(parameter: tl.tensor, direction: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """W + scale·d. At scale zero W as it is, whatever d holds."""
+    return tl.where(scale == 0.0, parameter, parameter + scale * direction)
+
+
+@triton.jit
+def reflect(perturbed: tl.tensor, parameter: tl.tensor) -> tl.tensor:
+    """W + ΔW becomes W − ΔW."""
+    return 2.0 * parameter - perturbed
+
+
+@triton.jit
+def recover_direction(
+    perturbed: tl.tensor, parameter: tl.tensor, inverse_scale: tl.tensor
+) -> tl.tensor:
+    """The direction, to rounding, from W + ΔW and W."""
+    return (perturbed - parameter) * inverse_scale
+
+
+# ---- memory ----
+
+
+@triton.jit
+def _perturb_swap_block(
+    params: tl.tensor,
+    buffers: tl.tensor,
+    scale: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    parameter = load_block(params, size, BLOCK, WHOLE)
+    direction = load_block(buffers, size, BLOCK, WHOLE)
+    perturbed = perturb(parameter.to(tl.float32), direction.to(tl.float32), scale)
+    store_block(buffers, parameter, size, BLOCK, WHOLE)
+    store_block(params, perturbed, size, BLOCK, WHOLE)
+
+
+@triton.jit
+def perturb_swap_kernel(
+    addresses: tl.tensor,
+    chunks: tl.tensor,
+    scale: tl.tensor,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Set p, b ← p + scale·b, p on one chunk."""
+    tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    params = load_address(addresses, tensor, 0, 2, DTYPE) + offset
+    buffers = load_address(addresses, tensor, 1, 2, DTYPE) + offset
+    factor = tl.load(scale)
+    if whole:
+        _perturb_swap_block(params, buffers, factor, size, BLOCK, True)
+    else:
+        for start in range(0, size, TAIL):
+            _perturb_swap_block(params + start, buffers + start, factor, size - start, TAIL, False)
+
+
+@triton.jit
+def _reflect_block(
+    params: tl.tensor,
+    buffers: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    perturbed = load_block(params, size, BLOCK, WHOLE)
+    parameter = load_block(buffers, size, BLOCK, WHOLE)
+    reflected = reflect(perturbed.to(tl.float32), parameter.to(tl.float32))
+    store_block(params, reflected, size, BLOCK, WHOLE)
+
+
+@triton.jit
+def reflect_kernel(
+    addresses: tl.tensor, chunks: tl.tensor, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """Set p ← 2·b − p on one chunk."""
+    tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    params = load_address(addresses, tensor, 0, 2, DTYPE) + offset
+    buffers = load_address(addresses, tensor, 1, 2, DTYPE) + offset
+    if whole:
+        _reflect_block(params, buffers, size, BLOCK, True)
+    else:
+        for start in range(0, size, TAIL):
+            _reflect_block(params + start, buffers + start, size - start, TAIL, False)
+
+
+@triton.jit
+def _restore_swap_block(
+    params: tl.tensor,
+    buffers: tl.tensor,
+    inverse_scale: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    perturbed = load_block(params, size, BLOCK, WHOLE)
+    parameter = load_block(buffers, size, BLOCK, WHOLE)
+    direction = recover_direction(perturbed.to(tl.float32), parameter.to(tl.float32), inverse_scale)
+    store_block(params, parameter, size, BLOCK, WHOLE)
+    store_block(buffers, direction, size, BLOCK, WHOLE)
+
+
+@triton.jit
+def restore_swap_kernel(
+    addresses: tl.tensor,
+    chunks: tl.tensor,
+    inverse_scale: tl.tensor,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Set p, b ← b, (p − b)·inverse_scale on one chunk."""
+    tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    params = load_address(addresses, tensor, 0, 2, DTYPE) + offset
+    buffers = load_address(addresses, tensor, 1, 2, DTYPE) + offset
+    factor = tl.load(inverse_scale)
+    if whole:
+        _restore_swap_block(params, buffers, factor, size, BLOCK, True)
+    else:
+        for start in range(0, size, TAIL):
+            _restore_swap_block(params + start, buffers + start, factor, size - start, TAIL, False)
+
+
+@triton.jit
+def _sum_products(
+    left: tl.tensor,
+    right: tl.tensor,
+    size: tl.tensor,
+    OPERANDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tensor:
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, CHUNK if WHOLE else size, BLOCK):
+        a = load_block(left + start, size - start, BLOCK, WHOLE).to(tl.float32)
+        if OPERANDS == 1:
+            total += a * a
+        else:
+            b = load_block(right + start, size - start, BLOCK, WHOLE).to(tl.float32)
+            total += a * b
+    return tl.sum(total)
+
+
+@triton.jit(do_not_specialize_on_alignment=["partials"])
+def sum_products_kernel(
+    addresses: tl.tensor,
+    chunks: tl.tensor,
+    partials: tl.tensor,
+    DTYPE: tl.constexpr,
+    OPERANDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Stage one of `dot`, or with one operand of `sum_squares`: one partial sum per chunk."""
+    index = tl.program_id(0)
+    tensor, offset, size, whole = load_chunk(chunks, index)
+    left = load_address(addresses, tensor, 0, OPERANDS, DTYPE) + offset
+    right = load_address(addresses, tensor, OPERANDS - 1, OPERANDS, DTYPE) + offset
+    if whole:
+        total = _sum_products(left, right, size, OPERANDS, CHUNK, BLOCK, True)
+    else:
+        total = _sum_products(left, right, size, OPERANDS, CHUNK, BLOCK, False)
+    tl.store(partials + index, total)
+
+
+@triton.jit(do_not_specialize=["count"])
+def fold_kernel(
+    partials: tl.tensor, result: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Stage two: one program adds up the partial sums, in order."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        total += load_block(partials + start, count - start, BLOCK, False)
+    tl.store(result, tl.sum(total))
+
+
+# ---- operations ----
+
+
+def sum_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """See `reference.sum_squares`; the order depends on sizes, dtypes and alignment alone."""
+    return _reduce([Operand("tensors", tensors, written=False)])
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """See `reference.dot`; the order depends on sizes, dtypes and alignment alone."""
+    return _reduce([Operand("left", left, written=False), Operand("right", right, written=False)])
+
+
+def _reduce(operands: Sequence[Operand]) -> Tensor:
+    check_lists(operands)
+    tables = make_tables(operands, SUM_CHUNK)
+    device = tables[0].addresses.device
+    count = sum(table.plan.chunk_count for table in tables)
+    result = torch.zeros((), dtype=torch.float32, device=device)
+    partials = torch.empty(count, dtype=torch.float32, device=device)
+    done = 0
+    with on_device(device):
+        for table in tables:
+            launch(
+                sum_products_kernel,
+                (table.plan.chunk_count,),
+                table.addresses,
+                table.plan.chunks,
+                partials[done:],
+                written=(),
+                DTYPE=DTYPES[table.dtype],
+                OPERANDS=len(operands),
+                CHUNK=SUM_CHUNK,
+                BLOCK=SUM_BLOCK,
+            )
+            done += table.plan.chunk_count
+        launch(fold_kernel, (1,), partials, result, count, written=(), BLOCK=FOLD_BLOCK)
+    return result
+
+
+def perturb_swap_(params: Sequence[Tensor], buffers: Sequence[Tensor], scale: Tensor) -> None:
+    """See `reference.perturb_swap_`."""
+    _elementwise(perturb_swap_kernel, params, buffers, scale)
+
+
+def reflect_(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
+    """See `reference.reflect_`."""
+    _elementwise(reflect_kernel, params, buffers, buffers_written=False)
+
+
+def restore_swap_(
+    params: Sequence[Tensor], buffers: Sequence[Tensor], inverse_scale: Tensor
+) -> None:
+    """See `reference.restore_swap_`."""
+    _elementwise(restore_swap_kernel, params, buffers, inverse_scale)
+
+
+def _elementwise(
+    kernel: triton.JITFunction,
+    params: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    factor: Tensor | None = None,
+    *,
+    buffers_written: bool = True,
+) -> None:
+    operands = [
+        Operand("params", params, written=True),
+        Operand("buffers", buffers, written=buffers_written),
+    ]
+    check_lists(operands)
+    device = params[0].device
+    with on_device(device):
+        factors = [] if factor is None else [scalar(factor, device)]
+        tables = make_tables(operands, BLOCK)
+        with interrupts_deferred():
+            for table in tables:
+                launch(
+                    kernel,
+                    (table.plan.chunk_count,),
+                    table.addresses,
+                    table.plan.chunks,
+                    *factors,
+                    written=table.written,
+                    DTYPE=DTYPES[table.dtype],
+                    BLOCK=BLOCK,
+                )

@@ -1,0 +1,527 @@
+"""Triton kernels of the probe in the hidden states: add, project, and the probe rules.
+
+Arithmetic comes first, named as in csrc/math.h; memory movement after it. What each operation has
+to compute is in `sap_fast.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sap_fast.ops.triton.table import (
+    DTYPES,
+    Operand,
+    address_table,
+    check_lists,
+    check_overlaps,
+    check_same,
+    interrupts_deferred,
+    launch,
+    load_address,
+    load_block,
+    load_chunk,
+    make_tables,
+    narrow,
+    on_device,
+    scalar,
+    store_block,
+)
+
+#: Elements of the hidden states per program.
+BLOCK = 2048
+
+#: Stage one of the column sum: tokens per partial sum; tokens and columns read at a time.
+ROWS = 128
+ROW_BLOCK = 16
+COLUMN_BLOCK = 128
+
+#: Elements of h per program: a probe of one token is cut into a few.
+RULE_BLOCK = 1024
+
+#: The rules of `reference.probe_rule_`.
+RULES = ("gradient", "normalized", "adam")
+
+
+# ---- arithmetic ----
+
+
+@triton.jit
+def is_finite(a: tl.tensor) -> tl.tensor:
+    """Neither NaN nor infinite."""
+    return tl.abs(a) <= 3.402823466e38
+
+
+@triton.jit
+def normalized_rule(
+    h: tl.tensor, largest: tl.tensor, norm: tl.tensor, radius: tl.tensor, probe_lr: tl.tensor
+) -> tl.tensor:
+    """β·r·h/‖h‖ with largest = max|h| and norm = ‖h/largest‖; zero for h = 0."""
+    unit = tl.math.div_rn(tl.math.div_rn(h, largest), norm)
+    return probe_lr * (tl.where(largest > 0.0, unit, 0.0) * radius)
+
+
+@triton.jit
+def gradient_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_lr: tl.tensor) -> tl.tensor:
+    """β·ρ‖W‖·h."""
+    return probe_lr * (h * perturbation_norm)
+
+
+@triton.jit
+def adam_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_lr: tl.tensor) -> tl.tensor:
+    """The first step of Adam on ρ‖W‖·h, of size β."""
+    g = h * perturbation_norm
+    return probe_lr * tl.math.div_rn(g, tl.abs(g) + 1e-8)
+
+
+# ---- memory: add and project ----
+
+
+@triton.jit
+def add_kernel(
+    hidden: tl.tensor,
+    offset: tl.tensor,
+    result: tl.tensor,
+    count: tl.tensor,
+    width: tl.tensor,
+    SHARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Hidden + offset on BLOCK elements; if SHARED, one offset of `width` serves every token."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = start + tl.arange(0, BLOCK)
+    inside = index < count
+    if SHARED:
+        # One division of 64 bits per program, then 32 bits per element.
+        column = ((start % width).to(tl.int32) + tl.arange(0, BLOCK)) % width
+        added = tl.load(offset + column, mask=inside, other=0.0)
+    else:
+        added = tl.load(offset + index, mask=inside, other=0.0)
+    values = tl.load(hidden + index, mask=inside, other=0.0).to(tl.float32) + added
+    tl.store(result + index, narrow(values, result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def column_sums_kernel(
+    gradient: tl.tensor,
+    partials: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    ROWS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+) -> None:
+    """Stage one: the sums over ROWS tokens of COLUMN_BLOCK columns of a (rows, width) gradient."""
+    part = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    total = tl.zeros((ROW_BLOCK, COLUMN_BLOCK), tl.float32)
+    for start in range(0, ROWS, ROW_BLOCK):
+        row = part * ROWS + start + tl.arange(0, ROW_BLOCK)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        pointers = gradient + row[:, None] * width + column[None, :]
+        total += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    sums = tl.sum(total, axis=0)
+    tl.store(partials + part * width + column, sums, mask=column < width)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def project_kernel(
+    partials: tl.tensor,
+    buffer: tl.tensor,
+    parts: tl.tensor,
+    width: tl.tensor,
+    sign: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Stage two: add up the (parts, width) partial sums in order, and add sign times them."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    row = partials + column
+    for _ in range(parts):
+        total += tl.load(row, mask=inside, other=0.0)
+        row += width
+    values = tl.load(buffer + column, mask=inside, other=0.0)
+    tl.store(buffer + column, values + tl.full((), sign, tl.float32) * total, mask=inside)
+
+
+@triton.jit
+def add_scaled_kernel(
+    buffer: tl.tensor,
+    gradient: tl.tensor,
+    count: tl.tensor,
+    sign: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Add sign·gradient to a buffer of its shape."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    added = tl.load(gradient + index, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(buffer + index, mask=inside, other=0.0)
+    tl.store(buffer + index, values + tl.full((), sign, tl.float32) * added, mask=inside)
+
+
+# ---- memory: the probe rules ----
+
+
+@triton.jit
+def _load_h(
+    addresses: tl.tensor,
+    tensor: tl.tensor,
+    offset: tl.tensor,
+    size: tl.tensor,
+    whole: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    pointer = load_address(addresses, tensor, 0, 1, tl.float32) + offset
+    if whole:
+        h = load_block(pointer, size, BLOCK, True)
+    else:
+        h = load_block(pointer, size, BLOCK, False)
+    return h
+
+
+@triton.jit
+def extent_kernel(
+    addresses: tl.tensor,
+    chunks: tl.tensor,
+    largest: tl.tensor,
+    finite: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Per chunk of h: max|h|, and whether all of it is finite."""
+    index = tl.program_id(0)
+    tensor, offset, size, whole = load_chunk(chunks, index)
+    h = _load_h(addresses, tensor, offset, size, whole, BLOCK)
+    inside = is_finite(h)
+    tl.store(largest + index, tl.max(tl.where(inside, tl.abs(h), 0.0)))
+    tl.store(finite + index, tl.min(inside.to(tl.int32)))
+
+
+@triton.jit
+def layer_extent_kernel(
+    starts: tl.tensor,
+    radii: tl.tensor,
+    largest: tl.tensor,
+    finite: tl.tensor,
+    layer_largest: tl.tensor,
+    layer_finite: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Per layer: max|h|, and whether h and the radius are finite."""
+    layer = tl.program_id(0)
+    begin = tl.load(starts + layer)
+    end = tl.load(starts + layer + 1)
+    maxima = tl.zeros((BLOCK,), tl.float32)
+    flags = tl.full((BLOCK,), 1, tl.int32)
+    for start in range(begin, end, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        maxima = tl.maximum(maxima, tl.load(largest + index, mask=index < end, other=0.0))
+        flags &= tl.load(finite + index, mask=index < end, other=1)
+    radius = load_radius(radii, layer)
+    tl.store(layer_largest + layer, tl.max(maxima))
+    tl.store(layer_finite + layer, tl.min(flags) & is_finite(radius).to(tl.int32))
+
+
+@triton.jit
+def load_radius(radii: tl.tensor, layer: tl.tensor) -> tl.tensor:
+    """Return a layer's radius from the table of their addresses."""
+    return tl.load(load_address(radii, layer, 0, 1, tl.float32))
+
+
+@triton.jit(do_not_specialize=["layers"])
+def all_finite_kernel(
+    layer_finite: tl.tensor, result: tl.tensor, layers: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Whether every layer is finite, by one program."""
+    flags = tl.full((BLOCK,), 1, tl.int32)
+    for start in range(0, layers, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        flags &= tl.load(layer_finite + index, mask=index < layers, other=1)
+    tl.store(result, tl.min(flags).to(tl.uint8))
+
+
+@triton.jit
+def unit_squares_kernel(
+    addresses: tl.tensor,
+    chunks: tl.tensor,
+    layer_largest: tl.tensor,
+    partials: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Per chunk: the sum of (h/max|h|)²."""
+    index = tl.program_id(0)
+    tensor, offset, size, whole = load_chunk(chunks, index)
+    h = _load_h(addresses, tensor, offset, size, whole, BLOCK)
+    unit = tl.math.div_rn(h, tl.load(layer_largest + tensor))
+    tl.store(partials + index, tl.sum(unit * unit))
+
+
+@triton.jit
+def layer_norm_kernel(
+    starts: tl.tensor, partials: tl.tensor, norms: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Per layer: the root of its partial sums, added up in order."""
+    layer = tl.program_id(0)
+    begin = tl.load(starts + layer)
+    end = tl.load(starts + layer + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        total += tl.load(partials + index, mask=index < end, other=0.0)
+    tl.store(norms + layer, tl.math.sqrt_rn(tl.sum(total)))
+
+
+@triton.jit
+def _rule_block(
+    buffer: tl.tensor,
+    probe_lr: tl.tensor,
+    perturbation_norm: tl.tensor,
+    largest: tl.tensor,
+    norm: tl.tensor,
+    radius: tl.tensor,
+    finite: tl.tensor,
+    size: tl.tensor,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    h = load_block(buffer, size, BLOCK, WHOLE)
+    if RULE == "normalized":
+        probe = normalized_rule(h, largest, norm, radius, probe_lr)
+    elif RULE == "adam":
+        probe = adam_rule(h, perturbation_norm, probe_lr)
+    else:
+        probe = gradient_rule(h, perturbation_norm, probe_lr)
+    store_block(buffer, tl.where(finite, probe, 0.0), size, BLOCK, WHOLE)
+
+
+@triton.jit
+def rule_kernel(
+    addresses: tl.tensor,
+    chunks: tl.tensor,
+    radii: tl.tensor,
+    perturbation_norm: tl.tensor,
+    layer_largest: tl.tensor,
+    norms: tl.tensor,
+    finite: tl.tensor,
+    probe_lr: tl.tensor,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Per chunk: h becomes V, or zero if anything anywhere is not finite."""
+    layer, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    buffer = load_address(addresses, layer, 0, 1, tl.float32) + offset
+    radius = load_radius(radii, layer)
+    largest = tl.load(layer_largest + layer)
+    norm = tl.load(norms + layer)
+    factor = tl.load(perturbation_norm)
+    every = tl.load(finite) != 0
+    lr = tl.full((), probe_lr, tl.float32)
+    if whole:
+        _rule_block(buffer, lr, factor, largest, norm, radius, every, size, RULE, BLOCK, True)
+    else:
+        _rule_block(buffer, lr, factor, largest, norm, radius, every, size, RULE, BLOCK, False)
+
+
+# ---- operations ----
+
+
+def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
+    """See `reference.probe_add`; hidden states with gaps are copied first."""
+    shared = offset.shape == hidden.shape[-1:]
+    if not shared and offset.shape != hidden.shape:
+        raise ValueError(
+            f"offset has shape {tuple(offset.shape)}; hidden states of shape "
+            f"{tuple(hidden.shape)} take one of {tuple(hidden.shape[-1:])} or of their own shape"
+        )
+    _check_hidden("hidden", hidden)
+    check_same("offset", offset, torch.float32, hidden.device)
+    dense = hidden.contiguous()
+    result = torch.empty_like(dense)
+    count = hidden.numel()
+    with on_device(hidden.device):
+        launch(
+            add_kernel,
+            (triton.cdiv(count, BLOCK),),
+            dense,
+            offset.contiguous(),
+            result,
+            count,
+            hidden.shape[-1] if hidden.dim() else 1,
+            written=(),
+            SHARED=shared,
+            BLOCK=BLOCK,
+        )
+    # The result has the layout of `hidden`, as that of any addition.
+    return result if hidden.is_contiguous() else torch.empty_like(hidden).copy_(result)
+
+
+def probe_project_(buffer: Tensor, gradient: Tensor, sign: float) -> None:
+    """See `reference.probe_project_`; gradients that are not contiguous are copied first."""
+    shared = buffer.shape == gradient.shape[-1:]
+    if not shared and buffer.shape != gradient.shape:
+        raise ValueError(
+            f"buffer has shape {tuple(buffer.shape)}; a gradient of shape "
+            f"{tuple(gradient.shape)} takes one of {tuple(gradient.shape[-1:])} or of its own shape"
+        )
+    _check_hidden("gradient", gradient)
+    check_same("buffer", buffer, torch.float32, gradient.device)
+    if not buffer.is_contiguous():
+        raise NotImplementedError(f"buffer has strides {buffer.stride()}; it must be contiguous")
+    gradient = gradient.contiguous()
+    check_overlaps([("buffer", buffer, True), ("gradient", gradient, False)])
+    with on_device(buffer.device):
+        if gradient.shape == buffer.shape:
+            count = gradient.numel()
+            with interrupts_deferred():
+                launch(
+                    add_scaled_kernel,
+                    (triton.cdiv(count, BLOCK),),
+                    buffer,
+                    gradient,
+                    count,
+                    sign,
+                    written=[buffer],
+                    BLOCK=BLOCK,
+                )
+            return
+        width = gradient.shape[-1]
+        rows = gradient.numel() // max(width, 1)
+        parts = triton.cdiv(rows, ROWS)
+        partials = torch.empty((parts, width), dtype=torch.float32, device=buffer.device)
+        columns = triton.cdiv(width, COLUMN_BLOCK)
+        launch(
+            column_sums_kernel,
+            (parts, columns),
+            gradient,
+            partials,
+            rows,
+            width,
+            written=(),
+            ROWS=ROWS,
+            ROW_BLOCK=ROW_BLOCK,
+            COLUMN_BLOCK=COLUMN_BLOCK,
+        )
+        with interrupts_deferred():
+            launch(
+                project_kernel,
+                (columns,),
+                partials,
+                buffer,
+                parts,
+                width,
+                sign,
+                written=[buffer],
+                BLOCK=COLUMN_BLOCK,
+            )
+
+
+def _check_hidden(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"{name} has dtype {tensor.dtype}; the Triton kernels take "
+            f"{', '.join(str(known) for known in DTYPES)}"
+        )
+
+
+def probe_rule_(
+    buffers: Sequence[Tensor],
+    rule: str,
+    probe_lr: float,
+    perturbation_norm: Tensor,
+    radii: Sequence[Tensor],
+) -> Tensor:
+    """See `reference.probe_rule_`; four launches, for `"normalized"` six."""
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(RULES)}")
+    if len(radii) != len(buffers):
+        raise ValueError(f"radii has {len(radii)} tensors, buffers has {len(buffers)}")
+    operands = [Operand("buffers", buffers, written=True, dtype=torch.float32)]
+    check_lists(operands)
+    device = buffers[0].device
+    layers = len(buffers)
+    with on_device(device):
+        (table,) = make_tables(operands, RULE_BLOCK)
+        chunks, starts, count = table.plan
+        # Kept until the launches are queued: the table has no more than their addresses.
+        radius_tensors = [scalar(radius, device) for radius in radii]
+        radius_table = address_table([radius.data_ptr() for radius in radius_tensors], device)
+        norm = scalar(perturbation_norm, device)
+        largest, layer_largest = norm.new_empty(count), norm.new_empty(layers)
+        partials, norms = norm.new_empty(count), norm.new_empty(layers)
+        finite = norm.new_empty(count, dtype=torch.int32)
+        layer_finite = norm.new_empty(layers, dtype=torch.int32)
+        result = torch.empty((), dtype=torch.bool, device=device)
+        launch(
+            extent_kernel,
+            (count,),
+            table.addresses,
+            chunks,
+            largest,
+            finite,
+            written=(),
+            BLOCK=RULE_BLOCK,
+        )
+        launch(
+            layer_extent_kernel,
+            (layers,),
+            starts,
+            radius_table,
+            largest,
+            finite,
+            layer_largest,
+            layer_finite,
+            written=(),
+            BLOCK=RULE_BLOCK,
+        )
+        launch(
+            all_finite_kernel,
+            (1,),
+            layer_finite,
+            result.view(torch.uint8),
+            layers,
+            written=(),
+            BLOCK=RULE_BLOCK,
+        )
+        if rule == "normalized":
+            launch(
+                unit_squares_kernel,
+                (count,),
+                table.addresses,
+                chunks,
+                layer_largest,
+                partials,
+                written=(),
+                BLOCK=RULE_BLOCK,
+            )
+            launch(
+                layer_norm_kernel,
+                (layers,),
+                starts,
+                partials,
+                norms,
+                written=(),
+                BLOCK=RULE_BLOCK,
+            )
+        with interrupts_deferred():
+            launch(
+                rule_kernel,
+                (count,),
+                table.addresses,
+                chunks,
+                radius_table,
+                norm,
+                layer_largest,
+                norms,
+                result.view(torch.uint8),
+                probe_lr,
+                written=table.written,
+                RULE=rule,
+                BLOCK=RULE_BLOCK,
+            )
+    return result

@@ -1,0 +1,430 @@
+"""Lists of tensors as a table on the device, so that one launch serves a whole list.
+
+A launch gets two tensors of int64: the address of every operand of every tensor, and one row
+(tensor, offset, size, whole) per chunk. One program works on one chunk. A chunk is whole if it has
+all its elements and every operand is aligned to 16 bytes there: whole chunks need no mask, and the
+compiler reads and writes them 128 bits at a time. The rest is masked, element by element.
+
+Here too: what a list has to be for the kernels to take it, and how a kernel is launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from sap_fast.ops.triton import interpreted
+
+#: What the kernels store, and what Triton calls it. They compute in fp32.
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+#: How every kernel is compiled. Without fusion a·b + c rounds twice, as the reference does; where
+#: one rounding is meant the kernels say `fma`.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+_ALIGNMENT = 16
+
+#: Elements that are masked at a time where a chunk is not whole: short code, and few registers.
+TAIL = tl.constexpr(512)
+
+_INTERPRETED = tl.constexpr(interpreted)
+
+
+# ---- in kernels ----
+
+
+@triton.jit
+def load_chunk(
+    chunks: tl.tensor, index: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return tensor, offset, size and whether it is whole of one chunk."""
+    row = chunks + 4 * index.to(tl.int64)
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3) != 0
+
+
+@triton.jit
+def load_address(
+    addresses: tl.tensor,
+    tensor: tl.tensor,
+    OPERAND: tl.constexpr,
+    OPERANDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+) -> tl.tensor:
+    """Return the address of one operand of a tensor, as a pointer to DTYPE."""
+    return tl.load(addresses + tensor * OPERANDS + OPERAND).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def load_block(
+    pointer: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+) -> tl.tensor:
+    """Return BLOCK elements; if not WHOLE, zeros from the `size`-th on."""
+    index = tl.arange(0, BLOCK)
+    if WHOLE:
+        # Pointers from a table bring no alignment of their own; an argument keeps no hint either.
+        values = tl.load(tl.multiple_of(pointer + index, 16))
+    else:
+        values = tl.load(pointer + index, mask=index < size, other=0.0)
+    return values
+
+
+@triton.jit
+def narrow(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """Round fp32 to DTYPE, to nearest even; DTYPE itself passes as it is."""
+    if _INTERPRETED and DTYPE == tl.bfloat16 and values.dtype == tl.float32:
+        # Devices round so by themselves; Triton's interpreter cuts the low bits off.
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(values != values, 0x7FC0, rounded)
+        narrowed = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrowed = values.to(DTYPE)
+    return narrowed
+
+
+@triton.jit
+def store_block(
+    pointer: tl.tensor,
+    values: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    """Store BLOCK elements, rounded to nearest even; if not WHOLE, the first `size`."""
+    index = tl.arange(0, BLOCK)
+    values = narrow(values, pointer.dtype.element_ty)
+    if WHOLE:
+        tl.store(tl.multiple_of(pointer + index, 16), values)
+    else:
+        tl.store(pointer + index, values, mask=index < size)
+
+
+# ---- what a list has to be ----
+
+
+class Operand(NamedTuple):
+    """One of the lists that an operation takes; entries may be None where all are optional."""
+
+    name: str
+    tensors: Sequence[Tensor | None]
+    written: bool
+    #: None: the dtype of the first list's tensor.
+    dtype: torch.dtype | None = None
+
+
+def check_lists(operands: Sequence[Operand]) -> None:
+    """Check that the kernels can take these lists; the first one is the measure of the others.
+
+    Raises:
+        ValueError: for lists of different lengths, tensors of different shapes, or memory that is
+            written twice.
+        NotImplementedError: for what the kernels do not support: dtypes, layouts, several devices,
+            memory that is written through one tensor and read through another.
+    """
+    first = operands[0]
+    for operand in operands[1:]:
+        if len(operand.tensors) != len(first.tensors):
+            raise ValueError(
+                f"{operand.name} has {len(operand.tensors)} tensors, "
+                f"{first.name} has {len(first.tensors)}"
+            )
+        for index, (tensor, model) in enumerate(zip(operand.tensors, first.tensors, strict=True)):
+            assert model is not None
+            if tensor is not None and tensor.shape != model.shape:
+                raise ValueError(
+                    f"{operand.name}[{index}] has shape {tuple(tensor.shape)}, "
+                    f"{first.name}[{index}] has {tuple(model.shape)}"
+                )
+    device = None
+    for operand in operands:
+        for index, (tensor, model) in enumerate(zip(operand.tensors, first.tensors, strict=True)):
+            if tensor is not None and model is not None:
+                device = device or model.device
+                _check_supported(
+                    f"{operand.name}[{index}]", tensor, operand.dtype or model.dtype, model, device
+                )
+    check_overlaps(
+        [
+            (f"{operand.name}[{index}]", tensor, operand.written)
+            for operand in operands
+            for index, tensor in enumerate(operand.tensors)
+            if tensor is not None
+        ]
+    )
+
+
+def _check_supported(
+    name: str, tensor: Tensor, dtype: torch.dtype, model: Tensor, device: torch.device
+) -> None:
+    if tensor.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"{name} has dtype {tensor.dtype}; the Triton kernels take "
+            f"{', '.join(str(known) for known in DTYPES)}"
+        )
+    if tensor.dtype != dtype:
+        raise NotImplementedError(f"{name} has dtype {tensor.dtype}; the kernel takes {dtype}")
+    if tensor.device != device:
+        raise NotImplementedError(f"{name} is on {tensor.device}, others are on {device}")
+    if tensor.is_contiguous() and model.is_contiguous():
+        return
+    strides, wanted = _strides(tensor), _strides(model)
+    if strides != wanted:
+        raise NotImplementedError(
+            f"{name} has strides {tensor.stride()}, the tensor it goes with has {model.stride()}; "
+            "the Triton kernels take tensors of equal strides"
+        )
+    expected = 1
+    for stride, size in sorted(strides):
+        if stride != expected:
+            raise NotImplementedError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; the Triton "
+                "kernels take tensors without gaps"
+            )
+        expected *= size
+
+
+def _strides(tensor: Tensor) -> list[tuple[int, int]]:
+    """Return (stride, size) of the dimensions whose stride means something."""
+    if tensor.numel() == 0:
+        return []
+    return [
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size > 1
+    ]
+
+
+def check_overlaps(named: Sequence[tuple[str, Tensor, bool]]) -> None:
+    """Check that memory that is written is nobody else's: programs run in no order.
+
+    Args:
+        named: name, tensor without gaps, and whether it is written.
+
+    Raises:
+        ValueError: if memory is written through two tensors.
+        NotImplementedError: if it is written through one and read through another.
+    """
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), index)
+        for index, (_, tensor, _) in enumerate(named)
+        if tensor.numel() > 0
+    )
+    # Of what lies before: how far it reaches, and through which tensor; read, and written.
+    reach = [(0, -1), (0, -1)]
+    for start, end, index in spans:
+        name, _, written = named[index]
+        if start < reach[1][0] or (written and start < reach[0][0]):
+            twice = written and start < reach[1][0]
+            other = named[reach[1 if start < reach[1][0] else 0][1]][0]
+            message = f"{name} and {other} share memory"
+            if twice:
+                raise ValueError(f"{message}, and both are written")
+            raise NotImplementedError(f"{message} that is written; the kernels take none such")
+        reach[written] = max(reach[written], (end, index))
+
+
+def check_same(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Check dtype and device of a tensor that is not in a list.
+
+    Raises:
+        NotImplementedError: naming it.
+    """
+    if tensor.dtype != dtype:
+        raise NotImplementedError(
+            f"{name} has dtype {tensor.dtype}; the Triton kernel takes {dtype}"
+        )
+    if tensor.device != device:
+        raise NotImplementedError(f"{name} is on {tensor.device}; the kernel runs on {device}")
+
+
+def scalar(value: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a 0-d tensor's value on `device`, without waiting for it."""
+    if value.device.type == "cpu" and device.type != "cpu":
+        return torch.full((), float(value), dtype=dtype, device=device)
+    return value.detach().reshape(()).to(device, dtype, non_blocking=True)
+
+
+# ---- the table ----
+
+
+class Plan(NamedTuple):
+    """The chunks of tensors of given sizes."""
+
+    #: (chunk_count, 4) int64: tensor, offset, size, whole.
+    chunks: Tensor
+    #: (tensors + 1,) int64: where the chunks of each tensor begin, and the end.
+    starts: Tensor
+    chunk_count: int
+
+
+@dataclass
+class Table:
+    """What one launch works on: tensors of the same dtypes, on one device."""
+
+    dtype: torch.dtype
+    #: Positions of these tensors in the lists.
+    members: list[int]
+    #: (tensors, operands) int64.
+    addresses: Tensor
+    plan: Plan
+    written: list[Tensor]
+
+
+def make_tables(operands: Sequence[Operand], chunk_size: int) -> list[Table]:
+    """Return one table per combination of dtypes, for lists that `check_lists` took.
+
+    Operands that are None have no address: combinations differ in which these are, too.
+    """
+    groups: dict[tuple[torch.dtype | None, ...], list[int]] = {}
+    for index, row in enumerate(zip(*(operand.tensors for operand in operands), strict=True)):
+        kind = tuple(None if tensor is None else tensor.dtype for tensor in row)
+        groups.setdefault(kind, []).append(index)
+    return [_make_table(operands, members, chunk_size) for members in groups.values()]
+
+
+def _make_table(operands: Sequence[Operand], members: list[int], chunk_size: int) -> Table:
+    addresses, sizes, aligned, written = [], [], [], []
+    for index in members:
+        together = 0
+        for operand in operands:
+            tensor = operand.tensors[index]
+            if tensor is not None:
+                addresses.append(tensor.data_ptr())
+                together |= addresses[-1]
+                if operand.written:
+                    written.append(tensor)
+        aligned.append(together % _ALIGNMENT == 0)
+        sizes.append(_first(operands, index).numel())
+    first = _first(operands, members[0])
+    return Table(
+        dtype=first.dtype,
+        members=members,
+        addresses=address_table(addresses, first.device).view(len(members), -1),
+        plan=_cached(_chunk_plan, first.device, tuple(sizes), tuple(aligned), chunk_size),
+        written=written,
+    )
+
+
+def _first(operands: Sequence[Operand], index: int) -> Tensor:
+    tensor = operands[0].tensors[index]
+    assert tensor is not None
+    return tensor
+
+
+def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
+    """Return addresses as an int64 tensor on the device."""
+    return _cached(_addresses, device, tuple(addresses))
+
+
+# The keys of these caches are all that the tensors hold: a gradient that was allocated anew, or a
+# parameter whose `.data` was exchanged, is another key. So is another stream, which would not wait
+# for the copy. What is cached for a list is small: 8 bytes per operand, 32 per chunk.
+
+
+@functools.lru_cache(maxsize=128)
+def _addresses(device: torch.device, stream: int, addresses: tuple[int, ...]) -> Tensor:
+    return _copy_to(device, torch.tensor(addresses, dtype=torch.int64))
+
+
+@functools.lru_cache(maxsize=32)
+def _chunk_plan(
+    device: torch.device,
+    stream: int,
+    sizes: tuple[int, ...],
+    aligned: tuple[bool, ...],
+    chunk_size: int,
+) -> Plan:
+    chunks, starts = plan_chunks(sizes, aligned, chunk_size)
+    both = _copy_to(device, torch.cat([chunks.flatten(), starts]))
+    return Plan(both[: chunks.numel()].view(-1, 4), both[chunks.numel() :], len(chunks))
+
+
+def plan_chunks(
+    sizes: Sequence[int], aligned: Sequence[bool], chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return `Plan.chunks` and `Plan.starts` on the CPU; an empty tensor has no chunk."""
+    size = torch.tensor(sizes, dtype=torch.int64)
+    counts = (size + chunk_size - 1) // chunk_size
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    tensor = torch.arange(len(size)).repeat_interleave(counts)
+    offset = (torch.arange(len(tensor)) - starts[tensor]) * chunk_size
+    length = (size[tensor] - offset).clamp(max=chunk_size)
+    whole = (length == chunk_size) & torch.tensor(aligned, dtype=torch.bool)[tensor]
+    return torch.stack([tensor, offset, length, whole.long()], dim=1), starts
+
+
+#: Host and device tensors that CUDA graphs read again when they are replayed.
+_captured: list[object] = []
+
+
+def _cached(make: Any, device: torch.device, *key: Any) -> Any:
+    if device.type != "cuda":
+        return make(device, 0, *key)
+    if torch.cuda.is_current_stream_capturing():
+        # Filled when the graph is replayed, not now: of no use to anyone else.
+        made = make.__wrapped__(device, 0, *key)
+        _captured.append(made)
+        return made
+    return make(device, torch.cuda.current_stream(device).cuda_stream, *key)
+
+
+def _copy_to(device: torch.device, host: Tensor) -> Tensor:
+    """Copy to the device without waiting for it."""
+    if device.type != "cuda":
+        return host
+    pinned = host.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+# ---- launches ----
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make the device the current one: Triton launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back: what a launch writes and the version that says so belong together."""
+    handler = None
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        # Python raises nothing here: another thread, or a default or foreign handler.
+        yield
+        return
+    pending: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            handler(*pending[-1])
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, written: Sequence[Tensor], **constants: Any
+) -> None:
+    """Launch a kernel and count up the versions of what it writes; a grid of none does nothing."""
+    if 0 not in grid:
+        kernel[grid](*arguments, **constants, **OPTIONS)
+        increment_version(written)
