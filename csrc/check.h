@@ -6,11 +6,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace sap_fast {
@@ -32,12 +34,13 @@ inline TensorList list_of(const char* name, Access access, at::TensorList tensor
   return list;
 }
 
-inline bool is_low_precision(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 || dtype == at::kHalf;
+inline bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
-inline bool is_supported(at::ScalarType dtype) {
-  return dtype == at::kFloat || is_low_precision(dtype);
+// As Python names it: torch.float64, not Double.
+inline std::string name_of(at::ScalarType dtype) {
+  return "torch." + std::string(c10::getDtypeNames(dtype).first);
 }
 
 // Raises unless `list` has as many tensors as `first`, each of the shape, layout and device of its
@@ -70,8 +73,8 @@ inline void check_layout(const TensorList& first, const TensorList& list) {
 inline void check_dtype(const TensorList& first) {
   for (size_t index = 0; index < first.tensors.size(); ++index) {
     const at::ScalarType dtype = first.tensors[index]->scalar_type();
-    TORCH_CHECK_NOT_IMPLEMENTED(is_supported(dtype), first.name, "[", index, "] has dtype ", dtype,
-                                "; float32, bfloat16 and float16 are supported");
+    TORCH_CHECK_NOT_IMPLEMENTED(is_supported(dtype), first.name, "[", index, "] has dtype ",
+                                name_of(dtype), "; float32, bfloat16 and float16 are supported");
   }
 }
 
@@ -81,17 +84,17 @@ inline void check_same_dtype(const TensorList& first, const TensorList& list) {
     if (list.tensors[index] == nullptr) continue;
     const at::ScalarType dtype = list.tensors[index]->scalar_type();
     const at::ScalarType expected = first.tensors[index]->scalar_type();
-    TORCH_CHECK_NOT_IMPLEMENTED(dtype == expected, list.name, "[", index, "] has dtype ", dtype,
-                                ", ", first.name, "[", index, "] has ", expected,
-                                "; equal dtypes are supported");
+    TORCH_CHECK_NOT_IMPLEMENTED(dtype == expected, list.name, "[", index, "] has dtype ",
+                                name_of(dtype), ", ", first.name, "[", index, "] has ",
+                                name_of(expected), "; equal dtypes are supported");
   }
 }
 
 inline void check_float32(const TensorList& list) {
   for (size_t index = 0; index < list.tensors.size(); ++index) {
     const at::ScalarType dtype = list.tensors[index]->scalar_type();
-    TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat, list.name, "[", index, "] has dtype ", dtype,
-                                "; float32 is supported");
+    TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat, list.name, "[", index, "] has dtype ",
+                                name_of(dtype), "; float32 is supported");
   }
 }
 
@@ -134,7 +137,7 @@ inline void check_overlap(const std::vector<TensorList>& lists) {
 
 inline void check_scalar(const char* name, const at::Tensor& scalar) {
   TORCH_CHECK(scalar.numel() == 1 && scalar.is_floating_point(), name, " has shape ",
-              scalar.sizes(), " and dtype ", scalar.scalar_type(),
+              scalar.sizes(), " and dtype ", name_of(scalar.scalar_type()),
               "; a floating-point tensor of one element is needed");
 }
 

@@ -64,6 +64,8 @@ class ProbeSet:
         self.layers, modules, owner = _select_layers(model, layers)
         self.modules = dict(zip(self.layers, modules, strict=True))
 
+        #: H, where the model's configuration tells it.
+        self._width: int | None = getattr(_text_config(model), "hidden_size", None)
         self._buffers: dict[int, list[Tensor]] = {}
         self._scale_sums: dict[int, Tensor] = {}
         self._scale_counts: dict[int, Tensor] = {}
@@ -76,7 +78,8 @@ class ProbeSet:
         #: Makes hidden states differentiable where nothing below them is, see `ops.probe_inject`.
         self._anchor = torch.empty(0, requires_grad=True)
         self._collect = False
-        self._sign = 1.0
+        #: A bool and not the sign itself: a compiled model would make a float symbolic.
+        self._negative = False
         self._inject = False
         self._frozen = False
         self._forward_index = -1
@@ -126,6 +129,13 @@ class ProbeSet:
     def begin_estimate(self) -> None:
         """Forget what earlier probe passes collected."""
         self._buffers.clear()
+        if self.shape == "hidden" and self._width is not None:
+            # Before the first forward pass: a compiled one may write to a tensor that exists, but
+            # backward could not write to one that the forward pass itself made.
+            for index, module in self.modules.items():
+                weight = next(module.parameters(), None)
+                if weight is not None:
+                    self._buffers[index] = [self._new_buffer((self._width,), weight)]
         self._scale_sums.clear()
         self._scale_counts.clear()
         self._token_count = 0
@@ -137,11 +147,11 @@ class ProbeSet:
         """Switch the hooks on.
 
         Args:
-            sign: collect sign·∂L/∂V of every backward pass; None collects nothing.
+            sign: +1 or −1: collect sign·∂L/∂V of every backward pass; None collects nothing.
             inject: add V to the hidden states.
             frozen: no parameter takes a gradient, so nothing below the lowest probe needs one.
         """
-        self._collect, self._sign = sign is not None, 1.0 if sign is None else sign
+        self._collect, self._negative = sign is not None, sign == -1.0
         self._inject, self._frozen = inject, frozen
         try:
             yield
@@ -252,7 +262,7 @@ class ProbeSet:
             hidden,
             self._offset(index, hidden),
             buffer,
-            self._sign,
+            -1.0 if self._negative else 1.0,
             anchor=self._anchor,
             backend=self.backend,
         )
@@ -276,15 +286,21 @@ class ProbeSet:
 
     def _buffer(self, index: int, hidden: Tensor) -> Tensor:
         """Return where the gradient of this layer's probe is added up in this forward pass."""
-        calls = self._buffers.setdefault(index, [])
+        if index not in self._buffers:
+            self._buffers[index] = []
+        calls = self._buffers[index]
         position = self._forward_index if self.shape == "token" else 0
         if position == len(calls):
             shape = hidden.shape if self.shape == "token" else hidden.shape[-1:]
-            dtype = accumulation_dtype(hidden.dtype)
-            calls.append(torch.zeros(shape, dtype=dtype, device=hidden.device))
+            calls.append(self._new_buffer(shape, hidden))
             if self.shape == "token" and index == self.layers[0]:
                 self._token_count += hidden[..., 0].numel()
         return calls[position]
+
+    @staticmethod
+    def _new_buffer(shape: Sequence[int], like: Tensor) -> Tensor:
+        dtype = accumulation_dtype(like.dtype)
+        return torch.zeros(shape, dtype=dtype, device=like.device)
 
     def _offset(self, index: int, hidden: Tensor) -> Tensor | None:
         if not self._inject or index not in self._offsets:
@@ -349,6 +365,13 @@ def _select_layers(
     return tuple(indices), [stack[index] for index in indices], owner
 
 
+def _text_config(model: nn.Module) -> Any:
+    """Return the configuration of a language model, or of the language half of a larger one."""
+    config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    get_text_config = getattr(config, "get_text_config", None)
+    return get_text_config(decoder=True) if callable(get_text_config) else config
+
+
 def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     """Find a causal language model's stack of decoder layers by the model's own structure.
 
@@ -361,10 +384,7 @@ def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     Raises:
         ValueError: if there is no such list, or more than one.
     """
-    config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
-    get_text_config = getattr(config, "get_text_config", None)
-    text_config = get_text_config(decoder=True) if callable(get_text_config) else config
-    depth = getattr(text_config, "num_hidden_layers", None)
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
 
     found: list[tuple[str, nn.ModuleList, nn.Module]] = []
 

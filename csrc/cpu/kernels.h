@@ -25,8 +25,8 @@ struct RuleCoefficients {
 struct Kernels {
   const char* name;
 
-  // Sums lane k over the elements congruent to k mod 64, then the lanes in double, by halves: the
-  // same bits for every instruction set.
+  // Sums lane k over the elements congruent to k mod 64 and then the lanes by halves, in double but
+  // for runs of 16 terms: the same bits for every instruction set.
   double (*dot[kStorages])(const void* left, const void* right, int64_t size);
   void (*perturb_swap[kStorages])(void* params, void* buffers, int64_t size, float scale);
   void (*reflect[kStorages])(void* params, const void* buffers, int64_t size);

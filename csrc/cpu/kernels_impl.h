@@ -76,34 +76,39 @@ void adamw_blend(void* params, const void* grads, float* exp_avgs, float* exp_av
   }
 }
 
-// Sums of 64 interleaved subsequences, whatever the width of a register.
+// Sums of 64 interleaved subsequences, whatever the width of a register: in fp32 over blocks of
+// kBlock elements, 16 in each lane, and in double over the blocks.
 struct LaneSums {
   static constexpr int kWidth = 64;
+  static constexpr int kBlock = 16 * kWidth;
   static constexpr int kVectors = kWidth / kLanes;
-  Vec vectors[kVectors] = {};
+  double totals[kWidth] = {};
 
   // Adds term(index, lanes) of every register of an array.
   template <class Term>
   SAP_HOST_DEVICE void add(int64_t size, const Term& term) {
-    int64_t index = 0;
-    for (; index + kWidth <= size; index += kWidth) {
-      for (int k = 0; k < kVectors; ++k) vectors[k] += term(index + k * kLanes, AllLanes{});
-    }
-    for (int k = 0; index < size; ++k, index += kLanes) {
-      const int64_t left = size - index;
-      vectors[k] += term(index, FirstLanes{left < kLanes ? left : kLanes});
+    for (int64_t first = 0; first < size; first += kBlock) {
+      const int64_t end = first + kBlock < size ? first + kBlock : size;
+      Vec vectors[kVectors] = {};
+      int64_t index = first;
+      for (; index + kWidth <= end; index += kWidth) {
+        for (int k = 0; k < kVectors; ++k) vectors[k] += term(index + k * kLanes, AllLanes{});
+      }
+      for (int k = 0; index < end; ++k, index += kLanes) {
+        const int64_t left = end - index;
+        vectors[k] += term(index, FirstLanes{left < kLanes ? left : kLanes});
+      }
+      float lanes[kWidth];
+      memcpy(lanes, vectors, sizeof lanes);
+      for (int k = 0; k < kWidth; ++k) totals[k] += lanes[k];
     }
   }
 
-  SAP_HOST_DEVICE double total() const {
-    float lanes[kWidth];
-    memcpy(lanes, vectors, sizeof lanes);
-    double sums[kWidth];
-    for (int k = 0; k < kWidth; ++k) sums[k] = lanes[k];
+  SAP_HOST_DEVICE double total() {
     for (int half = kWidth / 2; half > 0; half /= 2) {
-      for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+      for (int k = 0; k < half; ++k) totals[k] += totals[k + half];
     }
-    return sums[0];
+    return totals[0];
   }
 };
 

@@ -54,7 +54,8 @@ namespace {
 
 // ---- arithmetic ----
 
-SAP_HOST_DEVICE Vec broadcast(float value) { return Vec{} + value; }
+// Minus zero, which keeps the sign of a zero; plus zero would not.
+SAP_HOST_DEVICE Vec broadcast(float value) { return value - Vec{}; }
 
 SAP_HOST_DEVICE Vec select(Mask condition, Vec a, Vec b) { return condition ? a : b; }
 

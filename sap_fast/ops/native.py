@@ -7,70 +7,58 @@ was built with CUDA, for CUDA devices.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
 
 _HOW_TO_BUILD = (
-    "build it with `pip install --no-build-isolation --force-reinstall --no-deps sap-fast` (from a "
-    "clone: `pip install --no-build-isolation -e .`) where torch, pybind11, ninja and a C++ "
-    "compiler are installed"
+    "to build it, run `SAP_FAST_BUILD=cpu pip install --no-build-isolation --no-deps .` in the "
+    "source folder of sap_fast (`-e .` in a clone that you edit), where torch, setuptools, "
+    "pybind11, ninja and a C++ compiler are installed; with nvcc, SAP_FAST_BUILD=cuda builds the "
+    "CUDA kernels too"
 )
 
-#: The module `_C`, or None; why nothing native can run, or None.
-extension: ModuleType | None = None
-problem: str | None = None
 
-
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
+    if importlib.util.find_spec("sap_fast._C") is None:
+        return None, f"the compiled extension is not there; {_HOW_TO_BUILD}"
     try:
-        from sap_fast import _C
-    except ImportError as error:
-        if "_C" in str(error) and "cannot import name" in str(error):
-            return None, f"the compiled extension is not there; {_HOW_TO_BUILD}"
-        return None, f"the compiled extension cannot be loaded ({error}); {_HOW_TO_BUILD}"
-    built_for = _C.build_info()["torch"]
-    if built_for != torch.__version__:
-        return None, (
-            f"the compiled extension was built for torch {built_for}, this is torch "
-            f"{torch.__version__}; {_HOW_TO_BUILD}"
-        )
-    library = Path(_C.__file__).with_name("_ops.so")
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        return None, f"{library.name} cannot be loaded ({error}); {_HOW_TO_BUILD}"
-    return _C, None
+        module = importlib.import_module("sap_fast._C")
+        built_for = module.build_info()["torch"]
+        if built_for != str(torch.__version__):
+            raise ImportError(f"it was built for torch {built_for}, this is {torch.__version__}")
+        torch.ops.load_library(Path(module.__file__ or "").with_name("_ops.so"))
+    except (ImportError, OSError) as error:
+        # load_library puts what the linker says behind its own message.
+        refused = f"the compiled extension is refused: {error.__cause__ or error}; {_HOW_TO_BUILD}"
+        logger.warning("sap_fast: %s", refused)
+        return None, refused
+    return module, None
 
 
+#: The module `_C`, or None.
+extension: Any
+#: Why nothing native can run, or None.
+problem: str | None
 extension, problem = _load()
-if problem is not None and "is not there" not in problem:
-    logger.warning("sap_fast: %s", problem)
 
 
 def why_not(device_type: str) -> str | None:
     """Return why the native backend cannot run on devices of this type; None if it can."""
-    if extension is None:
-        return problem
-    if device_type == "cpu":
-        return None
-    if device_type == "cuda" and torch.version.hip is None:
-        if extension.build_info()["cuda"]:
-            return None
-        return (
-            "the compiled extension was built without CUDA; build it where nvcc and a CUDA build "
-            "of torch are, with SAP_FAST_BUILD=cuda"
-        )
-    return f"there are no native kernels for {device_type}"
+    if device_type != "cpu" and (device_type != "cuda" or torch.version.hip is not None):
+        return f"there are no native kernels for {device_type}"
+    if problem is None and device_type == "cuda" and not extension.build_info()["cuda"]:
+        return f"the compiled extension was built without CUDA; {_HOW_TO_BUILD}"
+    return problem
 
 
 def describe(device_type: str) -> str:
-    """Return in a line what the native backend runs with on a device."""
-    assert extension is not None
+    """Return in a line what the native backend runs with on a device where it can run."""
     info = extension.build_info()
     if device_type == "cpu":
         return f"C++ kernels for {extension.cpu_capability()}, built with {info['compiler']}"

@@ -129,6 +129,8 @@ def probe_rule_(
         ]
     ).all()
     for buffer, radius in zip(buffers, radii, strict=True):
+        if buffer.numel() == 0:
+            continue
         if rule == "normalized":
             # The largest element is divided out first, so that a small h is not lost when squared.
             largest = buffer.abs().max()
