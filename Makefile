@@ -3,17 +3,20 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# What runs the compiled kernels; the rest of the tests would find nothing else.
+SANITIZED := tests/test_ops.py tests/test_passes.py tests/test_probes.py
 BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-slow gpu lint format install fidelity clean
+.PHONY: help demo test test-slow sanitize gpu lint format install fidelity clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
 	@echo "                (STEPS=60 for a longer run, DEMO='--help' for its options)"
 	@echo "make test       every test that is not marked slow"
 	@echo "make test-slow  the rest"
+	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
 	@echo "make gpu        the tests that need a CUDA device"
 	@echo "make lint       ruff and mypy;  make format  applies ruff's fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
@@ -39,6 +42,18 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# A copy of the tree, so that the extension in use stays as it is. The sanitizers' libraries have to
+# be loaded before Python; Python itself leaks on purpose.
+sanitize: install
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r csrc sap_fast tests setup.py pyproject.toml README.md LICENSE build/sanitize
+	find build/sanitize -name '*.so' -delete
+	cd build/sanitize && PATH="$(abspath $(BIN)):$$PATH" SAP_FAST_BUILD=cpu SAP_FAST_SANITIZE=1 \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(SANITIZED)
 
 gpu: install
 	$(BIN)/python -m pytest -m gpu

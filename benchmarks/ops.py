@@ -1,0 +1,492 @@
+"""The operations against PyTorch's own, in time: six claims, one CSV, one picture.
+
+    python -m benchmarks.ops            everything; --help for less
+
+Every comparison runs its contenders in turn, round after round, in one process, and reports medians
+and their ratio. The lists of tensors are
+
+    large   4 tensors of 4096 × 4096
+    lora    256 tensors of 8 × 4096
+    mixed   2,000 tensors of 16 to 131,072 elements, log-uniform
+    single  one tensor of as many elements as `mixed`
+
+The rounds are run by pytest-benchmark; this file is also its test module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.provenance import RESULTS, write_rows
+from sap_fast import FusedSAP, ops
+
+THREADS = int(os.environ.get("SAP_FAST_BENCHMARK_THREADS", "2"))
+ROUNDS = int(os.environ.get("SAP_FAST_BENCHMARK_ROUNDS", "15"))
+DEVICE = os.environ.get("SAP_FAST_BENCHMARK_DEVICE", "cpu")
+RHO = 1e-3
+ADAMW: dict[str, Any] = {
+    "lr": 1e-6,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+}
+
+Contenders = Mapping[str, Callable[[], object]]
+
+
+def mixed_sizes() -> list[tuple[int, ...]]:
+    """2,000 sizes between 16 and 131,072, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = 4 + 13 * torch.rand(2000, generator=generator)
+    return [(int(size),) for size in 2**exponents]
+
+
+LISTS: dict[str, list[tuple[int, ...]]] = {
+    "large": [(4096, 4096)] * 4,
+    "lora": [(8, 4096)] * 256,
+    "mixed": mixed_sizes(),
+    "single": [(sum(size for (size,) in mixed_sizes()),)],
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPARED = [(name, kind) for name in ("large", "lora", "mixed") for kind in DTYPES]
+
+
+class State(NamedTuple):
+    """Parameters, and all that the operations need beside them."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    buffers: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of all parameters."""
+        return sum(parameter.numel() for parameter in self.params)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a parameter's element."""
+        return self.params[0].element_size()
+
+
+def make_state(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> State:
+    """Random tensors; moments in fp32."""
+    torch.manual_seed(0)
+
+    def filled(dtype: torch.dtype, scale: float) -> list[Tensor]:
+        return [
+            torch.empty(shape, dtype=dtype, device=DEVICE).normal_(0, scale) for shape in shapes
+        ]
+
+    moments = filled(torch.float32, 1e-2)
+    squares = [tensor.square_() for tensor in filled(torch.float32, 1e-2)]
+    steps = [torch.tensor(10.0, device=DEVICE) for _ in shapes]
+    return State(
+        filled(dtype, 0.02), filled(dtype, 1e-2), filled(dtype, 1e-2), moments, squares, steps
+    )
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE != "cpu":
+        torch.accelerator.synchronize()
+
+
+def interleaved(benchmark: Any, contenders: Contenders, **facts: Any) -> dict[str, list[float]]:
+    """Run all contenders in every round, in an order that turns; keep seconds in the report."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+
+    def one_round() -> None:
+        order.append(order.pop(0))
+        for name in order:
+            synchronize()
+            start = time.perf_counter()
+            contenders[name]()
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
+
+    warm_up = 2
+    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=warm_up)
+    kept = {name: values[warm_up:] for name, values in seconds.items()}
+    COLLECTED.append((facts, kept))
+    return kept
+
+
+# What the tests below measured: facts of the comparison, and seconds by contender.
+COLLECTED: list[tuple[dict[str, Any], dict[str, list[float]]]] = []
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine() -> None:
+    """The same number of threads for everybody."""
+    torch.set_num_threads(THREADS)
+
+
+# ---- 1: the swaps against the bandwidth of the machine ----
+
+
+@pytest.mark.parametrize(("name", "kind"), COMPARED)
+def test_swaps(benchmark: Any, name: str, kind: str) -> None:
+    """Perturb, reflect and restore beside a STREAM triad over as many bytes."""
+    state = make_state(LISTS[name], DTYPES[kind])
+    # a ← b + 3·c over arrays of fp32, 12 bytes an element as STREAM counts; every page is touched.
+    count = max(1, state.elements * state.width // 4)
+    a, b, c = (torch.ones(count, device=DEVICE) for _ in range(3))
+    scale = torch.tensor(1e-3, device=DEVICE)
+    inverse = 1 / -scale
+    contenders = {
+        "triad": lambda: torch.add(b, c, alpha=3.0, out=a),
+        "perturb_swap_": lambda: ops.perturb_swap_(state.params, state.buffers, scale),
+        "reflect_": lambda: ops.reflect_(state.params, state.buffers),
+        "restore_swap_": lambda: ops.restore_swap_(state.params, state.buffers, inverse),
+    }
+
+    # The three belong together and in this order: W is back at the end of each round.
+    def in_order() -> None:
+        for each, run in contenders.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            seconds[each].append(time.perf_counter() - start)
+
+    seconds: dict[str, list[float]] = {each: [] for each in contenders}
+    benchmark.pedantic(in_order, rounds=ROUNDS, warmup_rounds=2)
+    moved = {"triad": 12 / 4, "perturb_swap_": 4, "reflect_": 3, "restore_swap_": 4}
+    size = state.elements * state.width
+    facts = {
+        "claim": "1 bandwidth",
+        "lists": name,
+        "dtype": kind,
+        "baseline": "triad",
+        "bytes": {each: times * size for each, times in moved.items()},
+        "targets": {each: 0.85 for each in moved if each != "triad"},
+    }
+    COLLECTED.append((facts, {each: values[2:] for each, values in seconds.items()}))
+
+
+# ---- 2: AdamW ----
+
+
+@pytest.mark.parametrize(("name", "kind"), COMPARED)
+def test_adamw(benchmark: Any, name: str, kind: str) -> None:
+    """The fused update, alone and with all that SAP adds to it, beside PyTorch's."""
+    state = make_state(LISTS[name], DTYPES[kind])
+    # PyTorch keeps the moments in the dtype of the parameters.
+    theirs = [[m.to(DTYPES[kind]) for m in moments] for moments in state[3:5]]
+    ours = (state.params, state.grads, *state[3:])
+    blend, scale = torch.tensor(0.1, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    found_inf = torch.tensor(0.0, device=DEVICE)
+
+    def torch_fused() -> None:
+        torch._foreach_add_(state.steps, 1)
+        torch._fused_adamw_(
+            state.params, state.grads, *theirs, [], state.steps, amsgrad=False, maximize=False,
+            **ADAMW,
+        )  # fmt: skip
+
+    plain = [torch.nn.Parameter(p.clone()) for p in state.params]
+    for parameter, gradient in zip(plain, state.grads, strict=True):
+        parameter.grad = gradient
+    settings = {"lr": 1e-6, "weight_decay": 0.01}
+    whole_theirs = torch.optim.AdamW(plain, fused=True, **settings)
+    whole_ours = FusedSAP(plain, **settings)
+    contenders = {
+        "torch._fused_adamw_": torch_fused,
+        "adamw_blend_": lambda: ops.adamw_blend_(*ours, **ADAMW),
+        "adamw_blend_ + unscale, clip, blend": lambda: ops.adamw_blend_(
+            *ours, state.buffers, blend=blend, gradient_scale=scale, found_inf=found_inf, **ADAMW
+        ),
+        "torch.optim.AdamW(fused=True).step": whole_theirs.step,
+        "FusedSAP.step": whole_ours.step,
+    }
+    element = state.width
+    sizes = {
+        "torch._fused_adamw_": 7 * element,
+        "torch.optim.AdamW(fused=True).step": 7 * element,
+        "adamw_blend_": 3 * element + 16,
+        "FusedSAP.step": 3 * element + 16,
+        "adamw_blend_ + unscale, clip, blend": 4 * element + 16,
+    }
+    interleaved(
+        benchmark,
+        contenders,
+        claim="2 AdamW",
+        lists=name,
+        dtype=kind,
+        baseline="torch._fused_adamw_",
+        baselines={"FusedSAP.step": "torch.optim.AdamW(fused=True).step"},
+        bytes={each: size * state.elements for each, size in sizes.items()},
+        targets={
+            "adamw_blend_": 1.0,
+            "adamw_blend_ + unscale, clip, blend": 1.15,
+            "FusedSAP.step": 1.0,
+        },
+    )
+
+
+# ---- 3: norms ----
+
+
+@pytest.mark.parametrize(("name", "kind"), COMPARED)
+def test_norms(benchmark: Any, name: str, kind: str) -> None:
+    """The sum of squares beside PyTorch's norms, and its bits with other numbers of threads."""
+    state = make_state(LISTS[name], DTYPES[kind])
+    size = state.elements * state.width
+    interleaved(
+        benchmark,
+        {
+            "torch._foreach_norm": lambda: torch._foreach_norm(state.params),
+            "sum_squares": lambda: ops.sum_squares(state.params),
+        },
+        claim="3 norms",
+        lists=name,
+        dtype=kind,
+        baseline="torch._foreach_norm",
+        bytes={"torch._foreach_norm": size, "sum_squares": size},
+        targets={"sum_squares": 1.0},
+    )
+    found = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        found.append(ops.sum_squares(state.params))
+    assert all(torch.equal(other, found[0]) for other in found)
+
+
+# ---- 4: all the work on weights of one step ----
+
+
+def ours_step(state: State) -> Callable[[], None]:
+    """What FusedSAP does with the weights in a step of central differences."""
+
+    def run() -> None:
+        direction_norm = ops.sum_squares(state.buffers).sqrt()
+        scale = RHO * ops.sum_squares(state.params).sqrt() / direction_norm
+        ops.perturb_swap_(state.params, state.buffers, scale)
+        ops.reflect_(state.params, state.buffers)
+        ops.restore_swap_(state.params, state.buffers, -1 / scale)
+        ops.adamw_blend_(state.params, state.grads, *state[3:], **ADAMW)
+
+    return run
+
+
+def foreach_step(state: State) -> Callable[[], None]:
+    """The same with PyTorch's operations on lists: one more copy of W, and the fused AdamW."""
+    saved = [parameter.clone() for parameter in state.params]
+    moments = [[m.to(p.dtype) for m, p in zip(ms, state.params, strict=True)] for ms in state[3:5]]
+
+    def run() -> None:
+        direction_norm = torch.stack(torch._foreach_norm(state.buffers)).norm()
+        norm = torch.stack(torch._foreach_norm(state.params)).norm()
+        scale = (RHO * norm / direction_norm).item()
+        torch._foreach_copy_(saved, state.params)
+        torch._foreach_add_(state.params, state.buffers, alpha=scale)
+        torch._foreach_add_(state.params, state.buffers, alpha=-2 * scale)
+        torch._foreach_copy_(state.params, saved)
+        torch._foreach_add_(state.steps, 1)
+        torch._fused_adamw_(
+            state.params, state.grads, *moments, [], state.steps, amsgrad=False, maximize=False,
+            **ADAMW,
+        )  # fmt: skip
+
+    return run
+
+
+def published_step(state: State) -> Callable[[], None]:
+    """The same as it is usually written (`benchmarks.naive`): tensor by tensor, in Python."""
+    params = [torch.nn.Parameter(parameter) for parameter in state.params]
+    adamw = torch.optim.AdamW(params, lr=1e-6, foreach=False)
+    for parameter, gradient in zip(params, state.grads, strict=True):
+        parameter.grad = gradient
+
+    @torch.no_grad()
+    def run() -> None:
+        norm = torch.stack([gradient.norm() for gradient in state.buffers]).norm()
+        direction = [gradient / (norm + 1e-8) for gradient in state.buffers]
+        size = torch.stack([parameter.norm() for parameter in params]).norm()
+        saved = [parameter.clone() for parameter in params]
+        for parameter, towards in zip(params, direction, strict=True):
+            parameter.add_(RHO * size * towards)
+        for parameter, towards, original in zip(params, direction, saved, strict=True):
+            parameter.copy_(original - RHO * size * towards)
+        for parameter, original in zip(params, saved, strict=True):
+            parameter.copy_(original)
+        adamw.step()
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "kind"), COMPARED)
+def test_step(benchmark: Any, name: str, kind: str) -> None:
+    """Norms, perturb, reflect, restore and AdamW: ours, PyTorch's lists, the published style."""
+    states = [make_state(LISTS[name], DTYPES[kind]) for _ in range(3)]
+    interleaved(
+        benchmark,
+        {
+            "published style": published_step(states[0]),
+            "foreach": foreach_step(states[1]),
+            "ours": ours_step(states[2]),
+        },
+        claim="4 step",
+        lists=name,
+        dtype=kind,
+        baseline="ours",
+        targets={"published style": 8.0, "foreach": 1.5},
+    )
+
+
+# ---- 5: many tensors beside one ----
+
+
+@pytest.mark.parametrize("kind", list(DTYPES))
+def test_many_tensors(benchmark: Any, kind: str) -> None:
+    """2,000 tensors beside one of as many elements."""
+    one, many = (make_state(LISTS[name], DTYPES[kind]) for name in ("single", "mixed"))
+    scale = torch.tensor(1e-3, device=DEVICE)
+    contenders: dict[str, Callable[[], object]] = {}
+    for name, state in (("single", one), ("mixed", many)):
+
+        def swaps(state: State = state) -> None:
+            ops.perturb_swap_(state.params, state.buffers, scale)
+            ops.restore_swap_(state.params, state.buffers, 1 / scale)
+
+        def adamw(state: State = state) -> None:
+            ops.adamw_blend_(state.params, state.grads, *state[3:], **ADAMW)
+
+        def norm(state: State = state) -> None:
+            ops.sum_squares(state.params)
+
+        contenders |= {f"swaps {name}": swaps, f"adamw {name}": adamw, f"norm {name}": norm}
+    interleaved(
+        benchmark,
+        contenders,
+        claim="5 many tensors",
+        lists="mixed",
+        dtype=kind,
+        baseline="swaps single",
+        baselines={"adamw mixed": "adamw single", "norm mixed": "norm single"},
+        targets={"swaps mixed": 1.3, "adamw mixed": 1.3, "norm mixed": 1.3},
+    )
+
+
+# ---- the table ----
+
+# Whether a ratio has to be at least or at most its target.
+AT_LEAST = ("1 bandwidth", "4 step")
+
+
+def rows() -> list[dict[str, Any]]:
+    """Return a row per contender: times, bandwidth, and the ratio to its baseline."""
+    table = []
+    for facts, seconds in COLLECTED:
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        moved = facts.get("bytes", {})
+        for name, values in seconds.items():
+            baseline = facts.get("baselines", {}).get(name, facts["baseline"])
+            ratio = medians[name] / medians[baseline]
+            if facts["claim"] == "1 bandwidth":
+                ratio = moved[name] / medians[name] / (moved[baseline] / medians[baseline])
+            low, _, _, high = statistics.quantiles(values, n=5)
+            target = facts["targets"].get(name)
+            met = None
+            if target is not None:
+                met = ratio >= target if facts["claim"] in AT_LEAST else ratio <= target
+            table.append(
+                {
+                    "claim": facts["claim"],
+                    "lists": facts["lists"],
+                    "dtype": facts["dtype"],
+                    "contender": name,
+                    "median_ms": round(1e3 * medians[name], 4),
+                    "q20_ms": round(1e3 * low, 4),
+                    "q80_ms": round(1e3 * high, 4),
+                    "GB_per_s": round(moved[name] / medians[name] / 1e9, 1) if moved else "",
+                    "baseline": baseline,
+                    "ratio": round(ratio, 3),
+                    "target": "" if target is None else target,
+                    "met": "" if met is None else "yes" if met else "no",
+                    "backend": ops.choose_backend("auto", DEVICE),
+                    "threads": THREADS,
+                    "rounds": ROUNDS,
+                }
+            )
+    return table
+
+
+def draw(table: list[dict[str, Any]]) -> None:
+    """Write a picture: for each claim, ratios beside their targets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    claims = list(dict.fromkeys(row["claim"] for row in table))
+    figure, panels = plt.subplots(
+        len(claims), 1, figsize=(9, 2.9 * len(claims)), layout="constrained", squeeze=False
+    )
+    for panel, claim in zip(panels[:, 0], claims, strict=True):
+        judged = [row for row in table if row["claim"] == claim and row["target"] != ""]
+        labels = [f"{row['contender']} · {row['lists']} {row['dtype']}" for row in judged]
+        colors = ["#2a7f62" if row["met"] == "yes" else "#c0532b" for row in judged]
+        ratios = [row["ratio"] for row in judged]
+        panel.barh(labels, ratios, color=colors)
+        for place, row in enumerate(judged):
+            panel.plot([row["target"]] * 2, [place - 0.45, place + 0.45], color="black")
+            panel.text(row["ratio"], place, f" {row['ratio']:.2f}", va="center", fontsize=7)
+        better = "more is better" if claim in AT_LEAST else "less is better"
+        panel.set_title(f"{claim}: ratio to the baseline, {better}; line: target", fontsize=9)
+        panel.tick_params(labelsize=6)
+        panel.invert_yaxis()
+        panel.margins(x=0.08)
+    figure.set_size_inches(9, sum(0.7 + 0.16 * len(panel.patches) for panel in panels[:, 0]) + 1)
+    figure.savefig(RESULTS / f"ops{_suffix()}.png", dpi=130)
+
+
+def _suffix() -> str:
+    return "" if DEVICE == "cpu" else f"-{DEVICE}"
+
+
+def main() -> int:
+    """Run the benchmarks, print the table, write the CSV and the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-k", default="", help="only the tests that match, as in pytest")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    # This module, and not a second copy of it, collects what the tests measure.
+    sys.modules["benchmarks.ops"] = sys.modules[__name__]
+    arguments = ["-q", "-p", "no:cacheprovider", "-o", "python_files=ops.py", "--benchmark-quiet"]
+    status = pytest.main([*arguments, "-k", options.k, __file__])
+    table = rows()
+    for row in table:
+        target = f"  target {row['target']} {row['met']}" if row["target"] != "" else ""
+        print(
+            f"{row['claim']:15} {row['lists']:7} {row['dtype']} {row['contender']:38} "
+            f"{row['median_ms']:9.3f} ms {row['GB_per_s']!s:>6} GB/s  ratio {row['ratio']:6.3f}"
+            f"{target}"
+        )
+    if table and not options.no_write:
+        path = write_rows(f"ops{_suffix()}.csv", table)
+        draw(table)
+        print(f"Wrote {path} and {path.with_suffix('.png')}")
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
