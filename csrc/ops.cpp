@@ -42,17 +42,22 @@ Storage storage_of(const at::Tensor& tensor) {
   }
 }
 
-// A list of tensors cut into chunks, and where the chunks of each tensor lie.
+// A list of tensors cut into chunks, shared out among threads.
 class Work {
  public:
   explicit Work(const TensorList& list) {
     std::vector<int64_t> sizes;
     sizes.reserve(list.tensors.size());
+    storages_.reserve(list.tensors.size());
+    int64_t elements = 0;
     for (const at::Tensor* tensor : list.tensors) {
       sizes.push_back(tensor->numel());
       storages_.push_back(storage_of(*tensor));
+      elements += tensor->numel();
     }
     chunks_ = plan_chunks(sizes.data(), static_cast<int64_t>(sizes.size()), kChunkSize);
+    workers_ = std::min<int64_t>(at::get_num_threads(), 1 + elements / (2 * kChunkSize));
+    starts_ = share_chunks(chunks_, workers_);
   }
 
   const std::vector<Chunk>& chunks() const { return chunks_; }
@@ -60,13 +65,8 @@ class Work {
   // Calls body(chunk index, chunk, storage) for every chunk, from all threads.
   template <class Body>
   void run(const Body& body) const {
-    int64_t elements = 0;
-    for (const Chunk& chunk : chunks_) elements += chunk.size;
-    const int64_t workers =
-        std::min<int64_t>(at::get_num_threads(), 1 + elements / (2 * kChunkSize));
-    const std::vector<int64_t> starts = share_chunks(chunks_, workers);
-    at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-      for (int64_t index = starts[first]; index < starts[last]; ++index) {
+    at::parallel_for(0, workers_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t index = starts_[first]; index < starts_[last]; ++index) {
         const Chunk& chunk = chunks_[index];
         body(index, chunk, storages_[chunk.tensor]);
       }
@@ -76,6 +76,8 @@ class Work {
  private:
   std::vector<Chunk> chunks_;
   std::vector<Storage> storages_;
+  std::vector<int64_t> starts_;
+  int64_t workers_;
 };
 
 // The addresses of a list's tensors, to be offset by chunks.
@@ -252,14 +254,11 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
   const double rate = value_of(lr);
   const Work work(p);
   const Addresses to(p), from(g), first_moments(m), second_moments(v), blended(d);
-  for (const TensorList* list : {&p, &m, &v, &t}) bump_versions(*list);
-
   std::vector<AdamWCoefficients> coefficients;
   coefficients.reserve(params.size());
   float last_step = -1;
   for (const at::Tensor& counter : steps) {
-    float& step = *counter.mutable_data_ptr<float>();
-    step += 1;
+    const float step = *counter.const_data_ptr<float>() + 1;
     if (step == last_step) {
       coefficients.push_back(coefficients.back());
       continue;
@@ -275,6 +274,9 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
         static_cast<float>(eps),
     });
   }
+  // Nothing below can fail.
+  for (const TensorList* list : {&p, &m, &v, &t}) bump_versions(*list);
+  for (const at::Tensor& counter : steps) *counter.mutable_data_ptr<float>() += 1;
   work.run([&](int64_t, const Chunk& chunk, Storage storage) {
     kernel.adamw_blend[storage](to[chunk], from[chunk], static_cast<float*>(first_moments[chunk]),
                                 static_cast<float*>(second_moments[chunk]), blended[chunk],

@@ -35,6 +35,7 @@ from sap_fast.ops.triton.table import (
     on_device,
     scalar,
     store_block,
+    widen,
 )
 
 #: Elements per program: up to five operands of 8 elements per thread are in registers at once.
@@ -78,7 +79,7 @@ def adamw(
 # ---- memory ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def load_steps_kernel(
     addresses: tl.tensor, counts: tl.tensor, tensors: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
@@ -89,7 +90,7 @@ def load_steps_kernel(
     tl.store(counts + index, tl.load(steps, mask=inside, other=0.0) + 1.0, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["found_inf"])
 def store_steps_kernel(
     addresses: tl.tensor,
     counts: tl.tensor,
@@ -98,10 +99,11 @@ def store_steps_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Scatter the step counters, unless an infinity was found."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0.0:
+            return
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < tensors
-    if found_inf is not None:
-        inside = inside & (tl.load(found_inf) == 0.0)
     steps = tl.load(addresses + index, mask=inside, other=0).to(tl.pointer_type(tl.float32))
     tl.store(steps, tl.load(counts + index, mask=inside, other=0.0), mask=inside)
 
@@ -127,14 +129,14 @@ def _adamw_block(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
-    gradient = load_block(grads, size, BLOCK, WHOLE).to(tl.float32) * sign
+    gradient = widen(load_block(grads, size, BLOCK, WHOLE)) * sign
     if blend is not None:
-        direction = load_block(directions, size, BLOCK, WHOLE).to(tl.float32)
+        direction = widen(load_block(directions, size, BLOCK, WHOLE))
         gradient = blend_gradient(gradient, direction, tl.load(blend))
     if gradient_scale is not None:
         gradient = gradient * tl.load(gradient_scale)
     parameter, exp_avg, exp_avg_sq = adamw(
-        load_block(params, size, BLOCK, WHOLE).to(tl.float32),
+        widen(load_block(params, size, BLOCK, WHOLE)),
         gradient,
         load_block(exp_avgs, size, BLOCK, WHOLE),
         load_block(exp_avg_sqs, size, BLOCK, WHOLE),
@@ -151,7 +153,7 @@ def _adamw_block(
     store_block(exp_avg_sqs, exp_avg_sq, size, BLOCK, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["blend", "gradient_scale", "found_inf"])
 def adamw_blend_kernel(
     addresses: tl.tensor,
     chunks: tl.tensor,
@@ -264,8 +266,10 @@ def adamw_blend_(
     check_lists(operands)
     device = params[0].device
     _check_steps(operands, steps, device)
-    if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
-        return
+    if found_inf is not None and found_inf.device != device and found_inf.device.type == "cpu":
+        if bool(found_inf):
+            return
+        found_inf = None
     with on_device(device):
         gradient_factor = None if gradient_scale is None else scalar(gradient_scale, device)
         skip = None if found_inf is None else scalar(found_inf, device)

@@ -242,15 +242,16 @@ KERNELS = _kernels()
 
 def compile_kernel(kernel: Kernel, target: GPUTarget) -> Compiled:
     """Compile one kernel for a target."""
-    constants = dict(kernel.constants)
-    names = kernel.function.arg_names
-    signature = {name: kernel.signature.get(name, "constexpr") for name in names}
+    parameters = kernel.function.params
+    signature = {p.name: kernel.signature.get(p.name, "constexpr") for p in parameters}
+    # What a launch finds out from its arguments, where the kernel wants it to.
     aligned = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(names)
-        if signature[name].startswith("*") or name in kernel.multiples_of_16
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in parameters
+        if (signature[parameter.name].startswith("*") or parameter.name in kernel.multiples_of_16)
+        and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
     }
-    source = ASTSource(kernel.function, signature, constants, aligned)
+    source = ASTSource(kernel.function, signature, dict(kernel.constants), aligned)
     return Compiled(kernel, target, triton.compile(source, target=target, options=OPTIONS))
 
 

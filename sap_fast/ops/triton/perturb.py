@@ -27,6 +27,7 @@ from sap_fast.ops.triton.table import (
     on_device,
     scalar,
     store_block,
+    widen,
 )
 
 #: Elements per program: per thread and operand 8 accesses of 128 bits in fp32, 4 in 16 bits.
@@ -77,12 +78,12 @@ def _perturb_swap_block(
 ) -> None:
     parameter = load_block(params, size, BLOCK, WHOLE)
     direction = load_block(buffers, size, BLOCK, WHOLE)
-    perturbed = perturb(parameter.to(tl.float32), direction.to(tl.float32), scale)
+    perturbed = perturb(widen(parameter), widen(direction), scale)
     store_block(buffers, parameter, size, BLOCK, WHOLE)
     store_block(params, perturbed, size, BLOCK, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale"])
 def perturb_swap_kernel(
     addresses: tl.tensor,
     chunks: tl.tensor,
@@ -112,7 +113,7 @@ def _reflect_block(
 ) -> None:
     perturbed = load_block(params, size, BLOCK, WHOLE)
     parameter = load_block(buffers, size, BLOCK, WHOLE)
-    reflected = reflect(perturbed.to(tl.float32), parameter.to(tl.float32))
+    reflected = reflect(widen(perturbed), widen(parameter))
     store_block(params, reflected, size, BLOCK, WHOLE)
 
 
@@ -142,12 +143,12 @@ def _restore_swap_block(
 ) -> None:
     perturbed = load_block(params, size, BLOCK, WHOLE)
     parameter = load_block(buffers, size, BLOCK, WHOLE)
-    direction = recover_direction(perturbed.to(tl.float32), parameter.to(tl.float32), inverse_scale)
+    direction = recover_direction(widen(perturbed), widen(parameter), inverse_scale)
     store_block(params, parameter, size, BLOCK, WHOLE)
     store_block(buffers, direction, size, BLOCK, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["inverse_scale"])
 def restore_swap_kernel(
     addresses: tl.tensor,
     chunks: tl.tensor,
@@ -179,11 +180,11 @@ def _sum_products(
 ) -> tl.tensor:
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, CHUNK if WHOLE else size, BLOCK):
-        a = load_block(left + start, size - start, BLOCK, WHOLE).to(tl.float32)
+        a = widen(load_block(left + start, size - start, BLOCK, WHOLE))
         if OPERANDS == 1:
             total += a * a
         else:
-            b = load_block(right + start, size - start, BLOCK, WHOLE).to(tl.float32)
+            b = widen(load_block(right + start, size - start, BLOCK, WHOLE))
             total += a * b
     return tl.sum(total)
 
@@ -239,7 +240,7 @@ def _reduce(operands: Sequence[Operand]) -> Tensor:
     tables = make_tables(operands, SUM_CHUNK)
     device = tables[0].addresses.device
     count = sum(table.plan.chunk_count for table in tables)
-    result = torch.zeros((), dtype=torch.float32, device=device)
+    result = torch.empty((), dtype=torch.float32, device=device)
     partials = torch.empty(count, dtype=torch.float32, device=device)
     done = 0
     with on_device(device):

@@ -30,6 +30,7 @@ from sap_fast.ops.triton.table import (
     on_device,
     scalar,
     store_block,
+    widen,
 )
 
 #: Elements of the hidden states per program.
@@ -101,7 +102,7 @@ def add_kernel(
         added = tl.load(offset + column, mask=inside, other=0.0)
     else:
         added = tl.load(offset + index, mask=inside, other=0.0)
-    values = tl.load(hidden + index, mask=inside, other=0.0).to(tl.float32) + added
+    values = widen(tl.load(hidden + index, mask=inside, other=0.0)) + added
     tl.store(result + index, narrow(values, result.dtype.element_ty), mask=inside)
 
 
@@ -123,7 +124,7 @@ def column_sums_kernel(
         row = part * ROWS + start + tl.arange(0, ROW_BLOCK)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         pointers = gradient + row[:, None] * width + column[None, :]
-        total += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        total += widen(tl.load(pointers, mask=inside, other=0.0))
     sums = tl.sum(total, axis=0)
     tl.store(partials + part * width + column, sums, mask=column < width)
 
@@ -160,7 +161,7 @@ def add_scaled_kernel(
     """Add sign·gradient to a buffer of its shape."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
-    added = tl.load(gradient + index, mask=inside, other=0.0).to(tl.float32)
+    added = widen(tl.load(gradient + index, mask=inside, other=0.0))
     values = tl.load(buffer + index, mask=inside, other=0.0)
     tl.store(buffer + index, values + tl.full((), sign, tl.float32) * added, mask=inside)
 
@@ -300,7 +301,7 @@ def _rule_block(
     store_block(buffer, tl.where(finite, probe, 0.0), size, BLOCK, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["perturbation_norm"])
 def rule_kernel(
     addresses: tl.tensor,
     chunks: tl.tensor,

@@ -84,6 +84,18 @@ def load_block(
 
 
 @triton.jit
+def widen(values: tl.tensor) -> tl.tensor:
+    """Return values in fp32, exactly."""
+    if _INTERPRETED and values.dtype == tl.bfloat16:
+        # Devices do so by themselves; Triton's interpreter loses subnormal numbers.
+        bits = values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        wide = bits.to(tl.float32, bitcast=True)
+    else:
+        wide = values.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def narrow(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """Round fp32 to DTYPE, to nearest even; DTYPE itself passes as it is."""
     if _INTERPRETED and DTYPE == tl.bfloat16 and values.dtype == tl.float32:

@@ -1,0 +1,302 @@
+"""The Triton backend without a GPU: interpreted in another process, and compiled ahead of time.
+
+What the kernels compute is in `triton_parity.py`; here it is run. What they compile to is read from
+the assembly. What only a device shows is in `test_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sap_fast import ops
+from sap_fast.ops import triton as backend
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs the package triton", allow_module_level=True)
+if backend.interpreted:
+    pytest.skip("needs compiled kernels, not TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+
+from sap_fast.ops.triton import adamw, ahead_of_time, perturb, probe, table
+
+TESTS = Path(__file__).parent
+THREADS = 32 * table.OPTIONS["num_warps"]
+NVIDIA = [name for name, target in ahead_of_time.TARGETS.items() if target.backend == "cuda"]
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- interpreted ----
+
+
+def test_kernels_give_what_the_reference_gives() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", str(TESTS / "triton_parity.py")],
+        cwd=TESTS.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout, done.stdout
+
+
+# ---- choosing ----
+
+
+def test_the_backend_says_where_it_runs() -> None:
+    assert ops.why_not("triton", "cuda") is None
+    assert "TRITON_INTERPRET" in str(ops.why_not("triton", "cpu"))
+    assert "mps" in str(ops.why_not("triton", "mps"))
+    assert triton.__version__ in backend.describe()
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run on cpu"):
+        ops.sum_squares([torch.ones(1)], backend="triton")
+
+
+def test_triton_is_imported_only_where_it_is_asked_for() -> None:
+    code = "import sys; from sap_fast import ops; ops.why_not('triton', 'cpu')"
+    assert python(f"{code}; print('triton' in sys.modules)").strip() == "False"
+
+
+def test_without_triton_the_backend_says_what_to_install() -> None:
+    code = "import sys; sys.modules['triton'] = None; from sap_fast import ops"
+    assert "pip install triton" in python(f"{code}; print(ops.why_not('triton', 'cuda'))")
+
+
+# ---- compiled ----
+
+
+@functools.cache
+def compiled(target: str) -> dict[str, ahead_of_time.Compiled]:
+    return ahead_of_time.compile_all(ahead_of_time.TARGETS[target])
+
+
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text, re.MULTILINE))
+
+
+def streams(size: int) -> dict[str, tuple[int, int, int]]:
+    """Per kernel: elements per program, and bytes read and written per element, of `size` bytes."""
+    return {
+        "perturb_swap": (perturb.BLOCK, 2 * size, 2 * size),
+        "reflect": (perturb.BLOCK, 2 * size, size),
+        "restore_swap": (perturb.BLOCK, 2 * size, 2 * size),
+        "sum_squares": (perturb.SUM_BLOCK, size, 0),
+        "dot": (perturb.SUM_BLOCK, 2 * size, 0),
+        "adamw": (adamw.BLOCK, 2 * size + 8, size + 8),
+        "adamw_blend": (adamw.BLOCK, 3 * size + 8, size + 8),
+        "probe_add_shared": (probe.BLOCK, size + 4, size),
+        "probe_add_token": (probe.BLOCK, size + 4, size),
+        "probe_column_sums": (probe.ROW_BLOCK * probe.COLUMN_BLOCK, size, 0),
+        "probe_add_scaled": (probe.BLOCK, size + 4, 4),
+    }
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_main_path_moves_every_byte_once_128_bits_at_a_time(target: str) -> None:
+    for dtype, size in SIZES.items():
+        for name, (block, read, written) in streams(size).items():
+            ptx = compiled(target)[f"{name}_{dtype}"].ptx
+            for operation, wanted in (("ld", read), ("st", written)):
+                wide = count(rf"\b{operation}\.global[.\w:]*\.v4\.b32", ptx)
+                assert wide * 16 * THREADS == wanted * block, (name, dtype, operation, wide)
+    for rule in probe.RULES:
+        ptx = compiled(target)[f"rule_{rule}"].ptx
+        assert count(r"\bld\.global[.\w:]*\.v4", ptx) == count(r"\bst\.global[.\w:]*\.v4", ptx) == 2
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_no_fp64_no_spills_and_no_inexact_arithmetic(target: str) -> None:
+    for name, kernel in compiled(target).items():
+        resources = kernel.resources()
+        assert (resources.stack, resources.local) == (0, 0), (name, resources)
+        # Four programs of 128 threads fit on a multiprocessor.
+        assert resources.registers <= 128, (name, resources)
+        for pattern in (r"\.f64", r"\.ftz", r"\.approx", r"div\.full", r"cvt\.rz"):
+            assert not count(pattern, kernel.ptx), (name, pattern)
+        assert not count(r"\b(?:atom|red)\.", kernel.ptx), name
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_products_are_fused_with_sums_in_adamw_alone(target: str) -> None:
+    for name, kernel in compiled(target).items():
+        # sm_100 computes two at a time.
+        fused = count(r"\bfma\.rn\.f32", kernel.ptx) + count(r"\bfma\.rn\.f32x2", kernel.ptx)
+        if name.startswith("adamw"):
+            # Two of each element, on the main path and on the masked one.
+            assert fused * THREADS == 2 * (adamw.BLOCK + table.TAIL.value), name
+        else:
+            assert fused == 0, name
+    for name in ("perturb_swap", "reflect", "restore_swap"):
+        assert not count("FFMA", compiled(target)[f"{name}_fp32"].sass()), name
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_results_are_rounded_to_nearest(target: str) -> None:
+    for dtype, name in (("bf16", "bf16"), ("fp16", "f16")):
+        for kernel in ("perturb_swap", "reflect", "restore_swap", "adamw", "probe_add_shared"):
+            assert count(rf"cvt\.rn\.{name}", compiled(target)[f"{kernel}_{dtype}"].ptx), kernel
+    ptx = compiled(target)["adamw_fp32"].ptx
+    assert count(r"div\.rn\.f32", ptx) and count(r"sqrt\.rn\.f32", ptx)
+
+
+def test_kernels_compile_for_amd() -> None:
+    for name, kernel in compiled("gfx942").items():
+        assembly = kernel.binary.asm["amdgcn"]
+        assert count(r"\.vgpr_spill_count:\s+0$", assembly) == 1, name
+        assert count(r"\.private_segment_fixed_size:\s+0$", assembly) == 1, name
+        assert not count(r"_f64\b", assembly), name
+    for name, size in SIZES.items():
+        for kernel in streams(size):
+            assembly = compiled("gfx942")[f"{kernel}_{name}"].binary.asm["amdgcn"]
+            assert count(r"_load_dwordx4", assembly), kernel
+
+
+class AnyDevice:
+    """As much of a GPU's driver as Triton needs to compile for a launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return ahead_of_time.TARGETS["sm_90"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """Compile every launch instead of running it, and keep what it was specialised for."""
+    seen: list[tuple[Any, ...]] = []
+
+    def compile_launch(
+        kernel: Any, grid: tuple[int, ...], *arguments: Any, written: Any, **constants: Any
+    ) -> None:
+        found = kernel.warmup(*arguments, grid=grid, **constants, **table.OPTIONS)
+        seen.append((kernel.__name__, *specialisation(found.src)))
+
+    for module in (adamw, perturb, probe):
+        monkeypatch.setattr(module, "launch", compile_launch)
+    monkeypatch.setattr(triton.runtime.driver, "_active", AnyDevice())
+    for kernel in ahead_of_time.KERNELS.values():
+        kernel.function.device_caches.clear()
+    yield seen
+    # Nobody shall run on a device what was compiled for this one.
+    for kernel in ahead_of_time.KERNELS.values():
+        kernel.function.device_caches.clear()
+
+
+def specialisation(source: Any) -> tuple[str, str, str]:
+    aligned = sorted(key for key, value in source.attrs.items() if value)
+    return str(source.signature), str(sorted(source.constants.items(), key=str)), str(aligned)
+
+
+def test_launches_are_of_the_kernels_that_are_compiled_ahead_of_time(
+    launched: list[tuple[Any, ...]],
+) -> None:
+    known = {
+        (kernel.kernel.function.__name__, *specialisation(kernel.binary.src))
+        for kernel in compiled("sm_90").values()
+    }
+    one = torch.tensor(0.5)
+
+    def some(dtype: torch.dtype) -> list[Tensor]:
+        return [torch.randn(3, 5).to(dtype), torch.randn(7000).to(dtype)]
+
+    calls: list[Callable[[torch.dtype], object]] = [
+        lambda dtype: perturb.sum_squares(some(dtype)),
+        lambda dtype: perturb.dot(some(dtype), some(dtype)),
+        # A scalar may lie anywhere.
+        lambda dtype: perturb.perturb_swap_(some(dtype), some(dtype), torch.randn(3)[1]),
+        lambda dtype: perturb.reflect_(some(dtype), some(dtype)),
+        lambda dtype: perturb.restore_swap_(some(dtype), some(dtype), one),
+        lambda dtype: probe.probe_add(torch.randn(4, 64).to(dtype), torch.randn(64)),
+        lambda dtype: probe.probe_add(torch.randn(4, 64).to(dtype), torch.randn(4, 64)),
+        lambda dtype: probe.probe_project_(torch.zeros(64), torch.randn(32, 64).to(dtype), -1.0),
+        lambda dtype: probe.probe_project_(torch.zeros(4, 64), torch.randn(4, 64).to(dtype), 1.0),
+    ]
+    for rule in probe.RULES:
+        calls.append(
+            lambda _, rule=rule: probe.probe_rule_(
+                some(torch.float32), rule, 0.1, torch.randn(3)[1], [one, one]
+            )
+        )
+    scalars = torch.rand(3).unbind()
+    for blend, gradient_scale, found_inf in ((None, None, None), scalars):
+        calls.append(
+            lambda dtype, b=blend, g=gradient_scale, f=found_inf: adamw.adamw_blend_(
+                some(dtype),
+                some(dtype),
+                some(torch.float32),
+                some(torch.float32),
+                list(torch.zeros(2).unbind()),
+                some(dtype),
+                lr=one,
+                beta1=0.9,
+                beta2=0.999,
+                eps=1e-8,
+                weight_decay=0.1,
+                maximize=False,
+                blend=b,
+                gradient_scale=g,
+                found_inf=f,
+            )
+        )
+    for call in calls:
+        for dtype in table.DTYPES:
+            call(dtype)
+    # `store_steps` without `found_inf` is one comparison less.
+    unknown = {launch for launch in launched if launch[0] != "store_steps_kernel"} - known
+    assert not unknown, "\n".join(map(str, unknown))
+    assert {kernel for kernel, *_ in known} == {kernel for kernel, *_ in launched}
+
+
+# ---- the plan ----
+
+
+def test_the_plan_of_a_tensor_beyond_32_bits() -> None:
+    sizes = [5, 0, 2**33 + 3]
+    chunks, starts = table.plan_chunks(sizes, [True, True, True], 2**20)
+    assert starts.tolist() == [0, 1, 1, 1 + 2**13 + 1]
+    assert chunks[0].tolist() == [0, 0, 5, 0]
+    assert chunks[-2].tolist() == [2, 2**33 - 2**20, 2**20, 1]
+    assert chunks[-1].tolist() == [2, 2**33, 3, 0]
+    assert chunks[:, 2].sum() == sum(sizes)
+
+
+def test_chunks_of_tensors_that_are_not_aligned_are_not_whole() -> None:
+    chunks, _ = table.plan_chunks([64, 64], [False, True], 32)
+    assert chunks[:, 3].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("odd", [None, 0, 1])
+def test_one_operand_that_is_not_aligned_is_enough_to_mask(odd: int | None) -> None:
+    tensors = [torch.zeros(perturb.BLOCK + 1)[i == odd :][: perturb.BLOCK] for i in range(2)]
+    operands = [table.Operand(str(i), [tensor], written=True) for i, tensor in enumerate(tensors)]
+    (made,) = table.make_tables(operands, perturb.BLOCK)
+    assert made.plan.chunks.tolist() == [[0, 0, perturb.BLOCK, int(odd is None)]]
