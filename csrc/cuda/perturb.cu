@@ -1,0 +1,89 @@
+// perturb_swap, reflect and restore_swap.
+#include "launch.cuh"
+
+namespace sap_fast::cuda {
+namespace {
+
+template <class Stored>
+struct PerturbSwap {
+  using Set = Operands<Stored, Stored>;
+  static constexpr int kUnroll = 2;
+
+  struct Element {
+    float scale;
+
+    __device__ __forceinline__ void operator()(Stored& parameter, Stored& buffer) const {
+      const Stored old = parameter;
+      narrow(perturb(widen(old), widen(buffer), scale), parameter);
+      buffer = old;
+    }
+  };
+
+  Scalar scale;
+
+  __device__ __forceinline__ bool prepare(int64_t, Element* element) const {
+    element->scale = read_float(scale);
+    return true;
+  }
+};
+
+template <class Stored>
+struct Reflect {
+  using Set = Operands<Stored, const Stored>;
+  static constexpr int kUnroll = 2;
+
+  struct Element {
+    __device__ __forceinline__ void operator()(Stored& parameter, const Stored& buffer) const {
+      narrow(sap_fast::reflect(widen(parameter), widen(buffer)), parameter);
+    }
+  };
+
+  __device__ __forceinline__ bool prepare(int64_t, Element*) const { return true; }
+};
+
+template <class Stored>
+struct RestoreSwap {
+  using Set = Operands<Stored, Stored>;
+  static constexpr int kUnroll = 2;
+
+  struct Element {
+    float inverse_scale;
+
+    __device__ __forceinline__ void operator()(Stored& parameter, Stored& buffer) const {
+      const Stored old = buffer;
+      narrow(recover_direction(widen(parameter), widen(old), inverse_scale), buffer);
+      parameter = old;
+    }
+  };
+
+  Scalar inverse_scale;
+
+  __device__ __forceinline__ bool prepare(int64_t, Element* element) const {
+    element->inverse_scale = read_float(inverse_scale);
+    return true;
+  }
+};
+
+}  // namespace
+
+cudaError_t perturb_swap(Storage storage, const TensorLists<2>& params_buffers, Scalar scale,
+                         cudaStream_t stream) {
+  return with_storage(storage, [&](auto element) {
+    return launch_transform(params_buffers, PerturbSwap<decltype(element)>{scale}, stream);
+  });
+}
+
+cudaError_t reflect(Storage storage, const TensorLists<2>& params_buffers, cudaStream_t stream) {
+  return with_storage(storage, [&](auto element) {
+    return launch_transform(params_buffers, Reflect<decltype(element)>{}, stream);
+  });
+}
+
+cudaError_t restore_swap(Storage storage, const TensorLists<2>& params_buffers,
+                         Scalar inverse_scale, cudaStream_t stream) {
+  return with_storage(storage, [&](auto element) {
+    return launch_transform(params_buffers, RestoreSwap<decltype(element)>{inverse_scale}, stream);
+  });
+}
+
+}  // namespace sap_fast::cuda
