@@ -9,7 +9,7 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-slow sanitize gpu lint format install fidelity clean
+.PHONY: help demo test test-slow sanitize gpu ops lint format install fidelity clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -17,7 +17,8 @@ help:
 	@echo "make test       every test that is not marked slow"
 	@echo "make test-slow  the rest"
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
-	@echo "make gpu        the tests that need a CUDA device"
+	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in one table"
+	@echo "make ops        time the operations against PyTorch's; writes CSV and picture"
 	@echo "make lint       ruff and mypy;  make format  applies ruff's fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
@@ -56,7 +57,12 @@ sanitize: install
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(SANITIZED)
 
 gpu: install
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.kernel_report
+
+# Alone on the machine: it times.
+ops: install
+	$(BIN)/python -m benchmarks.ops
 
 lint: install
 	$(BIN)/ruff check .

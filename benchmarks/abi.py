@@ -1,7 +1,8 @@
 """What PyTorch's stable ABI costs an operation that takes lists of tensors.
 
-Builds the same operation twice, against the stable ABI and against the ordinary one, and times calls
-on lists of 2,000 tensors, as AdamW makes them (five lists). The operation only reads the addresses.
+Builds the same operation twice, against the stable ABI and against the ordinary one, and times
+calls on lists of 2,000 tensors, as AdamW makes them (five lists). The operation only reads the
+addresses.
 
     python -m benchmarks.abi
 """

@@ -458,7 +458,7 @@ def draw(table: list[dict[str, Any]]) -> None:
 
 
 def _suffix() -> str:
-    return "" if DEVICE == "cpu" else f"-{DEVICE}"
+    return "" if DEVICE == "cpu" else f"-{DEVICE}-{ops.choose_backend('auto', DEVICE)}"
 
 
 def main() -> int:

@@ -297,12 +297,14 @@ at::Tensor probe_add(const at::Tensor& hidden, const at::Tensor& offset) {
               "offset of shape ", offset.sizes(), " does not fit hidden of shape ", hidden.sizes());
   const at::Tensor from = hidden.contiguous();
   const at::Tensor with = offset.contiguous();
-  at::Tensor out = at::empty_like(from);
+  // Of the strides that `hidden` has, as the fake promises.
+  const at::Tensor out = at::empty_like(hidden);
+  const at::Tensor dense = out.is_contiguous() ? out : at::empty_like(from);
   const Kernels& kernel = kernels();
   const Storage storage = storage_of(from);
   const auto bytes = static_cast<int64_t>(from.element_size());
   const auto* const source = static_cast<const char*>(from.const_data_ptr());
-  auto* const target = static_cast<char*>(out.mutable_data_ptr());
+  auto* const target = static_cast<char*>(dense.mutable_data_ptr());
   const auto* const offsets = with.const_data_ptr<float>();
   const int64_t rows = width == 0 ? 0 : hidden.numel() / width;
   at::parallel_for(0, rows, 1 + kChunkSize / std::max<int64_t>(1, width),
@@ -312,6 +314,7 @@ at::Tensor probe_add(const at::Tensor& hidden, const at::Tensor& offset) {
                        kernel.probe_add[storage](target + start, source + start, offsets, width);
                      }
                    });
+  if (!out.is_same(dense)) out.copy_(dense);
   return out;
 }
 

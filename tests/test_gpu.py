@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sap_fast import ops
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
 from tests.oracle import cosine, naive_contrastive_loss, naive_task_loss, oracle_estimate
@@ -77,3 +78,41 @@ def test_no_step_waits_for_the_device() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert optimizer.metrics.skipped_steps == 0
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_work_on_weights_is_captured_in_a_cuda_graph(backend: str) -> None:
+    reason = ops.why_not(backend, "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    shapes = [(64, 64), (1000,), (7,)]
+
+    def lists() -> list[list[Tensor]]:
+        made = [[torch.randn(shape, device="cuda") for shape in shapes] for _ in range(3)]
+        zeros = [[torch.zeros(shape, device="cuda") for shape in shapes] for _ in range(2)]
+        return [*made, *zeros, [torch.zeros((), device="cuda") for _ in shapes]]
+
+    def step(params: list[Tensor], buffers: list[Tensor], *state: list[Tensor]) -> None:
+        scale = 1e-3 * ops.sum_squares(params, backend=backend).sqrt()
+        ops.perturb_swap_(params, buffers, scale, backend=backend)
+        ops.reflect_(params, buffers, backend=backend)
+        ops.restore_swap_(params, buffers, -1 / scale, backend=backend)
+        settings = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+        ops.adamw_blend_(params, *state, lr=lr, **settings, backend=backend)
+
+    eager = lists()
+    captured = copy.deepcopy(eager)
+    lr = torch.tensor(0.1, device="cuda")
+    step(*copy.deepcopy(eager))  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*captured)
+    # The learning rate and the step counters are read when the graph runs.
+    for rate in (0.1, 0.02):
+        lr.fill_(rate)
+        step(*eager)
+        graph.replay()
+    torch.cuda.synchronize()
+    for left, right in zip(eager, captured, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))

@@ -403,7 +403,9 @@ def test_probe_add_has_the_bits_of_the_reference(
     per_token = random_tensor((2, 5, width), torch.float32)
     assert_same_bits([run(hidden, per_token)], [reference.probe_add(hidden, per_token)])
     transposed = random_tensor((5, 2, width), dtype).transpose(0, 1)
-    assert_same_bits([run(transposed, offset)], [reference.probe_add(transposed, offset)])
+    found = run(transposed, offset)
+    assert_same_bits([found], [reference.probe_add(transposed, offset)])
+    assert found.stride() == torch.empty_like(transposed).stride()
 
 
 def test_probe_add_passes_the_gradient_on(target: Target) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -44,17 +45,29 @@ def backend_table() -> Table:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         devices.append(accelerator.type)
+    choices = {device: _chosen_backend(device) for device in devices}
     for operation, purpose in OPERATIONS.items():
-        for device in devices:
-            table.add_row(operation, device, choose_backend("auto", device), purpose)
+        for device, (chosen, _) in choices.items():
+            table.add_row(operation, device, chosen or "none", purpose)
     table.add_section()
-    for device in devices:
-        chosen = choose_backend("auto", device)
+    for device, (chosen, reason) in choices.items():
+        table.add_row("", device, chosen or "none", reason)
         for backend in IMPLEMENTATIONS:
-            can = why_not(backend, device) is None
-            state = "chosen" if backend == chosen else "can run" if can else "cannot run"
-            table.add_row("", device, backend, f"{state}: {describe(backend, device)}")
+            if backend != chosen:
+                state = "could run" if why_not(backend, device) is None else "cannot run"
+                table.add_row("", device, backend, f"{state}: {describe(backend, device)}")
     return table
+
+
+def _chosen_backend(device: str) -> tuple[str | None, str]:
+    """Return the backend that runs on a device, and why; None where nothing can run."""
+    asked = os.environ.get("SAP_FAST_BACKEND")
+    try:
+        chosen = choose_backend("auto", device)
+        why = f"asked for by SAP_FAST_BACKEND={asked}" if asked else "chosen"
+        return chosen, f"{why}: {describe(chosen, device)}"
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
 
 
 def rounding_table(settings: FinetuneSettings) -> Table:
