@@ -3,28 +3,31 @@
 The environment variable SAP_FAST_BUILD chooses what is compiled:
 
     auto   (default) the CPU kernels if torch, pybind11 and a C++ compiler are there, and the CUDA
-           kernels if nvcc and a CUDA build of torch are there too; else a pure Python package,
-           which runs on the reference and Triton backends
+           kernels if nvcc and a CUDA build of torch are there too; else, and if the compiler fails,
+           a pure Python package, which runs on the reference and Triton backends
     cpu    the CPU kernels, or an error
     cuda   both, or an error
     0      nothing
 
 A build that pip isolates has no torch: use `pip install --no-build-isolation`. TORCH_CUDA_ARCH_LIST
-chooses the GPUs, by default 8.0, 9.0 and 10.0. SAP_FAST_SANITIZE=1 builds with the address and
-undefined-behaviour sanitizers, for `make sanitize`.
+chooses the GPUs, by default 8.0, 9.0 and, from CUDA 12.8 on, 10.0. SAP_FAST_SANITIZE=1 builds with
+the address and undefined-behaviour sanitizers, for `make sanitize`.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.editable_wheel import editable_wheel
 
 CHOICES = ("auto", "cpu", "cuda", "0")
 CPU_KERNELS = [
@@ -37,7 +40,6 @@ CPU_KERNELS = [
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
 CUDA_FLAGS = ["-std=c++20", "-O3", "--fmad=false"]
-DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
 
 
 def what_to_build(choice: str) -> tuple[str, str]:
@@ -49,54 +51,83 @@ def what_to_build(choice: str) -> tuple[str, str]:
     for module in ("torch", "pybind11"):
         try:
             __import__(module)
-        except ImportError as error:
-            return "0", f"{module} is not there at build time ({error})"
-    if shutil.which(compiler()) is None:
-        return "0", f"there is no C++ compiler {compiler()!r}"
+        except Exception as error:  # whatever a broken installation raises
+            return "0", (
+                f"{module} is not there at build time ({error}); install it, and use "
+                "`pip install --no-build-isolation`"
+            )
+    if version_of(*compiler()) is None:
+        return "0", f"there is no C++ compiler: `{shlex.join(compiler())} --version` fails"
     if choice == "cpu":
         return "cpu", "SAP_FAST_BUILD=cpu"
 
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
     if torch.version.cuda is None:
         return "cpu", f"torch {torch.__version__} is no CUDA build"
-    if CUDA_HOME is None:
-        return "cpu", "there is no nvcc"
-    return "cuda", ""
+    cuda = nvcc_version()
+    if cuda is None:
+        return "cpu", "there is no nvcc, in CUDA_HOME or on the PATH"
+    if cuda[0] != int(torch.version.cuda.split(".")[0]):
+        found = ".".join(map(str, cuda))
+        return "cpu", f"nvcc is that of CUDA {found}, torch is built for CUDA {torch.version.cuda}"
+    return "cuda", "SAP_FAST_BUILD=cuda" if choice == "cuda" else "nvcc and torch fit"
 
 
-def compiler() -> str:
-    """Return the C++ compiler that extensions are built with."""
-    return os.environ.get("CXX", "c++").split()[0]
+def schemas_digest() -> str:
+    """Return what tells the operations' schemas from other ones; `native` computes it as well."""
+    for node in ast.parse(Path("sap_fast/ops/schema.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SCHEMAS":
+            return hashlib.sha256(repr(ast.literal_eval(node.value)).encode()).hexdigest()[:16]
+    raise SystemExit("sap_fast/ops/schema.py has no SCHEMAS")
 
 
-def compiler_version() -> str:
-    """Return what the compiler says of itself."""
-    command = [compiler(), "--version"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler that extensions are built with."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
-def extensions(build: str) -> dict[str, Any]:
+def version_of(*command: str) -> str | None:
+    """Return what a program says of its version; None if it does not run."""
+    try:
+        run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout
+
+
+def nvcc_version() -> tuple[int, int] | None:
+    """Return the CUDA version of the nvcc that extensions are built with, if there is one."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    text = version_of(str(Path(CUDA_HOME, "bin", "nvcc"))) if CUDA_HOME else None
+    found = re.search(r"release (\d+)\.(\d+)", text or "")
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def extensions(build: str, choice: str) -> dict[str, Any]:
     """Return the arguments of `setup` that build the extension."""
     import pybind11
     import torch
     from setuptools import Extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sanitize = os.environ.get("SAP_FAST_SANITIZE", "0") == "1"
+    compiler_version = version_of(*compiler()) or ""
     flags = [*FLAGS, *WARNINGS]
     link_flags: list[str] = []
-    if "Free Software Foundation" in compiler_version():
+    if "Free Software Foundation" in compiler_version:
         # GCC 12 warns of variables in its own avx512fintrin.h that are uninitialized on purpose.
         flags.append("-Wno-maybe-uninitialized")
-    if sanitize:
+    if os.environ.get("SAP_FAST_SANITIZE", "0") == "1":
         link_flags = ["-fsanitize=address,undefined"]
         flags += [*link_flags, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
     else:
         flags.append("-g0")  # Python's own flags ask for debug information: 4 MB of it
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     with_cuda = build == "cuda"
+    if with_cuda:
+        # nvcc knows 10.0 from CUDA 12.8 on.
+        newest = "9.0 10.0+PTX" if (nvcc_version() or (0, 0)) >= (12, 8) else "9.0+PTX"
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0 {newest}")
 
     def text(value: str) -> str:
         escaped = value.replace('"', r"\"")
@@ -104,16 +135,19 @@ def extensions(build: str) -> dict[str, Any]:
 
     information = {
         "SAP_FAST_TORCH_VERSION": torch.__version__,
-        "SAP_FAST_COMPILER": re.sub(r"[^\w.+ -]", "", compiler_version().splitlines()[0]),
+        "SAP_FAST_SCHEMAS": schemas_digest(),
+        "SAP_FAST_COMPILER": re.sub(r"[^\w.+ -]", "", compiler_version.partition("\n")[0]),
         "SAP_FAST_FLAGS": " ".join(flags),
         "SAP_FAST_CUDA_VERSION": str(torch.version.cuda) if with_cuda else "",
         "SAP_FAST_CUDA_ARCHITECTURES": os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else "",
     }
+    # In every command line, so that ninja compiles everything again for another torch.
+    macros = [(name, text(value)) for name, value in information.items()]
     module = Extension(
         "sap_fast._C",
         ["csrc/module.cpp", *CPU_KERNELS],
         include_dirs=[pybind11.get_include()],
-        define_macros=[(name, text(value)) for name, value in information.items()],
+        define_macros=macros,
         extra_compile_args=flags,
         extra_link_args=link_flags,
         language="c++",
@@ -121,30 +155,39 @@ def extensions(build: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "name": "sap_fast._ops",
         "sources": ["csrc/ops.cpp", *CPU_KERNELS],
+        "define_macros": macros,
         # at::parallel_for is a template of OpenMP loops: they run in the pool of PyTorch's threads.
         "extra_compile_args": [*flags, "-fopenmp"],
         "extra_link_args": [*link_flags, "-fopenmp"],
     }
     if with_cuda:
-        arguments["sources"] += [str(path) for path in sorted(Path("csrc/cuda").glob("*.c*"))]
+        cuda_sources = [*Path("csrc/cuda").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")]
+        arguments["sources"] += sorted(map(str, cuda_sources))
         arguments["extra_compile_args"] = {"cxx": [*flags, "-fopenmp"], "nvcc": CUDA_FLAGS}
     operators = (CUDAExtension if with_cuda else CppExtension)(**arguments)
 
     class Build(BuildExtension):
-        """Leaves the extension out, instead of failing, if nobody asked for it."""
+        """Leaves the whole extension out, instead of failing, if nobody asked for it."""
 
-        def build_extensions(self) -> None:
+        def run(self) -> None:
+            # Without ninja, distutils looks at the dates of .cpp files alone: not at headers,
+            # flags and torch.
+            self.force = True
+            folders = [self.build_lib, "."] if self.inplace else [self.build_lib]
             try:
-                super().build_extensions()
+                super().run()
             except Exception as error:
                 if choice != "auto":
                     raise
-                print(f"sap_fast: built without compiled kernels: {error}", file=sys.stderr)
-                self.extensions = []
-
-        def copy_extensions_to_source(self) -> None:
-            if self.extensions:
-                super().copy_extensions_to_source()
+                say(
+                    f"built without kernels: {error}. SAP_FAST_BUILD=cpu makes this an error, and "
+                    "leaves CUDA out"
+                )
+                for folder in folders:
+                    remove_kernels(folder)
+                # What is left is a pure package: the wheel is named and laid out as one.
+                self.extensions = self.distribution.ext_modules = []
+                self.distribution.get_command_obj("bdist_wheel").root_is_pure = True
 
     return {
         "ext_modules": [module, operators],
@@ -152,9 +195,31 @@ def extensions(build: str) -> dict[str, Any]:
     }
 
 
-choice = os.environ.get("SAP_FAST_BUILD", "auto")
+class Editable(editable_wheel):
+    """Without kernels, takes away those that an earlier installation left in the clone."""
+
+    def run(self) -> None:
+        """Build the wheel that points to the clone."""
+        if not self.distribution.has_ext_modules():
+            remove_kernels(".")
+        super().run()
+
+
+def remove_kernels(folder: str) -> None:
+    """Delete both parts of the extension, which work only together."""
+    for name in ("_C.so", "_ops.so"):
+        Path(folder, "sap_fast", name).unlink(missing_ok=True)
+
+
+def say(message: str) -> None:
+    """Print what the build decided; pip shows it with -v."""
+    print(f"sap_fast: {message}", file=sys.stderr)
+
+
+choice = os.environ.get("SAP_FAST_BUILD") or "auto"
 build, reason = what_to_build(choice)
 if choice in ("cpu", "cuda") and build != choice:
     raise SystemExit(f"SAP_FAST_BUILD={choice} cannot be done: {reason}")
-print(f"sap_fast: building {build if build != '0' else 'no'} kernels {reason and f'({reason})'}")
-setup(**(extensions(build) if build != "0" else {}))
+say(f"building {'no' if build == '0' else build} kernels ({reason})")
+arguments = extensions(build, choice) if build != "0" else {}
+setup(cmdclass={"editable_wheel": Editable, **arguments.pop("cmdclass", {})}, **arguments)

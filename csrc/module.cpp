@@ -18,6 +18,7 @@ namespace {
 py::dict build_info() {
   py::dict info;
   info["torch"] = SAP_FAST_TORCH_VERSION;
+  info["schemas"] = SAP_FAST_SCHEMAS;
   info["compiler"] = SAP_FAST_COMPILER;
   info["flags"] = SAP_FAST_FLAGS;
   info["cuda"] = SAP_FAST_CUDA_VERSION;
@@ -61,7 +62,8 @@ std::vector<int64_t> share_chunks(const std::vector<int64_t>& sizes, int32_t chu
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Build information, CPU capability and chunk planner of sap_fast's kernels.";
   module.def("build_info", &build_info,
-             "What the extension was built with: torch, compiler, flags, cuda (empty: without), "
+             "What the extension was built with: torch, schemas (their digest), compiler, flags, "
+             "cuda (empty: without), "
              "cuda_architectures.");
   module.def("cpu_capability", &cpu_capability,
              "The instruction set whose kernels run: baseline, avx2 or avx512. Raises ValueError "

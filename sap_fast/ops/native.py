@@ -7,12 +7,17 @@ was built with CUDA, for CUDA devices.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sap_fast.ops.schema import SCHEMAS
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +34,14 @@ def _load() -> tuple[Any, str | None]:
         return None, f"the compiled extension is not there; {_HOW_TO_BUILD}"
     try:
         module = importlib.import_module("sap_fast._C")
-        built_for = module.build_info()["torch"]
-        if built_for != str(torch.__version__):
-            raise ImportError(f"it was built for torch {built_for}, this is {torch.__version__}")
+        built_for = module.build_info()
+        if built_for["torch"] != str(torch.__version__):
+            raise ImportError(
+                f"it was built for torch {built_for['torch']}, this is {torch.__version__}"
+            )
+        # PyTorch ends the process if an operator is registered for another schema than its own.
+        if built_for["schemas"] != hashlib.sha256(repr(SCHEMAS).encode()).hexdigest()[:16]:
+            raise ImportError("it was built for operations of another version of sap_fast")
         torch.ops.load_library(Path(module.__file__ or "").with_name("_ops.so"))
     except (ImportError, OSError) as error:
         # load_library puts what the linker says behind its own message.
@@ -52,9 +62,28 @@ def why_not(device_type: str) -> str | None:
     """Return why the native backend cannot run on devices of this type; None if it can."""
     if device_type != "cpu" and (device_type != "cuda" or torch.version.hip is not None):
         return f"there are no native kernels for {device_type}"
-    if problem is None and device_type == "cuda" and not extension.build_info()["cuda"]:
+    return problem if problem is not None or device_type == "cpu" else _why_not_cuda()
+
+
+@functools.cache
+def _why_not_cuda() -> str | None:
+    info = extension.build_info()
+    if not info["cuda"]:
         return f"the compiled extension was built without CUDA; {_HOW_TO_BUILD}"
-    return problem
+    oldest = min(
+        tuple(int(part) for part in name.removesuffix("+PTX").rstrip("af").split("."))
+        for name in re.split(r"[ ;]+", info["cuda_architectures"].strip())
+    )
+    found = min(
+        torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())
+    )
+    if found < oldest:
+        return (
+            f"the CUDA kernels were built for compute capability {info['cuda_architectures']}, "
+            f"there is a GPU of {found[0]}.{found[1]}; build them with TORCH_CUDA_ARCH_LIST="
+            f"{found[0]}.{found[1]}"
+        )
+    return None
 
 
 def describe(device_type: str) -> str:
