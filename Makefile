@@ -19,7 +19,7 @@ help:
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
 	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in one table"
 	@echo "make ops        time the operations against PyTorch's; writes CSV and picture"
-	@echo "make lint       ruff and mypy;  make format  applies ruff's fixes"
+	@echo "make lint       ruff, mypy, clang-format;  make format  applies their fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
 
@@ -68,10 +68,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sap_fast
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 fidelity: install
 	$(BIN)/python -m benchmarks.fidelity

@@ -13,7 +13,7 @@ triton     GPUs                                         the package triton (`tri
 
 `backend="auto"` takes, for the device that the tensors are on, the first of native, triton and
 reference that can run there, and the reference for what that one does not support (fp64, tensors
-with gaps). The environment variable `SAP_FAST_BACKEND` takes the place of "auto". A backend that is
+with gaps). It says so once: as information, or as a warning where it has to be the reference. The environment variable `SAP_FAST_BACKEND` takes the place of "auto". A backend that is
 named and cannot run raises.
 """
 
@@ -102,9 +102,15 @@ def check_backend(backend: str, device_types: Iterable[str]) -> None:
     """
     for device_type in sorted(set(device_types)):
         chosen = choose_backend(backend, device_type)
-        if is_auto(backend):
+        if not is_auto(backend):
+            continue
+        if chosen == "reference":
+            faster = "triton" if device_type == "cuda" else "native"
+            reason = describe(faster, device_type)
+            _say_once(f"sap_fast: {device_type} runs on the reference backend: {reason}")
+        else:
             reason = describe(chosen, device_type)
-            _say_once(f"sap_fast: {device_type} runs on the {chosen} backend ({reason})")
+            _say_once(f"sap_fast: {device_type} runs on {chosen}: {reason}", logging.INFO)
 
 
 def describe(backend: str, device_type: str) -> str:
@@ -117,10 +123,10 @@ def describe(backend: str, device_type: str) -> str:
     return triton.describe() if backend == "triton" else "plain PyTorch, on every device"
 
 
-def _say_once(message: str) -> None:
+def _say_once(message: str, level: int = logging.WARNING) -> None:
     if message not in _said:
         _said.add(message)
-        logger.info(message)
+        logger.log(level, message)
 
 
 def _run(name: str, backend: str, device: torch.device, *arguments: Any, **options: Any) -> Any:
