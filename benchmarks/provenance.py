@@ -23,8 +23,8 @@ def provenance() -> dict[str, str]:
 def commit() -> str:
     """Return the short hash of the commit that is checked out.
 
-    It ends in `-dirty` where a Python file differs from that commit, and is `unknown` outside of a
-    clone.
+    It ends in `-dirty` where a Python file or a kernel differs from that commit, and is `unknown`
+    outside of a clone.
     """
 
     def git(*arguments: str) -> str:
@@ -32,7 +32,7 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ":/*.py")
+        changed = git("status", "--porcelain", "--", ":/*.py", ":/csrc/*")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sap_fast import ops
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
 from tests.oracle import cosine, naive_contrastive_loss, naive_task_loss
@@ -49,6 +50,20 @@ def test_a_compiled_model_gives_the_same_h_in_one_graph() -> None:
     compiled, eager = compiled_and_eager("aot_eager")
     assert compiled.keys() == eager.keys()
     assert all(torch.equal(compiled[index], eager[index]) for index in eager)
+
+
+def test_a_compiled_model_in_fp64_runs_on_the_reference() -> None:
+    # The choice is made when the graph is traced: no operation can refuse then.
+    anchor = torch.empty(0, requires_grad=True)
+    offset, buffer = torch.randn(4).double(), torch.zeros(4).double()
+
+    def inject(hidden: Tensor) -> Tensor:
+        return ops.probe_inject(hidden, offset, buffer, anchor=anchor).square().sum()
+
+    torch.compiler.reset()
+    hidden = torch.randn(2, 3, 4).double()
+    torch.compile(inject, fullgraph=True, backend="aot_eager")(hidden).backward()
+    torch.testing.assert_close(buffer, 2 * (hidden + offset).sum((0, 1)))
 
 
 @pytest.mark.slow

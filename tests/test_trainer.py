@@ -83,7 +83,7 @@ def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_without_a_probe_it_is_the_trainer_with_adamw(
-    tmp_path: Path, lora: bool, accumulate: int
+    tmp_path: Path, cpu_backend: str, lora: bool, accumulate: int
 ) -> None:
     ours, theirs = model(lora), model(lora)
     args = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.5}
@@ -91,9 +91,11 @@ def test_without_a_probe_it_is_the_trainer_with_adamw(
         MixedTrainer, ours, arguments(tmp_path, **args), sap_options={"probe_lr": 0.0}
     )
     trainer.train()
+    # As in `tests.tiny.plain_adamw`.
+    same_bits = "adamw_torch_fused" if cpu_backend == "native" else "adamw_torch"
     plain = Trainer(
         model=theirs,
-        args=arguments(tmp_path, optim="adamw_torch", **args),
+        args=arguments(tmp_path, optim=same_bits, **args),
         train_dataset=TASK_ROWS,
         data_collator=TaskCollator(0),
     )

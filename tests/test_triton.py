@@ -1,7 +1,7 @@
 """The Triton backend without a GPU: interpreted in another process, and compiled ahead of time.
 
-What the kernels compute is in `triton_parity.py`; here it is run. What they compile to is read from
-the assembly. What only a device shows is in `test_gpu.py`.
+What the kernels compute is in `test_ops.py` and `triton_interpreted.py`; here both are run. What
+they compile to is read from the assembly. What only a device shows is in `test_gpu.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,8 +54,9 @@ def python(code: str) -> str:
 
 
 def test_kernels_give_what_the_reference_gives() -> None:
+    files = [str(TESTS / name) for name in ("triton_interpreted.py", "test_ops.py")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", str(TESTS / "triton_parity.py")],
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", *files],
         cwd=TESTS.parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
@@ -62,7 +64,9 @@ def test_kernels_give_what_the_reference_gives() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout, done.stdout
+    assert re.search(r"\d+ passed", done.stdout), done.stdout
+    # Nothing of this file is skipped, as all of it is where kernels are not interpreted.
+    assert "triton_interpreted.py" not in done.stdout, done.stdout
 
 
 # ---- choosing ----
@@ -276,7 +280,52 @@ def test_launches_are_of_the_kernels_that_are_compiled_ahead_of_time(
     assert {kernel for kernel, *_ in known} == {kernel for kernel, *_ in launched}
 
 
-# ---- the plan ----
+# ---- the table ----
+
+
+def test_tensors_are_grouped_by_dtypes_and_by_what_is_missing() -> None:
+    one, half = torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16)
+    params = [one.clone(), half.clone(), one.clone(), one.clone(), half.clone()]
+    directions = [one.clone(), half.clone(), None, one.clone(), half.clone()]
+    operands = [
+        table.Operand("params", params, written=True),
+        table.Operand("directions", directions, written=False),
+    ]
+    made = table.make_tables(operands, 1024)
+    assert [found.members for found in made] == [[0, 3], [1, 4], [2]]
+    assert [found.dtype for found in made] == [torch.float32, torch.bfloat16, torch.float32]
+    for found in made:
+        pairs = [(params[index], directions[index]) for index in found.members]
+        addresses = [[x.data_ptr() for x in pair if x is not None] for pair in pairs]
+        assert found.addresses.tolist() == addresses
+        assert all(a is b for a, (b, _) in zip(found.written, pairs, strict=True))
+
+
+def test_a_table_serves_one_stream_and_a_captured_graph_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capturing, stream = False, 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream)
+    )
+    monkeypatch.setattr(table, "_captured", [])
+    make = functools.lru_cache(lambda *key: [key])
+    device = torch.device("cuda", 0)
+
+    def cached() -> object:
+        return table._cached(make, device, (8, 16))
+
+    first = cached()
+    assert cached() is first and first == [(device, 1, (8, 16))]
+    stream = 2
+    assert cached() is not first
+    stream, capturing = 1, True
+    captured = cached()
+    # Filled when the graph is replayed, so others must not find it, and it must live on.
+    assert captured is not first and table._captured == [captured]
+    capturing = False
+    assert cached() is first
 
 
 def test_the_plan_of_a_tensor_beyond_32_bits() -> None:

@@ -13,8 +13,9 @@ triton     GPUs                                         the package triton (`tri
 
 `backend="auto"` takes, for the device that the tensors are on, the first of native, triton and
 reference that can run there, and the reference for what that one does not support (fp64, tensors
-with gaps). It says so once: as information, or as a warning where it has to be the reference. The environment variable `SAP_FAST_BACKEND` takes the place of "auto". A backend that is
-named and cannot run raises.
+with gaps). It says so once: as information, or as a warning where it has to be the reference. The
+environment variable `SAP_FAST_BACKEND` takes the place of "auto". A backend that is named and
+cannot run raises.
 """
 
 from __future__ import annotations

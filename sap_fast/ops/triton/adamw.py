@@ -265,16 +265,19 @@ def adamw_blend_(
         operands.append(Operand("directions", directions, written=False))
     check_lists(operands)
     device = params[0].device
-    _check_steps(operands, steps, device)
+    _check_steps(steps, len(params), device)
+    check_overlaps([*operands, Operand("steps", steps, written=True)])
     if found_inf is not None and found_inf.device != device and found_inf.device.type == "cpu":
         if bool(found_inf):
             return
         found_inf = None
     with on_device(device):
-        gradient_factor = None if gradient_scale is None else scalar(gradient_scale, device)
-        skip = None if found_inf is None else scalar(found_inf, device)
-        weight = None if blend is None else scalar(blend, device)
-        rate = scalar(lr, device, torch.float64)
+        gradient_factor = (
+            None if gradient_scale is None else scalar("gradient_scale", gradient_scale, device)
+        )
+        skip = None if found_inf is None else scalar("found_inf", found_inf, device)
+        weight = None if blend is None else scalar("blend", blend, device)
+        rate = scalar("lr", lr, device, torch.float64)
         with interrupts_deferred():
             for table in make_tables(operands, BLOCK):
                 members = [steps[index] for index in table.members]
@@ -321,25 +324,13 @@ def adamw_blend_(
                 )
 
 
-def _check_steps(
-    operands: Sequence[Operand], steps: Sequence[Tensor], device: torch.device
-) -> None:
-    count = len(operands[0].tensors)
+def _check_steps(steps: Sequence[Tensor], count: int, device: torch.device) -> None:
     if len(steps) != count:
-        raise ValueError(f"steps has {len(steps)} tensors, params has {count}")
+        raise ValueError(f"params has {count} tensors, steps has {len(steps)}")
     for index, step in enumerate(steps):
         if step.numel() != 1:
-            raise ValueError(f"steps[{index}] has shape {tuple(step.shape)}; it must be 0-d")
+            raise ValueError(f"steps[{index}] has shape {tuple(step.shape)}; one element is needed")
         check_same(f"steps[{index}]", step, torch.float32, device)
-    check_overlaps(
-        [(f"steps[{index}]", step, True) for index, step in enumerate(steps)]
-        + [
-            (f"{operand.name}[{index}]", tensor, operand.written)
-            for operand in operands
-            for index, tensor in enumerate(operand.tensors)
-            if tensor is not None
-        ]
-    )
 
 
 def _coefficients(

@@ -18,6 +18,7 @@ from sap_fast.ops.triton.table import (
     TAIL,
     Operand,
     check_lists,
+    check_overlaps,
     interrupts_deferred,
     launch,
     load_address,
@@ -264,7 +265,7 @@ def _reduce(operands: Sequence[Operand]) -> Tensor:
 
 def perturb_swap_(params: Sequence[Tensor], buffers: Sequence[Tensor], scale: Tensor) -> None:
     """See `reference.perturb_swap_`."""
-    _elementwise(perturb_swap_kernel, params, buffers, scale)
+    _elementwise(perturb_swap_kernel, params, buffers, scale=scale)
 
 
 def reflect_(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
@@ -276,25 +277,26 @@ def restore_swap_(
     params: Sequence[Tensor], buffers: Sequence[Tensor], inverse_scale: Tensor
 ) -> None:
     """See `reference.restore_swap_`."""
-    _elementwise(restore_swap_kernel, params, buffers, inverse_scale)
+    _elementwise(restore_swap_kernel, params, buffers, inverse_scale=inverse_scale)
 
 
 def _elementwise(
     kernel: triton.JITFunction,
     params: Sequence[Tensor],
     buffers: Sequence[Tensor],
-    factor: Tensor | None = None,
     *,
     buffers_written: bool = True,
+    **factors: Tensor,
 ) -> None:
     operands = [
         Operand("params", params, written=True),
         Operand("buffers", buffers, written=buffers_written),
     ]
     check_lists(operands)
+    check_overlaps(operands)
     device = params[0].device
     with on_device(device):
-        factors = [] if factor is None else [scalar(factor, device)]
+        scalars = [scalar(name, factor, device) for name, factor in factors.items()]
         tables = make_tables(operands, BLOCK)
         with interrupts_deferred():
             for table in tables:
@@ -303,7 +305,7 @@ def _elementwise(
                     (table.plan.chunk_count,),
                     table.addresses,
                     table.plan.chunks,
-                    *factors,
+                    *scalars,
                     written=table.written,
                     DTYPE=DTYPES[table.dtype],
                     BLOCK=BLOCK,

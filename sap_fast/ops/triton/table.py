@@ -143,17 +143,15 @@ def check_lists(operands: Sequence[Operand]) -> None:
     """Check that the kernels can take these lists; the first one is the measure of the others.
 
     Raises:
-        ValueError: for lists of different lengths, tensors of different shapes, or memory that is
-            written twice.
-        NotImplementedError: for what the kernels do not support: dtypes, layouts, several devices,
-            memory that is written through one tensor and read through another.
+        ValueError: for lists of different lengths, or tensors of different shapes.
+        NotImplementedError: for what the kernels do not support: dtypes, layouts, several devices.
     """
     first = operands[0]
     for operand in operands[1:]:
         if len(operand.tensors) != len(first.tensors):
             raise ValueError(
-                f"{operand.name} has {len(operand.tensors)} tensors, "
-                f"{first.name} has {len(first.tensors)}"
+                f"{first.name} has {len(first.tensors)} tensors, "
+                f"{operand.name} has {len(operand.tensors)}"
             )
         for index, (tensor, model) in enumerate(zip(operand.tensors, first.tensors, strict=True)):
             assert model is not None
@@ -170,14 +168,6 @@ def check_lists(operands: Sequence[Operand]) -> None:
                 _check_supported(
                     f"{operand.name}[{index}]", tensor, operand.dtype or model.dtype, model, device
                 )
-    check_overlaps(
-        [
-            (f"{operand.name}[{index}]", tensor, operand.written)
-            for operand in operands
-            for index, tensor in enumerate(operand.tensors)
-            if tensor is not None
-        ]
-    )
 
 
 def _check_supported(
@@ -221,33 +211,31 @@ def _strides(tensor: Tensor) -> list[tuple[int, int]]:
     ]
 
 
-def check_overlaps(named: Sequence[tuple[str, Tensor, bool]]) -> None:
+def check_overlaps(operands: Sequence[Operand]) -> None:
     """Check that memory that is written is nobody else's: programs run in no order.
 
-    Args:
-        named: name, tensor without gaps, and whether it is written.
-
     Raises:
-        ValueError: if memory is written through two tensors.
-        NotImplementedError: if it is written through one and read through another.
+        ValueError: naming two tensors without gaps that share memory, of which one is written.
     """
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), index)
-        for index, (_, tensor, _) in enumerate(named)
-        if tensor.numel() > 0
+    extents = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, operand.written, operand.name, index)
+        for operand in operands
+        for index, tensor in enumerate(operand.tensors)
+        if tensor is not None and tensor.numel() > 0
     )
-    # Of what lies before: how far it reaches, and through which tensor; read, and written.
-    reach = [(0, -1), (0, -1)]
-    for start, end, index in spans:
-        name, _, written = named[index]
-        if start < reach[1][0] or (written and start < reach[0][0]):
-            twice = written and start < reach[1][0]
-            other = named[reach[1 if start < reach[1][0] else 0][1]][0]
-            message = f"{name} and {other} share memory"
-            if twice:
-                raise ValueError(f"{message}, and both are written")
-            raise NotImplementedError(f"{message} that is written; the kernels take none such")
-        reach[written] = max(reach[written], (end, index))
+    # Of what lies before, what ends last: of everything, and of what is written.
+    farthest = farthest_written = (0, "")
+    for start, end, written, list_name, index in extents:
+        name = f"{list_name}[{index}]"
+        other_end, other = farthest if written else farthest_written
+        if start < other_end:
+            raise ValueError(
+                f"{name} shares memory with {other}; each tensor may be given once, "
+                "and one that is written only to itself"
+            )
+        farthest = max(farthest, (end, name))
+        if written:
+            farthest_written = max(farthest_written, (end, name))
 
 
 def check_same(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -264,8 +252,19 @@ def check_same(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.devi
         raise NotImplementedError(f"{name} is on {tensor.device}; the kernel runs on {device}")
 
 
-def scalar(value: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a 0-d tensor's value on `device`, without waiting for it."""
+def scalar(
+    name: str, value: Tensor, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the value of a tensor of one element on `device`, without waiting for it.
+
+    Raises:
+        ValueError: naming it, if it is not one floating-point number.
+    """
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; a floating-point "
+            "tensor of one element is needed"
+        )
     if value.device.type == "cpu" and device.type != "cpu":
         return torch.full((), float(value), dtype=dtype, device=device)
     return value.detach().reshape(()).to(device, dtype, non_blocking=True)
