@@ -23,6 +23,9 @@ namespace {
 // hundreds of them before it has a millisecond of work.
 constexpr int32_t kChunkSize = 16384;
 
+// As far as the kernels look ahead (cpu/vector.h).
+constexpr int64_t kPrefetchDistance = 2048;
+
 const Kernels& kernels() {
   const char* problem = nullptr;
   const Kernels* const found = cpu_kernels(&problem);
@@ -41,6 +44,43 @@ Storage storage_of(const at::Tensor& tensor) {
       return kFloat16;
   }
 }
+
+// The addresses of a list's tensors, to be offset by chunks.
+class Addresses {
+ public:
+  explicit Addresses(const TensorList& list) {
+    data_.reserve(list.tensors.size());
+    for (const at::Tensor* tensor : list.tensors) {
+      if (tensor == nullptr) {
+        data_.push_back(nullptr);
+        width_.push_back(0);
+        continue;
+      }
+      data_.push_back(list.access == Access::kWrite
+                          ? static_cast<char*>(tensor->mutable_data_ptr())
+                          : static_cast<char*>(const_cast<void*>(tensor->const_data_ptr())));
+      width_.push_back(static_cast<int64_t>(tensor->element_size()));
+    }
+  }
+
+  // Asks for the first elements of a chunk, which the loop over it will not have asked for.
+  void prefetch(const Chunk& chunk) const {
+    const char* const start = static_cast<const char*>((*this)[chunk]);
+    const int64_t bytes = chunk.size * width_[chunk.tensor];
+    for (int64_t at = 0; at < std::min(bytes, kPrefetchDistance); at += 64) {
+      __builtin_prefetch(start + at);
+    }
+  }
+
+  void* operator[](const Chunk& chunk) const {
+    char* const data = data_[chunk.tensor];
+    return data == nullptr ? nullptr : data + chunk.offset * width_[chunk.tensor];
+  }
+
+ private:
+  std::vector<char*> data_;
+  std::vector<int64_t> width_;
+};
 
 // A list of tensors cut into chunks, shared out among threads.
 class Work {
@@ -62,12 +102,16 @@ class Work {
 
   const std::vector<Chunk>& chunks() const { return chunks_; }
 
-  // Calls body(chunk index, chunk, storage) for every chunk, from all threads.
+  // Calls body(chunk index, chunk, storage) for every chunk, from all threads. `operands` are what
+  // it reads.
   template <class Body>
-  void run(const Body& body) const {
+  void run(std::initializer_list<const Addresses*> operands, const Body& body) const {
     at::parallel_for(0, workers_, 1, [&](int64_t first, int64_t last) {
       for (int64_t index = starts_[first]; index < starts_[last]; ++index) {
         const Chunk& chunk = chunks_[index];
+        if (index + 1 < starts_[last] && chunks_[index + 1].tensor != chunk.tensor) {
+          for (const Addresses* operand : operands) operand->prefetch(chunks_[index + 1]);
+        }
         body(index, chunk, storages_[chunk.tensor]);
       }
     });
@@ -78,34 +122,6 @@ class Work {
   std::vector<Storage> storages_;
   std::vector<int64_t> starts_;
   int64_t workers_;
-};
-
-// The addresses of a list's tensors, to be offset by chunks.
-class Addresses {
- public:
-  explicit Addresses(const TensorList& list) {
-    data_.reserve(list.tensors.size());
-    for (const at::Tensor* tensor : list.tensors) {
-      if (tensor == nullptr) {
-        data_.push_back(nullptr);
-        width_.push_back(0);
-        continue;
-      }
-      data_.push_back(list.access == Access::kWrite
-                          ? static_cast<char*>(tensor->mutable_data_ptr())
-                          : static_cast<char*>(const_cast<void*>(tensor->const_data_ptr())));
-      width_.push_back(static_cast<int64_t>(tensor->element_size()));
-    }
-  }
-
-  void* operator[](const Chunk& chunk) const {
-    char* const data = data_[chunk.tensor];
-    return data == nullptr ? nullptr : data + chunk.offset * width_[chunk.tensor];
-  }
-
- private:
-  std::vector<char*> data_;
-  std::vector<int64_t> width_;
 };
 
 double value_of(const at::Tensor& scalar) { return scalar.item<double>(); }
@@ -129,7 +145,7 @@ at::Tensor dot(at::TensorList left, at::TensorList right) {
   const Addresses from(a), with(b);
   // One partial sum per chunk, then the sum of those in order: whichever thread made them.
   std::vector<double> partial_sums(work.chunks().size());
-  work.run([&](int64_t index, const Chunk& chunk, Storage storage) {
+  work.run({&from, &with}, [&](int64_t index, const Chunk& chunk, Storage storage) {
     partial_sums[index] = kernel.dot[storage](from[chunk], with[chunk], chunk.size);
   });
   double sum = 0;
@@ -161,7 +177,7 @@ void perturb_swap_(at::TensorList params, at::TensorList buffers, const at::Tens
   const Addresses to(p), with(b);
   bump_versions(p);
   bump_versions(b);
-  work.run([&](int64_t, const Chunk& chunk, Storage storage) {
+  work.run({&to, &with}, [&](int64_t, const Chunk& chunk, Storage storage) {
     kernel.perturb_swap[storage](to[chunk], with[chunk], chunk.size, factor);
   });
 }
@@ -175,7 +191,7 @@ void reflect_(at::TensorList params, at::TensorList buffers) {
   const Work work(p);
   const Addresses to(p), from(b);
   bump_versions(p);
-  work.run([&](int64_t, const Chunk& chunk, Storage storage) {
+  work.run({&to, &from}, [&](int64_t, const Chunk& chunk, Storage storage) {
     kernel.reflect[storage](to[chunk], from[chunk], chunk.size);
   });
 }
@@ -192,7 +208,7 @@ void restore_swap_(at::TensorList params, at::TensorList buffers, const at::Tens
   const Addresses to(p), with(b);
   bump_versions(p);
   bump_versions(b);
-  work.run([&](int64_t, const Chunk& chunk, Storage storage) {
+  work.run({&to, &with}, [&](int64_t, const Chunk& chunk, Storage storage) {
     kernel.restore_swap[storage](to[chunk], with[chunk], chunk.size, factor);
   });
 }
@@ -277,7 +293,8 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
   // Nothing below can fail.
   for (const TensorList* list : {&p, &m, &v, &t}) bump_versions(*list);
   for (const at::Tensor& counter : steps) *counter.mutable_data_ptr<float>() += 1;
-  work.run([&](int64_t, const Chunk& chunk, Storage storage) {
+  work.run({&to, &from, &first_moments, &second_moments, &blended}, [&](int64_t, const Chunk& chunk,
+                                                                        Storage storage) {
     kernel.adamw_blend[storage](to[chunk], from[chunk], static_cast<float*>(first_moments[chunk]),
                                 static_cast<float*>(second_moments[chunk]), blended[chunk],
                                 chunk.size, gradient, coefficients[chunk.tensor]);
@@ -381,7 +398,7 @@ at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, doubl
   const size_t count = work.chunks().size();
   std::vector<float> largest(count);
   std::vector<uint8_t> chunk_finite(count);
-  work.run([&](int64_t index, const Chunk& chunk, Storage) {
+  work.run({&to}, [&](int64_t index, const Chunk& chunk, Storage) {
     bool all_finite = true;
     const auto* const piece = static_cast<const float*>(to[chunk]);
     largest[index] = kernel.largest(piece, chunk.size, &all_finite);
@@ -394,7 +411,7 @@ at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, doubl
   }
   if (finite && rule == kNormalized) {
     std::vector<double> squares(count), totals(buffers.size());
-    work.run([&](int64_t index, const Chunk& chunk, Storage) {
+    work.run({&to}, [&](int64_t index, const Chunk& chunk, Storage) {
       const float unit = coefficients[chunk.tensor].largest;
       if (unit > 0) {
         const auto* const piece = static_cast<const float*>(to[chunk]);
@@ -408,7 +425,7 @@ at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, doubl
       coefficients[layer].norm = static_cast<float>(std::sqrt(totals[layer]));
     }
   }
-  work.run([&](int64_t, const Chunk& chunk, Storage) {
+  work.run({&to}, [&](int64_t, const Chunk& chunk, Storage) {
     auto* const piece = static_cast<float*>(to[chunk]);
     const RuleCoefficients& layer = coefficients[chunk.tensor];
     // Without a size there is nothing to normalize: 0 / 0.

@@ -225,19 +225,41 @@ SAP_HOST_DEVICE Stored<S> fetch(const S* from, AllLanes) {
   return value;
 }
 template <class S>
+SAP_HOST_DEVICE void put(S* to, Stored<S> value, AllLanes) {
+  memcpy(to, &value, sizeof value);
+}
+
+#if defined(SAP_FAST_AVX512)
+SAP_HOST_DEVICE __mmask16 mask_of(FirstLanes lanes) {
+  return (__mmask16)((1u << lanes.count) - 1u);
+}
+SAP_HOST_DEVICE Stored<float> fetch(const float* from, FirstLanes lanes) {
+  return {(Vec)_mm512_maskz_loadu_ps(mask_of(lanes), from)};
+}
+SAP_HOST_DEVICE void put(float* to, Stored<float> value, FirstLanes lanes) {
+  _mm512_mask_storeu_ps(to, mask_of(lanes), (__m512)value.elements);
+}
+// bf16 and fp16.
+template <class S>
+SAP_HOST_DEVICE Stored<S> fetch(const S* from, FirstLanes lanes) {
+  return {(Halves)_mm256_maskz_loadu_epi16(mask_of(lanes), from)};
+}
+template <class S>
+SAP_HOST_DEVICE void put(S* to, Stored<S> value, FirstLanes lanes) {
+  _mm256_mask_storeu_epi16(to, mask_of(lanes), (__m256i)value.elements);
+}
+#else
+template <class S>
 SAP_HOST_DEVICE Stored<S> fetch(const S* from, FirstLanes lanes) {
   Stored<S> value = {};
   memcpy(&value, from, (size_t)lanes.count * sizeof(S));
   return value;
 }
 template <class S>
-SAP_HOST_DEVICE void put(S* to, Stored<S> value, AllLanes) {
-  memcpy(to, &value, sizeof value);
-}
-template <class S>
 SAP_HOST_DEVICE void put(S* to, Stored<S> value, FirstLanes lanes) {
   memcpy(to, &value, (size_t)lanes.count * sizeof(S));
 }
+#endif
 
 template <class S, class Lanes>
 SAP_HOST_DEVICE Vec load(const S* from, Lanes lanes) {

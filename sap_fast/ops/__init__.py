@@ -146,6 +146,26 @@ def _run(name: str, backend: str, device: torch.device, *arguments: Any, **optio
         return getattr(reference, name)(*arguments, **options)
 
 
+def _run_lists(
+    name: str, backend: str, lists: Sequence[Sequence[Any]], *arguments: Any, **options: Any
+) -> list[Any]:
+    """Run an operation on lists of tensors, once for each device; return what it returns there."""
+    first = lists[0]
+    if not first:
+        raise ValueError(f"{name} of no tensors; give at least one")
+    device = first[0].device
+    chosen = choose_backend(backend, device.type)
+    try:
+        # Kernels look at the device of every tensor before they write: asking for all of them here
+        # too would cost a fifth of what is left to do beside the kernel.
+        return [_run(name, chosen, device, *lists, *arguments, **options)]
+    except NotImplementedError:
+        groups = _by_device(*lists)
+    return [
+        _run(name, backend, group[0][0].device, *group, *arguments, **options) for group in groups
+    ]
+
+
 def _by_device(first: Sequence[Tensor], *others: Sequence[Any]) -> list[list[list[Any]]]:
     """Split lists of equal length by the device of the first one's tensors."""
     groups: dict[torch.device, list[list[Any]]] = {}
@@ -156,41 +176,35 @@ def _by_device(first: Sequence[Tensor], *others: Sequence[Any]) -> list[list[lis
     return list(groups.values())
 
 
-def _one_device(tensors: Sequence[Tensor]) -> bool:
-    return len({tensor.device for tensor in tensors}) <= 1
-
-
 # ---- operations ----
 
 
 def sum_squares(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     """Return the sum of squares over a list of tensors; see `reference.sum_squares`."""
-    if _one_device(tensors):
-        return _run("sum_squares", backend, tensors[0].device, tensors)
-    sums = [sum_squares(group, backend=backend) for (group,) in _by_device(tensors)]
-    return torch.stack([part.to(tensors[0].device) for part in sums]).sum()
+    return _sum(_run_lists("sum_squares", backend, [tensors]))
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     """Return the inner product of two lists of tensors; see `reference.dot`."""
-    if _one_device(left):
-        return _run("dot", backend, left[0].device, left, right)
-    sums = [dot(*group, backend=backend) for group in _by_device(left, right)]
-    return torch.stack([part.to(left[0].device) for part in sums]).sum()
+    return _sum(_run_lists("dot", backend, [left, right]))
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
 def perturb_swap_(
     params: Sequence[Tensor], buffers: Sequence[Tensor], scale: Tensor, *, backend: str = "auto"
 ) -> None:
     """Set p, b ← p + scale·b, p; see `reference.perturb_swap_`."""
-    for group in _device_groups(params, buffers):
-        _run("perturb_swap_", backend, group[0][0].device, *group, scale)
+    _run_lists("perturb_swap_", backend, [params, buffers], scale)
 
 
 def reflect_(params: Sequence[Tensor], buffers: Sequence[Tensor], *, backend: str = "auto") -> None:
     """Set p ← 2·b − p; see `reference.reflect_`."""
-    for group in _device_groups(params, buffers):
-        _run("reflect_", backend, group[0][0].device, *group)
+    _run_lists("reflect_", backend, [params, buffers])
 
 
 def restore_swap_(
@@ -201,8 +215,7 @@ def restore_swap_(
     backend: str = "auto",
 ) -> None:
     """Set p, b ← b, (p − b)·inverse_scale; see `reference.restore_swap_`."""
-    for group in _device_groups(params, buffers):
-        _run("restore_swap_", backend, group[0][0].device, *group, inverse_scale)
+    _run_lists("restore_swap_", backend, [params, buffers], inverse_scale)
 
 
 def adamw_blend_(
@@ -225,31 +238,23 @@ def adamw_blend_(
     backend: str = "auto",
 ) -> None:
     """Blend, unscale, clip and update with AdamW; see `reference.adamw_blend_`."""
-    # Doubles hold a Python float exactly; the kernels round once, where they use it.
-    rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
-    lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
-    for group in _device_groups(*lists, *([directions] if directions else [])):
-        _run(
-            "adamw_blend_",
-            backend,
-            group[0][0].device,
-            *(group if directions else [*group, []]),
-            lr=rate,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            blend=blend,
-            gradient_scale=gradient_scale,
-            found_inf=found_inf,
-        )
-
-
-def _device_groups(first: Sequence[Tensor], *others: Sequence[Any]) -> Sequence[Sequence[Any]]:
-    if not first:
-        return []
-    return [[first, *others]] if _one_device(first) else _by_device(first, *others)
+    lists = [params, grads, exp_avgs, exp_avg_sqs, steps]
+    _run_lists(
+        "adamw_blend_",
+        backend,
+        [*lists, directions] if directions else lists,
+        *([] if directions else [[]]),
+        # Doubles hold a Python float exactly; the kernels round once, where they use it.
+        lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        blend=blend,
+        gradient_scale=gradient_scale,
+        found_inf=found_inf,
+    )
 
 
 def probe_rule_(
@@ -263,10 +268,10 @@ def probe_rule_(
 ) -> Tensor:
     """Turn the probe gradients h into the probes V_safe; see `reference.probe_rule_`."""
     arguments = (buffers, rule, probe_lr, perturbation_norm, radii)
-    if _one_device(buffers):
-        return _run("probe_rule_", backend, buffers[0].device, *arguments)
-    # One h that is not finite zeroes the probes of every device.
-    return reference.probe_rule_(*arguments)
+    if len({buffer.device for buffer in buffers}) > 1:
+        # One h that is not finite zeroes the probes of every device.
+        return reference.probe_rule_(*arguments)
+    return _run("probe_rule_", backend, buffers[0].device, *arguments)
 
 
 def _for_dtype(backend: str, dtype: torch.dtype) -> str:
