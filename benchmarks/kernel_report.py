@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -412,7 +413,7 @@ def main() -> None:
     if nvcc() is None:
         raise SystemExit("nvcc is not there: neither on PATH nor in CUDA_HOME")
     rows = cuda_rows(compile_sources()) + triton_rows()
-    Console().print(table(rows))
+    Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
     print(f"written to {write_rows('kernel_report.csv', rows)}")
 
 
