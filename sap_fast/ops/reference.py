@@ -197,9 +197,8 @@ def adamw_blend_(
             gradient = torch.where(weight == 0, gradient, gradient + weight * _wide(direction))
         if gradient_scale is not None:
             gradient = gradient * gradient_scale.to(parameter.device)
-        # Where the step counter lies on the device, so do these 0-d fp64 tensors.
-        step = steps[index].add_(1).double()
-        rate = lr.to(step.device, torch.float64)
+        # 0-d in fp64, on the device if a counter or lr is: nothing is copied to it or from it.
+        step, rate = steps[index].add_(1).double(), lr.double()
         step_size = rate / (1 - beta1**step)
         root_correction = (1 - beta2**step).sqrt()
         exp_avg, exp_avg_sq = exp_avgs[index], exp_avg_sqs[index]
