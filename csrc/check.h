@@ -5,6 +5,7 @@
 // sense of raises RuntimeError. Both name the list, the index and the value.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
@@ -150,6 +151,78 @@ inline void check_scalar(const char* name, const at::Tensor& scalar) {
 inline void check_not_empty(const char* name, at::TensorList tensors) {
   TORCH_CHECK(!tensors.empty(), name, " is empty; give at least one tensor");
 }
+
+// Raises unless `items` has for each tensor of `list` one of one element, on the same device.
+inline void check_one_element_each(const char* name, at::TensorList items, const TensorList& list) {
+  TORCH_CHECK(items.size() == list.tensors.size(), list.name, " has ", list.tensors.size(),
+              " tensors, ", name, " has ", items.size());
+  for (size_t index = 0; index < items.size(); ++index) {
+    const at::Tensor& tensor = *list.tensors[index];
+    TORCH_CHECK(items[index].numel() == 1, name, "[", index, "] has shape ", items[index].sizes(),
+                "; one element is needed");
+    TORCH_CHECK_NOT_IMPLEMENTED(items[index].device() == tensor.device(), name, "[", index,
+                                "] is on ", items[index].device(), ", ", list.name, "[", index,
+                                "] on ", tensor.device());
+  }
+}
+
+// Raises unless `vector` has the last dimensions of `matrix`; returns how often it fits in there.
+inline int64_t rows_of(const char* vector_name, const at::Tensor& vector, const char* matrix_name,
+                       const at::Tensor& matrix) {
+  TORCH_CHECK(vector.dim() <= matrix.dim() &&
+                  vector.sizes() == matrix.sizes().slice(matrix.dim() - vector.dim()),
+              vector_name, " of shape ", vector.sizes(), " does not fit ", matrix_name,
+              " of shape ", matrix.sizes());
+  return vector.numel() == 0 ? 0 : matrix.numel() / vector.numel();
+}
+
+// ---- the lists of single operations ----
+
+inline void check_pair(const TensorList& params, const TensorList& buffers) {
+  check_layout(params, params);
+  check_layout(params, buffers);
+  check_dtype(params);
+  check_same_dtype(params, buffers);
+}
+
+struct AdamWLists {
+  TensorList params, grads, exp_avgs, exp_avg_sqs, steps;
+  TensorList directions;                        // null where there is none, or nothing is blended
+  std::vector<std::optional<at::Tensor>> held;  // what `directions` points to
+
+  std::vector<TensorList> written() const { return {params, exp_avgs, exp_avg_sqs, steps}; }
+};
+
+inline AdamWLists check_adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                              at::TensorList exp_avg_sqs, at::TensorList steps,
+                              const c10::List<std::optional<at::Tensor>>& directions, bool blends) {
+  check_not_empty("params", params);
+  AdamWLists lists{list_of("params", Access::kWrite, params),
+                   list_of("grads", Access::kRead, grads),
+                   list_of("exp_avgs", Access::kWrite, exp_avgs),
+                   list_of("exp_avg_sqs", Access::kWrite, exp_avg_sqs),
+                   list_of("steps", Access::kWrite, steps),
+                   {"directions", Access::kRead, {}},
+                   {directions.begin(), directions.end()}};
+  auto& [p, g, m, v, t, d, held] = lists;
+  if (blends && !held.empty()) {
+    for (const auto& item : held) d.tensors.push_back(item.has_value() ? &*item : nullptr);
+  } else {
+    d.tensors.resize(params.size(), nullptr);
+  }
+  for (const TensorList* list : {&p, &g, &m, &v, &d}) check_layout(p, *list);
+  check_dtype(p);
+  check_same_dtype(p, g);
+  check_same_dtype(p, d);
+  check_float32(m);
+  check_float32(v);
+  check_float32(t);
+  check_one_element_each("steps", steps, p);
+  check_overlap({p, g, m, v, t, d});
+  return lists;
+}
+
+// ---- what is written ----
 
 // Lets autograd see that tensors were written.
 inline void bump_versions(const TensorList& list) {

@@ -136,10 +136,7 @@ at::Tensor dot(at::TensorList left, at::TensorList right) {
   check_not_empty("left", left);
   const TensorList a = list_of("left", Access::kRead, left);
   const TensorList b = list_of("right", Access::kRead, right);
-  check_layout(a, a);
-  check_layout(a, b);
-  check_dtype(a);
-  check_same_dtype(a, b);
+  check_pair(a, b);
   const Kernels& kernel = kernels();
   const Work work(a);
   const Addresses from(a), with(b);
@@ -157,19 +154,12 @@ at::Tensor sum_squares(at::TensorList tensors) { return dot(tensors, tensors); }
 
 // ---- the perturbation ----
 
-void check_pair(const TensorList& params, const TensorList& buffers) {
-  check_layout(params, params);
-  check_layout(params, buffers);
-  check_dtype(params);
-  check_same_dtype(params, buffers);
-  check_overlap({params, buffers});
-}
-
 void perturb_swap_(at::TensorList params, at::TensorList buffers, const at::Tensor& scale) {
   check_not_empty("params", params);
   const TensorList p = list_of("params", Access::kWrite, params);
   const TensorList b = list_of("buffers", Access::kWrite, buffers);
   check_pair(p, b);
+  check_overlap({p, b});
   check_scalar("scale", scale);
   const Kernels& kernel = kernels();
   const auto factor = static_cast<float>(value_of(scale));
@@ -187,6 +177,7 @@ void reflect_(at::TensorList params, at::TensorList buffers) {
   const TensorList p = list_of("params", Access::kWrite, params);
   const TensorList b = list_of("buffers", Access::kRead, buffers);
   check_pair(p, b);
+  check_overlap({p, b});
   const Kernels& kernel = kernels();
   const Work work(p);
   const Addresses to(p), from(b);
@@ -201,6 +192,7 @@ void restore_swap_(at::TensorList params, at::TensorList buffers, const at::Tens
   const TensorList p = list_of("params", Access::kWrite, params);
   const TensorList b = list_of("buffers", Access::kWrite, buffers);
   check_pair(p, b);
+  check_overlap({p, b});
   check_scalar("inverse_scale", inverse_scale);
   const Kernels& kernel = kernels();
   const auto factor = static_cast<float>(value_of(inverse_scale));
@@ -222,39 +214,8 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
                   const std::optional<at::Tensor>& blend,
                   const std::optional<at::Tensor>& gradient_scale,
                   const std::optional<at::Tensor>& found_inf) {
-  check_not_empty("params", params);
-  const TensorList p = list_of("params", Access::kWrite, params);
-  const TensorList g = list_of("grads", Access::kRead, grads);
-  const TensorList m = list_of("exp_avgs", Access::kWrite, exp_avgs);
-  const TensorList v = list_of("exp_avg_sqs", Access::kWrite, exp_avg_sqs);
-  const TensorList t = list_of("steps", Access::kWrite, steps);
-  // Keeps the tensors of the list alive while there are pointers to them.
-  const std::vector<std::optional<at::Tensor>> held(directions.begin(), directions.end());
-  TensorList directions_or_null{"directions", Access::kRead, {}};
-  if (blend.has_value() && !held.empty()) {
-    for (const auto& direction : held) {
-      directions_or_null.tensors.push_back(direction.has_value() ? &*direction : nullptr);
-    }
-  } else {
-    directions_or_null.tensors.resize(params.size(), nullptr);
-  }
-  const TensorList& d = directions_or_null;
-  for (const TensorList* list : {&p, &g, &m, &v, &d}) check_layout(p, *list);
-  check_dtype(p);
-  check_same_dtype(p, g);
-  check_same_dtype(p, d);
-  check_float32(m);
-  check_float32(v);
-  check_float32(t);
-  TORCH_CHECK(steps.size() == params.size(), "params has ", params.size(), " tensors, steps has ",
-              steps.size());
-  for (size_t index = 0; index < steps.size(); ++index) {
-    TORCH_CHECK(steps[index].numel() == 1, "steps[", index, "] has shape ", steps[index].sizes(),
-                "; one element is needed");
-    TORCH_CHECK_NOT_IMPLEMENTED(steps[index].is_cpu(), "steps[", index, "] is on ",
-                                steps[index].device(), ", params[", index, "] on the CPU");
-  }
-  check_overlap({p, g, m, v, t, d});
+  const AdamWLists lists =
+      check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, directions, blend.has_value());
   check_scalar("lr", lr);
   if (blend.has_value()) check_scalar("blend", *blend);
   if (gradient_scale.has_value()) check_scalar("gradient_scale", *gradient_scale);
@@ -268,8 +229,9 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
       static_cast<float>(value_of(gradient_scale, 1)),
   };
   const double rate = value_of(lr);
-  const Work work(p);
-  const Addresses to(p), from(g), first_moments(m), second_moments(v), blended(d);
+  const Work work(lists.params);
+  const Addresses to(lists.params), from(lists.grads), blended(lists.directions);
+  const Addresses first_moments(lists.exp_avgs), second_moments(lists.exp_avg_sqs);
   std::vector<AdamWCoefficients> coefficients;
   coefficients.reserve(params.size());
   float last_step = -1;
@@ -291,7 +253,7 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
     });
   }
   // Nothing below can fail.
-  for (const TensorList* list : {&p, &m, &v, &t}) bump_versions(*list);
+  for (const TensorList& list : lists.written()) bump_versions(list);
   for (const at::Tensor& counter : steps) *counter.mutable_data_ptr<float>() += 1;
   work.run({&to, &from, &first_moments, &second_moments, &blended}, [&](int64_t, const Chunk& chunk,
                                                                         Storage storage) {
@@ -308,10 +270,7 @@ at::Tensor probe_add(const at::Tensor& hidden, const at::Tensor& offset) {
   check_dtype({"hidden", Access::kRead, {tensor}});
   check_float32({"offset", Access::kRead, {&offset}});
   const int64_t width = offset.numel();
-  TORCH_CHECK(width > 0 ? offset.dim() <= hidden.dim() &&
-                              offset.sizes() == hidden.sizes().slice(hidden.dim() - offset.dim())
-                        : hidden.numel() == 0,
-              "offset of shape ", offset.sizes(), " does not fit hidden of shape ", hidden.sizes());
+  const int64_t rows = rows_of("offset", offset, "hidden", hidden);
   const at::Tensor from = hidden.contiguous();
   const at::Tensor with = offset.contiguous();
   // Of the strides that `hidden` has, as the fake promises.
@@ -323,7 +282,6 @@ at::Tensor probe_add(const at::Tensor& hidden, const at::Tensor& offset) {
   const auto* const source = static_cast<const char*>(from.const_data_ptr());
   auto* const target = static_cast<char*>(dense.mutable_data_ptr());
   const auto* const offsets = with.const_data_ptr<float>();
-  const int64_t rows = width == 0 ? 0 : hidden.numel() / width;
   at::parallel_for(0, rows, 1 + kChunkSize / std::max<int64_t>(1, width),
                    [&](int64_t first, int64_t last) {
                      for (int64_t row = first; row < last; ++row) {
@@ -340,14 +298,10 @@ void probe_project_(const at::Tensor& buffer, const at::Tensor& gradient, double
   check_float32({"buffer", Access::kWrite, {&buffer}});
   TORCH_CHECK_NOT_IMPLEMENTED(buffer.is_contiguous(), "buffer of shape ", buffer.sizes(),
                               " has strides ", buffer.strides(), "; contiguous ones are supported");
-  TORCH_CHECK(buffer.dim() <= gradient.dim() &&
-                  buffer.sizes() == gradient.sizes().slice(gradient.dim() - buffer.dim()),
-              "buffer of shape ", buffer.sizes(), " does not fit gradient of shape ",
-              gradient.sizes());
+  const int64_t width = buffer.numel();
+  const int64_t rows = rows_of("buffer", buffer, "gradient", gradient);
   const at::Tensor from = gradient.contiguous();
   check_overlap({{"buffer", Access::kWrite, {&buffer}}, {"gradient", Access::kRead, {&from}}});
-  const int64_t width = buffer.numel();
-  const int64_t rows = width == 0 ? 0 : from.numel() / width;
   const Kernels& kernel = kernels();
   const Storage storage = storage_of(from);
   const auto bytes = static_cast<int64_t>(from.element_size());

@@ -164,10 +164,7 @@ at::Tensor dot_op(at::TensorList left, at::TensorList right) {
   check_not_empty("left", left);
   const TensorList a = list_of("left", Access::kRead, left);
   const TensorList b = list_of("right", Access::kRead, right);
-  check_layout(a, a);
-  check_layout(a, b);
-  check_dtype(a);
-  check_same_dtype(a, b);
+  check_pair(a, b);
   const at::Device device = device_of(a);
   return reduce("dot", device, groups_of({&a, &b}),
                 [](const Group<2>& group, float* partial_sums, cudaStream_t stream) {
@@ -182,10 +179,7 @@ at::Tensor dot_op(at::TensorList left, at::TensorList right) {
 template <class ScalarOn, class Launch>
 void update_pair(const char* operation, const TensorList& params, const TensorList& buffers,
                  const ScalarOn& scalar_on, const Launch& launch) {
-  check_layout(params, params);
-  check_layout(params, buffers);
-  check_dtype(params);
-  check_same_dtype(params, buffers);
+  check_pair(params, buffers);
   check_overlap({params, buffers});
   const at::Device device = device_of(params);
   const Scalar scalar = scalar_on(device);
@@ -230,12 +224,6 @@ void restore_swap_op(at::TensorList params, at::TensorList buffers,
 
 // ---- the update ----
 
-TensorList list_of_present(const char* name, const std::vector<std::optional<at::Tensor>>& items) {
-  TensorList list{name, Access::kRead, {}};
-  for (const auto& item : items) list.tensors.push_back(item.has_value() ? &*item : nullptr);
-  return list;
-}
-
 void adamw_blend_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                     at::TensorList exp_avg_sqs, at::TensorList steps,
                     const c10::List<std::optional<at::Tensor>>& directions, const at::Tensor& lr,
@@ -243,35 +231,10 @@ void adamw_blend_op(at::TensorList params, at::TensorList grads, at::TensorList 
                     const std::optional<at::Tensor>& blend,
                     const std::optional<at::Tensor>& gradient_scale,
                     const std::optional<at::Tensor>& found_inf) {
-  check_not_empty("params", params);
-  const TensorList p = list_of("params", Access::kWrite, params);
-  const TensorList g = list_of("grads", Access::kRead, grads);
-  const TensorList m = list_of("exp_avgs", Access::kWrite, exp_avgs);
-  const TensorList v = list_of("exp_avg_sqs", Access::kWrite, exp_avg_sqs);
-  const TensorList t = list_of("steps", Access::kWrite, steps);
-  // Keeps the tensors of the list alive while there are pointers to them.
-  const std::vector<std::optional<at::Tensor>> held(directions.begin(), directions.end());
-  const TensorList d =
-      blend.has_value() && !held.empty()
-          ? list_of_present("directions", held)
-          : TensorList{"directions", Access::kRead, std::vector<const at::Tensor*>(params.size())};
-  for (const TensorList* list : {&p, &g, &m, &v, &d}) check_layout(p, *list);
-  check_dtype(p);
-  check_same_dtype(p, g);
-  check_same_dtype(p, d);
-  check_float32(m);
-  check_float32(v);
-  check_float32(t);
+  const AdamWLists lists =
+      check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, directions, blend.has_value());
+  const auto& [p, g, m, v, t, d, held] = lists;
   const at::Device device = device_of(p);
-  TORCH_CHECK(steps.size() == params.size(), "params has ", params.size(), " tensors, steps has ",
-              steps.size());
-  for (size_t index = 0; index < steps.size(); ++index) {
-    TORCH_CHECK(steps[index].numel() == 1, "steps[", index, "] has shape ", steps[index].sizes(),
-                "; one element is needed");
-    TORCH_CHECK_NOT_IMPLEMENTED(steps[index].device() == device, "steps[", index, "] is on ",
-                                steps[index].device(), ", params[", index, "] on ", device);
-  }
-  check_overlap({p, g, m, v, t, d});
   const AdamWOptions options{
       scalar_of("lr", lr, device),
       beta1,
@@ -295,7 +258,7 @@ void adamw_blend_op(at::TensorList params, at::TensorList grads, at::TensorList 
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor scratch =
       allocate_scratch(adamw_blend_scratch(static_cast<int64_t>(params.size())), device);
-  for (const TensorList* list : {&p, &m, &v, &t}) bump_versions(*list);
+  for (const TensorList& list : lists.written()) bump_versions(list);
   // The groups run one after the other and may share the scratch.
   const auto run = [&](Storage storage, const auto& operands, const std::vector<void*>& counters) {
     check_launch("adamw_blend_", adamw_blend(storage, operands, counters.data(), options,
@@ -306,16 +269,6 @@ void adamw_blend_op(at::TensorList params, at::TensorList grads, at::TensorList 
 }
 
 // ---- the probe ----
-
-// Raises unless `vector` has the last dimensions of `matrix`; returns how often it fits in there.
-int64_t rows_of(const char* vector_name, const at::Tensor& vector, const char* matrix_name,
-                const at::Tensor& matrix) {
-  TORCH_CHECK(vector.dim() <= matrix.dim() &&
-                  vector.sizes() == matrix.sizes().slice(matrix.dim() - vector.dim()),
-              vector_name, " of shape ", vector.sizes(), " does not fit ", matrix_name,
-              " of shape ", matrix.sizes());
-  return vector.numel() == 0 ? 0 : matrix.numel() / vector.numel();
-}
 
 at::Tensor probe_add_op(const at::Tensor& hidden, const at::Tensor& offset) {
   const at::Device device = hidden.device();
@@ -373,14 +326,7 @@ at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, dou
   check_float32(h);
   check_float32(r);
   const at::Device device = device_of(h);
-  TORCH_CHECK(radii.size() == buffers.size(), "buffers has ", buffers.size(),
-              " tensors, radii has ", radii.size());
-  for (size_t index = 0; index < radii.size(); ++index) {
-    TORCH_CHECK(radii[index].numel() == 1, "radii[", index, "] has shape ", radii[index].sizes(),
-                "; one element is needed");
-    TORCH_CHECK_NOT_IMPLEMENTED(radii[index].device() == device, "radii[", index, "] is on ",
-                                radii[index].device(), ", buffers[", index, "] on ", device);
-  }
+  check_one_element_each("radii", radii, h);
   check_overlap({h, r});
   const Rule rule = rule_of(rule_name);
   const Scalar norm = scalar_of("perturbation_norm", perturbation_norm, device);
