@@ -815,6 +815,13 @@ def test_a_backend_that_cannot_run_raises_when_it_is_named() -> None:
         ops.choose_backend("triton", "cpu")
 
 
+def test_lists_without_tensors() -> None:
+    ops.perturb_swap_([], [], torch.tensor(1.0))
+    ops.adamw_blend_([], [], [], [], [], **ADAMW)
+    with pytest.raises(ValueError, match="no tensors"):
+        ops.sum_squares([])
+
+
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.extension is None:
         pytest.skip(native.problem or "")

@@ -252,6 +252,14 @@ def test_moments_of_bf16_parameters_stay_in_fp32_through_a_state_dict() -> None:
             assert torch.equal(saved, loaded)
 
 
+def test_a_group_without_gradients_is_left_alone() -> None:
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = FusedSAP([{"params": [first]}, {"params": [second]}], lr=0.1)
+    first.grad = torch.ones(3)
+    optimizer.step()
+    assert not torch.equal(first, torch.ones(3)) and torch.equal(second, torch.ones(3))
+
+
 def test_the_state_of_torch_adamw_loads() -> None:
     ours, theirs = problem(), problem()
     adamw = plain_adamw(groups(theirs.trained), **SETTINGS)

@@ -150,10 +150,9 @@ def _run_lists(
     name: str, backend: str, lists: Sequence[Sequence[Any]], *arguments: Any, **options: Any
 ) -> list[Any]:
     """Run an operation on lists of tensors, once for each device; return what it returns there."""
-    first = lists[0]
-    if not first:
-        raise ValueError(f"{name} of no tensors; give at least one")
-    device = first[0].device
+    if not lists[0]:
+        return []
+    device = lists[0][0].device
     chosen = choose_backend(backend, device.type)
     try:
         # Kernels look at the device of every tensor before they write: asking for all of them here
@@ -190,6 +189,8 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor], *, backend: str = "auto
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
+    if not parts:
+        raise ValueError("there are no tensors to sum over; give at least one")
     if len(parts) == 1:
         return parts[0]
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
