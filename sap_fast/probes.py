@@ -170,12 +170,12 @@ class ProbeSet:
             RuntimeError: if a probed layer saw no forward pass or no backward pass.
         """
         for index in self.layers:
-            buffers = self._buffers.get(index)
-            if not buffers:
+            if index not in self._scale_sums:
                 raise RuntimeError(
                     f"no forward pass went through probed layer {index} during the probe passes: "
                     "is the model that computes the task loss the one given to ProbeSet?"
                 )
+            buffers = self._buffers[index]
             # A buffer is created with version 0, and every backward pass that reaches it adds one.
             if all(buffer._version == 0 for buffer in buffers):
                 raise RuntimeError(

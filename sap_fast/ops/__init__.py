@@ -108,7 +108,8 @@ def check_backend(backend: str, device_types: Iterable[str]) -> None:
         if chosen == "reference":
             faster = "triton" if device_type == "cuda" else "native"
             reason = describe(faster, device_type)
-            _say_once(f"sap_fast: {device_type} runs on the reference backend: {reason}")
+            level = logging.INFO if faster == "native" and native.refused else logging.WARNING
+            _say_once(f"sap_fast: {device_type} runs on the reference backend: {reason}", level)
         else:
             reason = describe(chosen, device_type)
             _say_once(f"sap_fast: {device_type} runs on {chosen}: {reason}", logging.INFO)

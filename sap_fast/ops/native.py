@@ -29,9 +29,9 @@ _HOW_TO_BUILD = (
 )
 
 
-def _load() -> tuple[Any, str | None]:
+def _load() -> tuple[Any, str | None, bool]:
     if importlib.util.find_spec("sap_fast._C") is None:
-        return None, f"the compiled extension is not there; {_HOW_TO_BUILD}"
+        return None, f"the compiled extension is not there; {_HOW_TO_BUILD}", False
     try:
         module = importlib.import_module("sap_fast._C")
         built_for = module.build_info()
@@ -45,17 +45,19 @@ def _load() -> tuple[Any, str | None]:
         torch.ops.load_library(Path(module.__file__ or "").with_name("_ops.so"))
     except (ImportError, OSError) as error:
         # load_library puts what the linker says behind its own message.
-        refused = f"the compiled extension is refused: {error.__cause__ or error}; {_HOW_TO_BUILD}"
-        logger.warning("sap_fast: %s", refused)
-        return None, refused
-    return module, None
+        reason = f"the compiled extension is refused: {error.__cause__ or error}; {_HOW_TO_BUILD}"
+        logger.warning("sap_fast: %s", reason)
+        return None, reason, True
+    return module, None, False
 
 
 #: The module `_C`, or None.
 extension: Any
 #: Why nothing native can run, or None.
 problem: str | None
-extension, problem = _load()
+#: Whether there is an extension that does not fit; `problem` was logged then.
+refused: bool
+extension, problem, refused = _load()
 
 
 def why_not(device_type: str) -> str | None:
