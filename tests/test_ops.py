@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -813,6 +814,30 @@ def test_the_environment_takes_the_place_of_auto(monkeypatch: pytest.MonkeyPatch
 def test_a_backend_that_cannot_run_raises_when_it_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run on cpu"):
         ops.choose_backend("triton", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capabilities", "reason"),
+    [
+        ("", [(9, 0)], "without CUDA"),
+        ("13.0", [], "no CUDA device"),
+        ("13.0", [(9, 0), (7, 5)], "a GPU of 7.5; build them with TORCH_CUDA_ARCH_LIST=7.5"),
+        ("13.0", [(8, 6), (12, 0)], None),
+    ],
+)
+def test_cuda_kernels_run_where_they_were_built_for(
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str,
+    capabilities: list[tuple[int, int]],
+    reason: str | None,
+) -> None:
+    information = {"cuda": cuda, "cuda_architectures": "8.0 9.0 10.0+PTX"}
+    extension = SimpleNamespace(build_info=lambda: information)
+    monkeypatch.setattr(native, "extension", extension)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    found = native._why_not_cuda.__wrapped__()
+    assert found is None if reason is None else reason in found
 
 
 def test_lists_without_tensors() -> None:

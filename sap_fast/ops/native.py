@@ -76,9 +76,10 @@ def _why_not_cuda() -> str | None:
         tuple(int(part) for part in name.removesuffix("+PTX").rstrip("af").split("."))
         for name in re.split(r"[ ;]+", info["cuda_architectures"].strip())
     )
-    found = min(
-        torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())
-    )
+    devices = range(torch.cuda.device_count())
+    if not devices:
+        return "there is no CUDA device"
+    found = min(torch.cuda.get_device_capability(device) for device in devices)
     if found < oldest:
         return (
             f"the CUDA kernels were built for compute capability {info['cuda_architectures']}, "
