@@ -196,9 +196,15 @@ def test_adamw(benchmark: Any, name: str, kind: str) -> None:
     def torch_fused() -> None:
         torch._foreach_add_(state.steps, 1)
         torch._fused_adamw_(
-            state.params, state.grads, *theirs, [], state.steps, amsgrad=False, maximize=False,
+            state.params,
+            state.grads,
+            *theirs,
+            [],
+            state.steps,
+            amsgrad=False,
+            maximize=False,
             **ADAMW,
-        )  # fmt: skip
+        )
 
     plain = [torch.nn.Parameter(p.clone()) for p in state.params]
     for parameter, gradient in zip(plain, state.grads, strict=True):
@@ -300,9 +306,15 @@ def foreach_step(state: State) -> Callable[[], None]:
         torch._foreach_copy_(state.params, saved)
         torch._foreach_add_(state.steps, 1)
         torch._fused_adamw_(
-            state.params, state.grads, *moments, [], state.steps, amsgrad=False, maximize=False,
+            state.params,
+            state.grads,
+            *moments,
+            [],
+            state.steps,
+            amsgrad=False,
+            maximize=False,
             **ADAMW,
-        )  # fmt: skip
+        )
 
     return run
 

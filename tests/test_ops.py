@@ -203,7 +203,10 @@ def test_a_single_tensor_of_any_size(target: Target, dtype: torch.dtype, size: i
     # The neighbours in memory must stay as they are.
     memory = [random_tensor(size + 2, dtype) for _ in range(2)]
     theirs, ours = clones(memory), clones(memory)
-    inside = lambda tensors: [[tensor[1 : 1 + size]] for tensor in tensors]  # noqa: E731
+
+    def inside(tensors: list[Tensor]) -> list[list[Tensor]]:
+        return [[tensor[1 : 1 + size]] for tensor in tensors]
+
     factor = torch.tensor(0.25)
     ops.perturb_swap_(*inside(theirs), factor, backend="reference")
     ops.perturb_swap_(*inside(ours), factor, backend=target.backend)
@@ -604,9 +607,13 @@ def test_a_probe_is_normalized_by_the_largest_element_wherever_it_is(target: Tar
 def test_one_h_that_is_not_finite_switches_every_probe_off(
     target: Target, rule: str, value: float
 ) -> None:
-    run = lambda h, radii: ops.probe_rule_(  # noqa: E731
-        h, rule, 0.5, perturbation_norm=torch.tensor(1.0), radii=radii, backend=target.backend
-    )
+
+    def run(h: list[Tensor], radii: list[Tensor]) -> Tensor:
+        norm = torch.tensor(1.0)
+        return ops.probe_rule_(
+            h, rule, 0.5, perturbation_norm=norm, radii=radii, backend=target.backend
+        )
+
     h = [torch.ones(3), torch.ones(20_000)]
     h[1][19_999] = value
     assert not run(h, [torch.tensor(1.0)] * 2)
@@ -624,7 +631,9 @@ def swap(target: Target, params: list[Tensor], buffers: list[Tensor]) -> None:
 
 
 def test_unsupported_tensors_are_named_and_nothing_is_written(target: Target) -> None:
-    good = lambda: torch.ones(5)  # noqa: E731
+    def good() -> Tensor:
+        return torch.ones(5)
+
     gaps = [torch.ones(5, 4)[:, ::2] for _ in range(2)]
     cases = [
         (r"params\[1\].*float64", [good(), good().double()], [good(), good().double()]),
