@@ -75,7 +75,7 @@ def what_to_build(choice: str) -> tuple[str, str]:
 
 
 def schemas_digest() -> str:
-    """Return what tells the operations' schemas from other ones; `native` computes it as well."""
+    """Return what tells the operations' schemas from other ones, as `schema.digest`."""
     for node in ast.parse(Path("sap_fast/ops/schema.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SCHEMAS":
             return hashlib.sha256(repr(ast.literal_eval(node.value)).encode()).hexdigest()[:16]

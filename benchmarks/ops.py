@@ -106,13 +106,24 @@ def synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-def interleaved(benchmark: Any, contenders: Contenders, **facts: Any) -> dict[str, list[float]]:
-    """Run all contenders in every round, in an order that turns; keep seconds in the report."""
+def interleaved(
+    benchmark: Any, contenders: Contenders, *, turning: bool = True, **facts: Any
+) -> None:
+    """Run all contenders in every round and keep their seconds for the report.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        contenders: what runs, by name.
+        turning: start with another one in every round; else those that belong together stay in
+            their order.
+        facts: what `rows` needs to know of the comparison.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
 
     def one_round() -> None:
-        order.append(order.pop(0))
+        if turning:
+            order.append(order.pop(0))
         for name in order:
             synchronize()
             start = time.perf_counter()
@@ -122,9 +133,7 @@ def interleaved(benchmark: Any, contenders: Contenders, **facts: Any) -> dict[st
 
     warm_up = 2
     benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=warm_up)
-    kept = {name: values[warm_up:] for name, values in seconds.items()}
-    COLLECTED.append((facts, kept))
-    return kept
+    COLLECTED.append((facts, {name: values[warm_up:] for name, values in seconds.items()}))
 
 
 # What the tests below measured: facts of the comparison, and seconds by contender.
@@ -156,28 +165,18 @@ def test_swaps(benchmark: Any, name: str, kind: str) -> None:
         "restore_swap_": lambda: ops.restore_swap_(state.params, state.buffers, inverse),
     }
 
-    # The three belong together and in this order: W is back at the end of each round.
-    def in_order() -> None:
-        for each, run in contenders.items():
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            seconds[each].append(time.perf_counter() - start)
-
-    seconds: dict[str, list[float]] = {each: [] for each in contenders}
-    benchmark.pedantic(in_order, rounds=ROUNDS, warmup_rounds=2)
     moved = {"triad": 12 / 4, "perturb_swap_": 4, "reflect_": 3, "restore_swap_": 4}
-    size = state.elements * state.width
-    facts = {
-        "claim": "1 bandwidth",
-        "lists": name,
-        "dtype": kind,
-        "baseline": "triad",
-        "bytes": {each: times * size for each, times in moved.items()},
-        "targets": {each: 0.85 for each in moved if each != "triad"},
-    }
-    COLLECTED.append((facts, {each: values[2:] for each, values in seconds.items()}))
+    interleaved(
+        benchmark,
+        contenders,
+        turning=False,  # W is back at the end of each round
+        claim="1 bandwidth",
+        lists=name,
+        dtype=kind,
+        baseline="triad",
+        bytes={each: times * state.elements * state.width for each, times in moved.items()},
+        targets={each: 0.85 for each in moved if each != "triad"},
+    )
 
 
 # ---- 2: AdamW ----

@@ -11,7 +11,9 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -100,7 +102,7 @@ inline void check_float32(const TensorList& list) {
 }
 
 // Raises if a tensor that is written shares memory with any other tensor.
-inline void check_overlap(const std::vector<TensorList>& lists) {
+inline void check_overlap(std::initializer_list<const TensorList*> lists) {
   struct Extent {
     uintptr_t begin;
     uintptr_t end;
@@ -110,15 +112,15 @@ inline void check_overlap(const std::vector<TensorList>& lists) {
   const auto by_address = [](const Extent& a, const Extent& b) { return a.begin < b.begin; };
   std::vector<Extent> extents;
   size_t count = 0;
-  for (const TensorList& list : lists) count += list.tensors.size();
+  for (const TensorList* list : lists) count += list->tensors.size();
   extents.reserve(count);
-  for (const TensorList& list : lists) {
+  for (const TensorList* list : lists) {
     const auto sorted = static_cast<std::ptrdiff_t>(extents.size());
-    for (size_t index = 0; index < list.tensors.size(); ++index) {
-      const at::Tensor* const tensor = list.tensors[index];
+    for (size_t index = 0; index < list->tensors.size(); ++index) {
+      const at::Tensor* const tensor = list->tensors[index];
       if (tensor == nullptr || tensor->numel() == 0) continue;
       const auto begin = reinterpret_cast<uintptr_t>(tensor->const_data_ptr());
-      extents.push_back({begin, begin + tensor->nbytes(), &list, index});
+      extents.push_back({begin, begin + tensor->nbytes(), list, index});
     }
     // Tensors that were made one after the other mostly lie so: a list is seldom out of order.
     const auto first = extents.begin() + sorted;
@@ -190,7 +192,9 @@ struct AdamWLists {
   TensorList directions;                        // null where there is none, or nothing is blended
   std::vector<std::optional<at::Tensor>> held;  // what `directions` points to
 
-  std::vector<TensorList> written() const { return {params, exp_avgs, exp_avg_sqs, steps}; }
+  std::array<const TensorList*, 4> written() const {
+    return {&params, &exp_avgs, &exp_avg_sqs, &steps};
+  }
 };
 
 inline AdamWLists check_adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
@@ -218,7 +222,7 @@ inline AdamWLists check_adamw(at::TensorList params, at::TensorList grads, at::T
   check_float32(v);
   check_float32(t);
   check_one_element_each("steps", steps, p);
-  check_overlap({p, g, m, v, t, d});
+  check_overlap({&p, &g, &m, &v, &t, &d});
   return lists;
 }
 

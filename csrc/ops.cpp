@@ -23,9 +23,6 @@ namespace {
 // hundreds of them before it has a millisecond of work.
 constexpr int32_t kChunkSize = 16384;
 
-// As far as the kernels look ahead (cpu/vector.h).
-constexpr int64_t kPrefetchDistance = 2048;
-
 const Kernels& kernels() {
   const char* problem = nullptr;
   const Kernels* const found = cpu_kernels(&problem);
@@ -159,7 +156,7 @@ void perturb_swap_(at::TensorList params, at::TensorList buffers, const at::Tens
   const TensorList p = list_of("params", Access::kWrite, params);
   const TensorList b = list_of("buffers", Access::kWrite, buffers);
   check_pair(p, b);
-  check_overlap({p, b});
+  check_overlap({&p, &b});
   check_scalar("scale", scale);
   const Kernels& kernel = kernels();
   const auto factor = static_cast<float>(value_of(scale));
@@ -177,7 +174,7 @@ void reflect_(at::TensorList params, at::TensorList buffers) {
   const TensorList p = list_of("params", Access::kWrite, params);
   const TensorList b = list_of("buffers", Access::kRead, buffers);
   check_pair(p, b);
-  check_overlap({p, b});
+  check_overlap({&p, &b});
   const Kernels& kernel = kernels();
   const Work work(p);
   const Addresses to(p), from(b);
@@ -192,7 +189,7 @@ void restore_swap_(at::TensorList params, at::TensorList buffers, const at::Tens
   const TensorList p = list_of("params", Access::kWrite, params);
   const TensorList b = list_of("buffers", Access::kWrite, buffers);
   check_pair(p, b);
-  check_overlap({p, b});
+  check_overlap({&p, &b});
   check_scalar("inverse_scale", inverse_scale);
   const Kernels& kernel = kernels();
   const auto factor = static_cast<float>(value_of(inverse_scale));
@@ -253,7 +250,7 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
     });
   }
   // Nothing below can fail.
-  for (const TensorList& list : lists.written()) bump_versions(list);
+  for (const TensorList* list : lists.written()) bump_versions(*list);
   for (const at::Tensor& counter : steps) *counter.mutable_data_ptr<float>() += 1;
   work.run({&to, &from, &first_moments, &second_moments, &blended}, [&](int64_t, const Chunk& chunk,
                                                                         Storage storage) {
@@ -266,8 +263,7 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
 // ---- the probe ----
 
 at::Tensor probe_add(const at::Tensor& hidden, const at::Tensor& offset) {
-  const at::Tensor* const tensor = &hidden;
-  check_dtype({"hidden", Access::kRead, {tensor}});
+  check_dtype({"hidden", Access::kRead, {&hidden}});
   check_float32({"offset", Access::kRead, {&offset}});
   const int64_t width = offset.numel();
   const int64_t rows = rows_of("offset", offset, "hidden", hidden);
@@ -294,19 +290,21 @@ at::Tensor probe_add(const at::Tensor& hidden, const at::Tensor& offset) {
 }
 
 void probe_project_(const at::Tensor& buffer, const at::Tensor& gradient, double sign) {
+  const TensorList written{"buffer", Access::kWrite, {&buffer}};
   check_dtype({"gradient", Access::kRead, {&gradient}});
-  check_float32({"buffer", Access::kWrite, {&buffer}});
+  check_float32(written);
   TORCH_CHECK_NOT_IMPLEMENTED(buffer.is_contiguous(), "buffer of shape ", buffer.sizes(),
                               " has strides ", buffer.strides(), "; contiguous ones are supported");
   const int64_t width = buffer.numel();
   const int64_t rows = rows_of("buffer", buffer, "gradient", gradient);
   const at::Tensor from = gradient.contiguous();
-  check_overlap({{"buffer", Access::kWrite, {&buffer}}, {"gradient", Access::kRead, {&from}}});
+  const TensorList read{"gradient", Access::kRead, {&from}};
+  check_overlap({&written, &read});
   const Kernels& kernel = kernels();
   const Storage storage = storage_of(from);
   const auto bytes = static_cast<int64_t>(from.element_size());
   const auto* const source = static_cast<const char*>(from.const_data_ptr());
-  bump_versions({"buffer", Access::kWrite, {&buffer}});
+  bump_versions(written);
   auto* const target = buffer.mutable_data_ptr<float>();
   // Threads share out columns, a cache line of them at a time, so that no sum is split.
   constexpr int64_t kColumns = 64;
@@ -326,7 +324,7 @@ at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, doubl
   const TensorList h = list_of("buffers", Access::kWrite, buffers);
   check_layout(h, h);
   check_float32(h);
-  check_overlap({h});
+  check_overlap({&h});
   check_scalar("perturbation_norm", perturbation_norm);
   TORCH_CHECK(radii.size() == buffers.size(), "buffers has ", buffers.size(),
               " tensors, radii has ", radii.size());

@@ -7,6 +7,10 @@
 
 namespace sap_fast {
 
+// How far ahead of the loops memory is asked for, in bytes. The hardware prefetcher stops at the
+// end of every page of 4 KB and follows few streams at a time; AdamW has five.
+constexpr int64_t kPrefetchDistance = 2048;
+
 // What elements are stored as. Arithmetic is in fp32 for all of them.
 enum Storage { kFloat32, kBFloat16, kFloat16, kStorages };
 

@@ -90,10 +90,6 @@ SAP_HOST_DEVICE Vec multiply_add(float a, Vec b, Vec c) { return multiply_add(br
 
 // ---- memory ----
 
-// How far ahead of the loop memory is asked for, in bytes. The hardware prefetcher stops at the end
-// of every page of 4 KB and follows few streams at a time; AdamW has five.
-constexpr int kPrefetchDistance = 2048;
-
 // kLanes elements as they are stored: to be copied bit for bit, or widened to floats.
 template <class S>
 struct Stored;

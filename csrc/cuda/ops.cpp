@@ -180,7 +180,7 @@ template <class ScalarOn, class Launch>
 void update_pair(const char* operation, const TensorList& params, const TensorList& buffers,
                  const ScalarOn& scalar_on, const Launch& launch) {
   check_pair(params, buffers);
-  check_overlap({params, buffers});
+  check_overlap({&params, &buffers});
   const at::Device device = device_of(params);
   const Scalar scalar = scalar_on(device);
   const std::vector<Group<2>> groups = groups_of({&params, &buffers});
@@ -258,7 +258,7 @@ void adamw_blend_op(at::TensorList params, at::TensorList grads, at::TensorList 
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor scratch =
       allocate_scratch(adamw_blend_scratch(static_cast<int64_t>(params.size())), device);
-  for (const TensorList& list : lists.written()) bump_versions(list);
+  for (const TensorList* list : lists.written()) bump_versions(*list);
   // The groups run one after the other and may share the scratch.
   const auto run = [&](Storage storage, const auto& operands, const std::vector<void*>& counters) {
     check_launch("adamw_blend_", adamw_blend(storage, operands, counters.data(), options,
@@ -300,7 +300,8 @@ void probe_project_op(const at::Tensor& buffer, const at::Tensor& gradient, doub
   const int64_t rows = rows_of("buffer", buffer, "gradient", gradient);
   const c10::cuda::CUDAGuard guard(device);
   const at::Tensor from = gradient.contiguous();
-  check_overlap({written, {"gradient", Access::kRead, {&from}}});
+  const TensorList read{"gradient", Access::kRead, {&from}};
+  check_overlap({&written, &read});
   const at::Tensor scratch = allocate_scratch(probe_project_scratch(rows, buffer.numel()), device);
   bump_versions(written);
   check_launch("probe_project_",
@@ -327,7 +328,7 @@ at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, dou
   check_float32(r);
   const at::Device device = device_of(h);
   check_one_element_each("radii", radii, h);
-  check_overlap({h, r});
+  check_overlap({&h, &r});
   const Rule rule = rule_of(rule_name);
   const Scalar norm = scalar_of("perturbation_norm", perturbation_norm, device);
   const Group<2> layers = groups_of({&h, &r}).front();

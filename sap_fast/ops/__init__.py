@@ -131,20 +131,23 @@ def _say_once(message: str, level: int = logging.WARNING) -> None:
         logger.log(level, message)
 
 
+def _call(name: str, chosen: str, *arguments: Any, **options: Any) -> Any:
+    """Run an operation on this backend and no other."""
+    function = getattr(reference, name) if chosen == "reference" else overload(name, chosen)
+    return function(*arguments, **options)
+
+
 def _run(name: str, backend: str, device: torch.device, *arguments: Any, **options: Any) -> Any:
     """Run an operation on the backend that `choose_backend` takes for `device`."""
     chosen = choose_backend(backend, device.type)
-    if chosen == "reference":
-        return getattr(reference, name)(*arguments, **options)
-    operator = overload(name, chosen)
-    if not is_auto(backend):
-        return operator(*arguments, **options)
     try:
-        return operator(*arguments, **options)
+        return _call(name, chosen, *arguments, **options)
     except NotImplementedError as error:
-        # Raised before anything was written.
+        # What the kernels do not support, said before anything was written.
+        if chosen == "reference" or not is_auto(backend):
+            raise
         _say_once(f"sap_fast: {name} runs on the reference backend: {error}")
-        return getattr(reference, name)(*arguments, **options)
+        return _call(name, "reference", *arguments, **options)
 
 
 def _run_lists(
@@ -153,13 +156,13 @@ def _run_lists(
     """Run an operation on lists of tensors, once for each device; return what it returns there."""
     if not lists[0]:
         return []
-    device = lists[0][0].device
-    chosen = choose_backend(backend, device.type)
+    chosen = choose_backend(backend, lists[0][0].device.type)
     try:
-        # Kernels look at the device of every tensor before they write: asking for all of them here
-        # too would cost a fifth of what is left to do beside the kernel.
-        return [_run(name, chosen, device, *lists, *arguments, **options)]
+        return [_call(name, chosen, *lists, *arguments, **options)]
     except NotImplementedError:
+        # Said before anything was written. Kernels look at the device of every tensor anyway:
+        # asking for all of them here too, each time, would cost a fifth of what is left to do
+        # beside the kernel. If devices are not the reason, `_run` meets it again.
         groups = _by_device(*lists)
     return [
         _run(name, backend, group[0][0].device, *group, *arguments, **options) for group in groups

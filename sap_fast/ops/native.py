@@ -8,7 +8,6 @@ was built with CUDA, for CUDA devices.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import logging
 import re
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sap_fast.ops.schema import SCHEMAS
+from sap_fast.ops import schema
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def _load() -> tuple[Any, str | None, bool]:
                 f"it was built for torch {built_for['torch']}, this is {torch.__version__}"
             )
         # PyTorch ends the process if an operator is registered for another schema than its own.
-        if built_for["schemas"] != hashlib.sha256(repr(SCHEMAS).encode()).hexdigest()[:16]:
+        if built_for["schemas"] != schema.digest():
             raise ImportError("it was built for operations of another version of sap_fast")
         torch.ops.load_library(Path(module.__file__ or "").with_name("_ops.so"))
     except (ImportError, OSError) as error:
