@@ -7,6 +7,7 @@ CPU, and is done once and kept in the cache.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -77,8 +78,9 @@ def aligned_smollm2(seed: int = 0) -> Path:
         save_every=20,
         seed=seed,
     )
-    # Rows and settings decide the result; where files happen to lie does not.
-    content = [rows, model.name, {**vars(settings), "model": ""}]
+    # Rows and what is set decide the result; where files happen to lie, and new options, do not.
+    given = dataclasses.replace(settings, model="").arguments()
+    content = [rows, model.name, given]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     folder = assets.cache_folder() / f"smollm2-aligned-{digest}"
     if not folder.exists():

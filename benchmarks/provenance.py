@@ -38,10 +38,10 @@ def commit() -> str:
         return "unknown"
 
 
-def write_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write `rows`, each with its provenance, to a CSV in `benchmarks/results`."""
+def write_rows(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write `rows`, each with its provenance, to a CSV in `folder`."""
     surroundings = provenance()
-    path = RESULTS / name
+    path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", newline="", encoding="utf-8") as file:

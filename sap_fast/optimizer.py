@@ -10,17 +10,19 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sap_fast import ops
+from sap_fast.checkpointing import Checkpointing
 from sap_fast.metrics import Calibration, Mailbox, SAPMetrics
 from sap_fast.ops.reference import accumulation_dtype
 from sap_fast.passes import LossRecord, Passes, StepRecord, refuse_sparse
-from sap_fast.probes import PROBE_RULES, ProbeSet
+from sap_fast.probes import PROBE_RULES, ProbeSet, find_decoder_layers
 
 Closure = Callable[[], Tensor]
 
@@ -31,6 +33,26 @@ _UNCALIBRATED_RHO = 1e-2
 # Candidates for ρ: 0.1·2⁻ᵏ. Larger ones are outside the linear range of every model measured,
 # smaller ones below the rounding of every dtype but fp64.
 RHO_GRID = tuple(0.1 * 2.0**-k for k in range(11))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How often a step does what; arguments of `FusedSAP` of the same names override it."""
+
+    direction_every: int
+    probe_every: int
+    probe_fraction: float
+
+
+#: The direction changes slowly, V belongs to its batch: on SmolLM2 the V found with a direction five
+#: steps old has a cosine of 0.95 with that of the full step, one found on half the batch 0.78, and
+#: that of the step before 0.2 (benchmarks/presets.py). So the presets save directions first, rows
+#: second, and whole probe passes not at all.
+PRESETS = {
+    "paper": Preset(direction_every=1, probe_every=1, probe_fraction=1.0),
+    "balanced": Preset(direction_every=5, probe_every=1, probe_fraction=0.75),
+    "economical": Preset(direction_every=10, probe_every=1, probe_fraction=0.5),
+}
 
 
 class FusedSAP(Optimizer):
@@ -83,6 +105,19 @@ class FusedSAP(Optimizer):
         keep_direction: keep ĝ until `step`, at the cost of one parameter-sized buffer: needed for
             `metrics.lean` and for several rounds of probe passes after one safety pass. May be
             switched between steps.
+        preset: what a step leaves out: `"paper"` nothing, `"balanced"` and `"economical"` as
+            `PRESETS` says. The next three arguments override it.
+        direction_every: take the direction anew every so many steps. Where a step in between uses
+            it (probes more often than directions, or `safety_weight`), it is kept in the state of
+            its parameter, one parameter-sized buffer.
+        probe_every: find V anew every so many steps, and run the steps between under the V there
+            is: the idea of LookSAM (Liu et al., arXiv:2203.02714).
+        probe_fraction: the part of the task batch, in (0, 1], that the probe passes see, rounded
+            up to whole rows. The loop has to ask for it: `task_loss(model,
+            optimizer.probe_part(batch))`; `SAPTrainer` does.
+        checkpointing: recompute activations in the backward passes: `"none"` leaves the model as it
+            is, `"layers"` recomputes every decoder layer that a pass would store, `"auto"` as many
+            as the free memory asks for; see `sap_fast.checkpointing`.
 
     Attributes:
         calibration: what `calibrate_rho` found, or None.
@@ -113,10 +148,17 @@ class FusedSAP(Optimizer):
         backend: str = "auto",
         calibrate_every: int | None = None,
         keep_direction: bool = False,
+        preset: Literal["paper", "balanced", "economical"] = "paper",
+        direction_every: int | None = None,
+        probe_every: int | None = None,
+        probe_fraction: float | None = None,
+        checkpointing: Literal["none", "layers", "auto"] = "none",
     ) -> None:
         _check_choice("probe_rule", probe_rule, PROBE_RULES)
         _check_choice("schedule", schedule, ("paper", "lagged"))
         _check_choice("difference", difference, ("central", "forward"))
+        _check_choice("preset", preset, tuple(PRESETS))
+        _check_choice("checkpointing", checkpointing, ("none", "layers", "auto"))
         _check_at_least_zero("lr", lr)
         _check_at_least_zero("eps", eps)
         _check_at_least_zero("weight_decay", weight_decay)
@@ -135,10 +177,21 @@ class FusedSAP(Optimizer):
             raise ValueError(
                 f"calibrate_every={calibrate_every!r} is out of range; give a number ≥ 1, or None"
             )
-        if schedule == "lagged" and probes is not None and probes.shape == "token":
+        settings = PRESETS[preset]
+        self.direction_every = _or(direction_every, settings.direction_every)
+        self.probe_every = _or(probe_every, settings.probe_every)
+        self.probe_fraction = _or(probe_fraction, settings.probe_fraction)
+        for name in ("direction_every", "probe_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is out of range; give 1 or more")
+        if not 0 < self.probe_fraction <= 1:
+            raise ValueError(f"probe_fraction={probe_fraction!r} is out of range; give 0 < f ≤ 1")
+        if probes is not None and probes.shape == "token":
+            _refuse_for_tokens(schedule, self.probe_every, self.probe_fraction)
+        if checkpointing != "none" and probes is None:
             raise ValueError(
-                'schedule="lagged" uses the probe of the batch before, but a probe with '
-                'shape="token" fits its own batch only; use shape="hidden" or schedule="paper"'
+                f"checkpointing={checkpointing!r} needs a ProbeSet, which knows the decoder "
+                "layers; without one use the model's own gradient_checkpointing_enable()"
             )
         defaults = {
             "lr": lr,
@@ -160,7 +213,16 @@ class FusedSAP(Optimizer):
         self.calibrate_every = calibrate_every
         self.keep_direction = keep_direction
         self.calibration: Calibration | None = None
+        self.checkpointing = checkpointing
         self._steps = 0
+        #: When the direction and V that are in use were found; None: there is none.
+        self._direction_step: int | None = None
+        self._probe_step: int | None = None
+        #: ‖∇L_safe‖ of a direction that is kept in the parameters' state.
+        self._direction_norm: Tensor | None = None
+        #: 0-d bool: the V in use came of a sound direction and a finite h.
+        self._sound: Tensor | None = None
+        self._directions_taken = 0
         self._skipped_steps = torch.zeros((), dtype=torch.int64)
         self._start_session()
 
@@ -177,6 +239,13 @@ class FusedSAP(Optimizer):
 
     def _start_session(self) -> None:
         """Set what is neither a setting nor part of a checkpoint."""
+        self.activation_checkpointing: Checkpointing | None = None
+        if self.checkpointing != "none":
+            assert self.probes is not None
+            layers, owner = find_decoder_layers(self.probes.model)
+            self.activation_checkpointing = Checkpointing(
+                layers, owner, self.checkpointing, self.probes.layers[0]
+            )
         self._passes = Passes(self)
         self._last_record = StepRecord()
         self._mailbox = Mailbox()
@@ -217,6 +286,39 @@ class FusedSAP(Optimizer):
             RuntimeError: inside another pass, or without probe passes before.
         """
         return self._passes.task_pass()
+
+    @property
+    def needs_direction(self) -> bool:
+        """Whether the coming step has to run the safety pass."""
+        if not (self.needs_probe or self.safety_weight != 0):
+            return False
+        if self._direction_step is None or self._direction_norm is None:
+            return True
+        return self._steps - self._direction_step >= self.direction_every
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether the coming step has to run the probe passes; else it keeps its V."""
+        if self.probes is None:
+            return False
+        return self._probe_step is None or self._steps - self._probe_step >= self.probe_every
+
+    @property
+    def directions_taken(self) -> int:
+        """How many steps so far ran a safety pass: which safety rows are due."""
+        return self._directions_taken
+
+    def probe_part(self, batch: Any) -> Any:
+        """Return what of the task batch the pass in progress needs.
+
+        Args:
+            batch: a batch, that is a mapping of tensors (B, …), or a list of micro-batches.
+
+        Returns:
+            Inside the probe passes its first ⌈probe_fraction·B⌉ rows, with B counted over all
+            micro-batches; elsewhere `batch` itself.
+        """
+        return self._passes.probe_part(batch)
 
     # ---- the step ----
 
@@ -269,9 +371,10 @@ class FusedSAP(Optimizer):
             self.calibrate_rho(closure, safety_closure)
         try:
             with torch.enable_grad():
-                with self.safety_pass() as record:
-                    record(safety_closure())
-                if self.probes is not None:
+                if self.needs_direction:
+                    with self.safety_pass() as record:
+                        record(safety_closure())
+                if self.needs_probe:
                     for record in self.probe_passes():
                         record(closure())
                 with self.task_pass() as record:
@@ -285,7 +388,7 @@ class FusedSAP(Optimizer):
     @torch.no_grad()
     def _update(self) -> None:
         passes, record = self._passes, self._passes.record
-        if self.schedule == "lagged" and passes.task_pass_ran and self.probes is not None:
+        if self.schedule == "lagged" and passes.task_pass_ran and passes.probe_passes_ran:
             passes.finish_lagged()
         trained = [p for p in self._all_parameters() if p.grad is not None]
         # All state first: an update that runs out of memory half-way cannot be undone.
@@ -313,14 +416,19 @@ class FusedSAP(Optimizer):
                 gradient_scale=gradient_scale,
                 backend=self.backend,
             )
-        self._steps += 1
         self._account(record)
+        if passes.safety_pass_ran:
+            self._directions_taken += 1
+            self._keep_direction()
+        if passes.probe_passes_ran:
+            self._probe_step = self._steps
+        self._steps += 1
         self._last_record = record
         passes.reset()
 
     def _initialize_state(self, parameter: nn.Parameter) -> None:
         state = self.state[parameter]
-        if state:
+        if "step" in state:
             return
         dtype = accumulation_dtype(parameter.dtype)
         state["step"] = torch.tensor(0.0, device=_step_device(parameter))
@@ -328,6 +436,35 @@ class FusedSAP(Optimizer):
             state[moment] = torch.zeros_like(
                 parameter, dtype=dtype, memory_format=torch.preserve_format
             )
+        if self._direction_outlives_step and not self._passes.safety_pass_ran:
+            # For checkpoints: what is loaded must find its place in an optimizer that never ran.
+            state["direction"] = torch.zeros_like(parameter)
+
+    @property
+    def _direction_outlives_step(self) -> bool:
+        used_every = 1 if self.safety_weight != 0 else self.probe_every
+        return self.direction_every > used_every
+
+    def _keep_direction(self) -> None:
+        """Put the direction of this step where the steps that still use it will find it."""
+        if not self._direction_outlives_step or self._passes.direction is None:
+            return
+        directions = dict(zip(self._passes.perturbed, self._passes.direction, strict=True))
+        for parameter in self.trained_parameters():
+            direction = directions.get(parameter)
+            self.state[parameter]["direction"] = (
+                torch.zeros_like(parameter) if direction is None else direction
+            )
+        self._direction_norm = self._passes.record.direction_norm
+        self._direction_step = self._steps
+
+    def kept_direction(self) -> tuple[list[nn.Parameter], list[Tensor], Tensor] | None:
+        """Return parameters, direction and its norm, if an earlier step's direction is in use."""
+        if self._direction_norm is None or not self._direction_outlives_step:
+            return None
+        perturbed = [p for p in self.trained_parameters() if "direction" in self.state.get(p, {})]
+        direction = [self.state[parameter]["direction"] for parameter in perturbed]
+        return perturbed, direction, self._direction_norm
 
     def _blend_and_scale(
         self, trained: list[nn.Parameter]
@@ -362,12 +499,19 @@ class FusedSAP(Optimizer):
 
     def _account(self, record: StepRecord) -> None:
         """Count a step that ran as plain AdamW, and warn about it once the host hears of it."""
-        if record.direction_valid is None or record.direction_norm is None:
-            return
         sound = record.direction_valid
-        if record.estimate_finite is not None:
+        if sound is not None and record.estimate_finite is not None:
             sound = sound & record.estimate_finite.to(sound.device)
+        if self._passes.probe_passes_ran:
+            self._sound = sound
+        elif self.probes is not None and self._passes.task_pass_ran:
+            # The V of an earlier step, which is zero if that step had no direction or no h.
+            sound = self._sound
+        if sound is None:
+            return
         self._skipped_steps = self._skipped_steps.to(sound.device) + sound.logical_not()
+        if record.direction_norm is None:
+            return
         survives = torch.full_like(record.direction_norm, torch.nan)
         if record.perturbation_applied is not None and record.perturbation_norm is not None:
             survives = record.perturbation_applied / record.perturbation_norm
@@ -380,7 +524,7 @@ class FusedSAP(Optimizer):
             return
         skipped, direction_norm, survives = figures
         if skipped > 0:
-            self._warn_once(
+            self.warn_once(
                 "skipped",
                 f"FusedSAP: {skipped:.0f} step(s) ran as plain AdamW because the direction was "
                 "zero or not finite, or the probe gradient was not finite (‖∇L_safe‖ = "
@@ -388,14 +532,15 @@ class FusedSAP(Optimizer):
             )
         if survives < 0.5:
             assert self.probes is not None
-            self._warn_once(
+            self.warn_once(
                 "rounding",
                 f"FusedSAP: only {survives:.1%} of the norm of the perturbation survives rounding "
                 f"to {self.probes.compute_dtype} at rho={rho:.3g}: the probe gradient "
                 'is mostly noise; use a larger rho, rho="auto", or a wider dtype',
             )
 
-    def _warn_once(self, kind: str, message: str) -> None:
+    def warn_once(self, kind: str, message: str) -> None:
+        """Warn, unless a warning of this kind was given before."""
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=2)
@@ -405,7 +550,7 @@ class FusedSAP(Optimizer):
     @property
     def needs_calibration(self) -> bool:
         """Whether the next step should calibrate ρ first; `step` with closures does so itself."""
-        if self.probes is None or self.rho != "auto":
+        if self.rho != "auto" or not self.needs_probe:
             return False
         if self.calibration is None:
             return True
@@ -419,7 +564,7 @@ class FusedSAP(Optimizer):
             return float(self.rho)
         if self.calibration is not None:
             return self.calibration.rho
-        self._warn_once(
+        self.warn_once(
             "uncalibrated",
             f'FusedSAP: rho="auto" was not calibrated and {_UNCALIBRATED_RHO:g} is used; call '
             "calibrate_rho(task_closure, safety_closure) before the first step, or give a number",
@@ -472,7 +617,7 @@ class FusedSAP(Optimizer):
         }
         usable = {rho: value for rho, value in agreements.items() if math.isfinite(value)}
         if not usable:
-            self._warn_once(
+            self.warn_once(
                 "calibration",
                 "FusedSAP: calibration found no ρ with a finite, non-zero probe gradient among "
                 f"{RHO_GRID[0]:g} … {RHO_GRID[-1]:.2g}; trying again at the next step",
@@ -535,7 +680,7 @@ class FusedSAP(Optimizer):
     @property
     def direction_is_kept(self) -> bool:
         """Whether ĝ stays exact until the end of the step."""
-        return self.keep_direction or self.safety_weight != 0
+        return self.keep_direction or self.safety_weight != 0 or self._direction_outlives_step
 
     @property
     def measures_rounding(self) -> bool:
@@ -558,7 +703,7 @@ class FusedSAP(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of AdamW, interchangeable with `torch.optim.AdamW`'s, and SAP's.
 
-        Under the key `"sap"`: the calibration, V of the lagged schedule, and the step counters.
+        Under the key `"sap"`: the calibration, V where later steps use it, and the step counters.
 
         Raises:
             RuntimeError: inside a pass.
@@ -566,12 +711,17 @@ class FusedSAP(Optimizer):
         self._passes.refuse_inside("state_dict()")
         state_dict = super().state_dict()
         calibration = self.calibration
-        lagged = self.schedule == "lagged" and self.probes is not None
+        outlives_step = self.schedule == "lagged" or self.probe_every > 1
         state_dict["sap"] = {
             "calibration": None if calibration is None else dict(vars(calibration)),
-            "offsets": self.probes.state_dict() if lagged and self.probes else {},
+            "offsets": self.probes.state_dict() if outlives_step and self.probes else {},
             "steps": self._steps,
             "skipped_steps": self._skipped_steps,
+            "direction_step": self._direction_step,
+            "direction_norm": self._direction_norm,
+            "directions_taken": self._directions_taken,
+            "probe_step": self._probe_step,
+            "sound": self._sound,
         }
         return state_dict
 
@@ -603,6 +753,12 @@ class FusedSAP(Optimizer):
             self.calibration = None if found is None else Calibration(**found)
             self._steps = sap["steps"]
             self._skipped_steps = sap["skipped_steps"].clone()
+            self._direction_step = sap["direction_step"]
+            self._direction_norm = sap["direction_norm"]
+            self._directions_taken = sap["directions_taken"]
+            # Saved by an optimizer that finds V at every step, it comes without.
+            self._probe_step = sap["probe_step"] if sap["offsets"] else None
+            self._sound = sap["sound"]
             if self.probes is not None:
                 self.probes.load_state_dict(sap["offsets"])
 
@@ -633,7 +789,16 @@ _PICKLED = (
     "backend",
     "calibrate_every",
     "keep_direction",
+    "direction_every",
+    "probe_every",
+    "probe_fraction",
+    "checkpointing",
     "calibration",
+    "_direction_step",
+    "_direction_norm",
+    "_directions_taken",
+    "_probe_step",
+    "_sound",
     "_steps",
     "_skipped_steps",
 )
@@ -646,6 +811,27 @@ def _step_device(parameter: Tensor) -> torch.device:
 
 def _number(tensor: Tensor | None) -> float | None:
     return None if tensor is None else tensor.item()
+
+
+_Setting = TypeVar("_Setting")
+
+
+def _or(given: _Setting | None, default: _Setting) -> _Setting:
+    return default if given is None else given
+
+
+def _refuse_for_tokens(schedule: str, probe_every: int, probe_fraction: float) -> None:
+    """Raise if a setting asks for one batch's probe in another."""
+    for name, value, needed in (
+        ("schedule", schedule, "paper"),
+        ("probe_every", probe_every, 1),
+        ("probe_fraction", probe_fraction, 1),
+    ):
+        if value != needed:
+            raise ValueError(
+                f"{name}={value!r} uses the probe of one batch in another, but a probe with "
+                f'shape="token" fits its own batch only; use shape="hidden" or {name}={needed!r}'
+            )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

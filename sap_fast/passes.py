@@ -19,20 +19,25 @@ However a pass ends (return, exception, KeyboardInterrupt), parameters, `require
 the gradients of earlier micro-batches are bit for bit what they were. Every pass starts from the
 same state of the random number generators, so all see the same dropout masks; only the task pass
 moves it on, as plain training would.
+
+A step whose direction or probe is still fresh enough (`FusedSAP(direction_every=…, probe_every=…)`)
+leaves those passes out: its task pass runs under the V there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sap_fast import ops
 from sap_fast.ops.reference import accumulation_dtype
+from sap_fast.random_state import RandomState
 
 if TYPE_CHECKING:
     from sap_fast.optimizer import FusedSAP
@@ -66,22 +71,6 @@ class StepRecord:
     safety_loss: LossRecord = field(default_factory=LossRecord)
     probe_losses: list[LossRecord] = field(default_factory=list)
     task_loss: LossRecord = field(default_factory=LossRecord)
-
-
-class RandomState:
-    """The state of torch's CPU generator and of the generator of every device in `devices`."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices = {
-            device: torch.get_device_module(device).get_rng_state(device) for device in devices
-        }
-
-    def restore(self) -> None:
-        """Put the generators back into this state."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
 
 
 class Perturbation:
@@ -200,6 +189,29 @@ def frozen(params: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def first_rows(batch: Mapping[str, Any], count: int) -> Mapping[str, Any]:
+    """Return the first `count` rows of a batch: of each tensor whose first axis counts its rows."""
+    rows = row_count(batch)
+    if count >= rows:
+        return batch
+    return {
+        key: value[:count] if isinstance(value, Tensor) and len(value) == rows else value
+        for key, value in batch.items()
+    }
+
+
+def row_count(batch: Mapping[str, Any]) -> int:
+    """Return the number of rows of a batch: the length of its first tensor.
+
+    Raises:
+        ValueError: if it has no tensor with an axis.
+    """
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    raise ValueError(f"a batch with the entries {sorted(batch)} has no tensor to count rows by")
+
+
 def refuse_sparse(parameter: Tensor) -> None:
     """Raise if a parameter has a sparse gradient.
 
@@ -216,8 +228,8 @@ def refuse_sparse(parameter: Tensor) -> None:
 class Passes:
     """The passes of the step in progress, and what is carried from one to the next.
 
-    `FusedSAP` owns one and hands its methods on. Nothing here survives a step; V of the lagged
-    schedule lives in the `ProbeSet`.
+    `FusedSAP` owns one and hands its methods on. Nothing here survives a step: V lives in the
+    `ProbeSet`, a direction that later steps use in the optimizer's state.
     """
 
     def __init__(self, optimizer: FusedSAP) -> None:
@@ -232,10 +244,15 @@ class Passes:
         #: Parameters that the safety pass gave a gradient, and that gradient, in the same order.
         self.perturbed: list[nn.Parameter] = []
         self.direction: list[Tensor] | None = None
+        self.safety_pass_ran = False
         #: The task pass below means the one that belongs to the last probe passes.
         self.probe_passes_ran = False
         self.task_pass_ran = False
         self._task_random_state: RandomState | None = None
+        #: What `probe_part` was given in this step, and what it returned.
+        self._parts: list[tuple[Any, Any]] = []
+        if self._optimizer.probes is not None:
+            self._optimizer.probes.forget_lower_forward()
 
     def refuse_inside(self, call: str) -> None:
         """Raise if a pass is running.
@@ -261,6 +278,7 @@ class Passes:
             random_state = self._enter(stack, "safety_pass()")
             stack.callback(random_state.restore)
             stack.enter_context(gradients_set_aside(self._every_parameter()))
+            stack.enter_context(self._checkpointing())
             yield record.safety_loss
             self._take_direction()
 
@@ -279,8 +297,24 @@ class Passes:
         backend, record = self._optimizer.backend, self.record
         record.direction_norm = ops.sum_squares(direction, backend=backend).sqrt()
         record.direction_valid = record.direction_norm.isfinite() & (record.direction_norm > 0)
-        record.parameter_norm = ops.sum_squares(trained, backend=backend).sqrt()
+        self._measure_parameters()
         self.perturbed, self.direction = perturbed, direction
+        self.safety_pass_ran = True
+
+    def _measure_parameters(self) -> None:
+        trained, backend = self._optimizer.trained_parameters(), self._optimizer.backend
+        self.record.parameter_norm = ops.sum_squares(trained, backend=backend).sqrt()
+
+    @torch.no_grad()
+    def _recall_direction(self) -> None:
+        """Take the kept direction of an earlier step, if this step has none of its own."""
+        kept = self._optimizer.kept_direction()
+        if kept is None or self.record.direction_norm is not None:
+            return
+        self.perturbed, self.direction, self.record.direction_norm = kept
+        norm = self.record.direction_norm
+        self.record.direction_valid = norm.isfinite() & (norm > 0)
+        self._measure_parameters()
 
     # ---- passes 2 and 3 ----
 
@@ -297,10 +331,12 @@ class Passes:
                 "probe_passes() without a probe set: construct FusedSAP(params, ProbeSet(model)), "
                 "or leave the probe passes out"
             )
+        self._recall_direction()
         if self.direction is None:
             raise RuntimeError(
                 "probe_passes() without a direction: run safety_pass() first; one safety pass "
-                "serves several rounds of probe passes only with FusedSAP(keep_direction=True)"
+                "serves several rounds of probe passes only with FusedSAP(keep_direction=True), "
+                "and several steps only with FusedSAP(direction_every=…)"
             )
         return self._run_probe_passes(probes)
 
@@ -313,12 +349,40 @@ class Passes:
             difference="lagged" if lagged else optimizer.difference,
             keep_direction=optimizer.direction_is_kept,
             measure_rounding=optimizer.measures_rounding,
+            keep_lower_forward=optimizer.probe_fraction == 1,
         )
         if not lagged:
             self._set_probe(probes)
         assert record.direction_valid is not None
         probes.mask_offsets(record.direction_valid)
         self.probe_passes_ran, self.task_pass_ran = True, False
+        if optimizer.probe_fraction < 1 and not self._parts:
+            optimizer.warn_once(
+                "probe_fraction",
+                f"FusedSAP: probe_fraction={optimizer.probe_fraction:g} had no effect: the loop "
+                "has to ask for the part of its batch, task_loss(model, "
+                "optimizer.probe_part(batch))",
+            )
+
+    def probe_part(self, batch: Any) -> Any:
+        """Return what of a batch, or of a list of micro-batches, the pass in progress needs."""
+        fraction = self._optimizer.probe_fraction
+        if self.open != "probe_passes()" or fraction == 1:
+            return batch
+        # The same tensors in both probe passes: what the losses found out about them is remembered.
+        for given, part in self._parts:
+            if given is batch:
+                return part
+        micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        wanted = math.ceil(fraction * sum(row_count(one) for one in micro_batches))
+        part = []
+        for one in micro_batches:
+            if wanted > 0:
+                part.append(first_rows(one, wanted))
+                wanted -= row_count(one)
+        result = part[0] if isinstance(batch, Mapping) else part
+        self._parts.append((batch, result))
+        return result
 
     def estimate(
         self,
@@ -327,6 +391,7 @@ class Passes:
         difference: str,
         keep_direction: bool,
         measure_rounding: bool = False,
+        keep_lower_forward: bool = False,
     ) -> Iterator[LossRecord]:
         """Yield once per probe pass, then leave h in `probes.estimates`.
 
@@ -336,6 +401,8 @@ class Passes:
                 of the step before; `finish_lagged` finds h after the task pass.
             keep_direction: leave `direction` exact instead of using it up; costs one more buffer.
             measure_rounding: record how much of ΔW survives the dtype that the model computes in.
+            keep_lower_forward: let the task pass have the forward below the lowest probed layer
+                from the probe pass at W, if there is one.
         """
         record, direction = self.record, self.direction
         assert direction is not None
@@ -350,16 +417,23 @@ class Passes:
             stack.callback(random_state.restore)
             # Nothing is added to gradients here, but a closure may clear them.
             stack.enter_context(gradients_set_aside(self._every_parameter()))
-            stack.enter_context(frozen(self._every_parameter()))
+            trainable = [p for p in self._every_parameter() if p.requires_grad]
+            stack.enter_context(frozen(trainable))
             probes.begin_estimate()
 
-            def one_pass(sign: float) -> Iterator[LossRecord]:
+            def one_pass(sign: float, keep_lower: bool = False) -> Iterator[LossRecord]:
                 random_state.restore()
                 torch.clear_autocast_cache()
                 probes.rewind()
                 loss = LossRecord()
                 record.probe_losses.append(loss)
-                with probes.active(sign=sign, inject=difference == "lagged", frozen=True):
+                active = probes.active(
+                    sign=sign,
+                    inject=difference == "lagged",
+                    frozen=True,
+                    keep_lower=trainable if keep_lower else (),
+                )
+                with self._checkpointing(frozen=not keep_lower), active:
                     yield loss
 
             with Perturbation(
@@ -373,7 +447,9 @@ class Passes:
                     perturbation.reflect()
                     yield from one_pass(-1.0)
             if difference == "forward":
-                yield from one_pass(-1.0)
+                # At W, V = 0 and under the masks of the task pass: up to the lowest probed layer
+                # this is the task pass.
+                yield from one_pass(-1.0, keep_lower=keep_lower_forward)
             if difference != "lagged":
                 self._finish_estimate(probes, 2.0 if difference == "central" else 1.0)
             self._task_random_state = random_state
@@ -411,7 +487,8 @@ class Passes:
         """Let the backward passes of the body add ∇_W L_task(W, V_safe) to the gradients."""
         self.refuse_inside("task_pass()")
         probes = self._optimizer.probes
-        if probes is not None and not self.probe_passes_ran:
+        self._recall_direction()
+        if probes is not None and not self.probe_passes_ran and self._optimizer.needs_probe:
             raise RuntimeError(
                 "task_pass() without a probe: run safety_pass() and probe_passes() first, all of "
                 "them; for a step of plain AdamW leave the passes out and call backward() and "
@@ -424,10 +501,12 @@ class Passes:
                 if self._task_random_state is not None:
                     self._task_random_state.restore()
                 stack.enter_context(gradients_restored_on_error(self._every_parameter()))
+                stack.enter_context(self._checkpointing())
                 if probes is not None:
                     if not self.task_pass_ran:
                         probes.rewind()
-                    collect = -1.0 if self._optimizer.schedule == "lagged" else None
+                    lagged = self._optimizer.schedule == "lagged" and self.probe_passes_ran
+                    collect = -1.0 if lagged else None
                     stack.enter_context(probes.active(sign=collect, inject=True))
                 yield self.record.task_loss
                 self._measure_slope()
@@ -472,6 +551,11 @@ class Passes:
         # Autocast keeps casts of the weights; a later pass must not meet those of an earlier one.
         torch.clear_autocast_cache()
         return self._random_state()
+
+    def _checkpointing(self, *, frozen: bool = False) -> AbstractContextManager[None]:
+        """Checkpoint activations in this pass, as the optimizer is set."""
+        checkpointing = self._optimizer.activation_checkpointing
+        return nullcontext() if checkpointing is None else checkpointing.active(frozen=frozen)
 
     def _every_parameter(self) -> list[nn.Parameter]:
         """Return the parameters of the optimizer and of the probed model, each once."""

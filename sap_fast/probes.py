@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sap_fast import ops
+from sap_fast import ops, packing
 from sap_fast.ops.reference import accumulation_dtype
+from sap_fast.reuse import LowerForward
 
 PROBE_RULES = ("gradient", "normalized", "adam")
 
@@ -84,6 +85,10 @@ class ProbeSet:
         self._frozen = False
         self._forward_index = -1
         self._mask: Tensor | None = None
+        #: Where the tokens of a packed batch's sequences lie; see `sap_fast.packing`.
+        self._index: Tensor | None = None
+        #: Only where the decoder stack is known: layers of an unknown order can't be skipped.
+        self._lower = LowerForward(_lower_layers(model, self.modules[self.layers[0]]))
 
         self._handles = [owner.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
         for index, module in self.modules.items():
@@ -142,7 +147,12 @@ class ProbeSet:
 
     @contextmanager
     def active(
-        self, *, sign: float | None = None, inject: bool = False, frozen: bool = False
+        self,
+        *,
+        sign: float | None = None,
+        inject: bool = False,
+        frozen: bool = False,
+        keep_lower: Sequence[nn.Parameter] = (),
     ) -> Iterator[None]:
         """Switch the hooks on.
 
@@ -150,14 +160,26 @@ class ProbeSet:
             sign: +1 or −1: collect sign·∂L/∂V of every backward pass; None collects nothing.
             inject: add V to the hidden states.
             frozen: no parameter takes a gradient, so nothing below the lowest probe needs one.
+            keep_lower: parameters that take gradients below the lowest probe after all, in a
+                forward pass that the task pass goes on from (`sap_fast.reuse`).
         """
         self._collect, self._negative = sign is not None, sign == -1.0
         self._inject, self._frozen = inject, frozen
+        if keep_lower:
+            self._lower.begin(keep_lower)
         try:
             yield
+        except BaseException:
+            self._lower.forget()
+            raise
         finally:
             self._collect = self._inject = self._frozen = False
-            self._mask = None
+            self._mask = self._index = None
+            self._lower.end()
+
+    def forget_lower_forward(self) -> None:
+        """Drop the forward pass that a probe pass kept for a task pass that does not come."""
+        self._lower.forget()
 
     def rewind(self) -> None:
         """Count forward passes from the first micro-batch again; tells per-token probes apart."""
@@ -237,18 +259,30 @@ class ProbeSet:
 
     # ---- hooks ----
 
+    @property
+    def _is_on(self) -> bool:
+        return (self._collect or self._inject) and not packing.being_tested()
+
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (self._collect or self._inject):
+        if not self._is_on:
             return
         self._forward_index += 1
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._index = packing.current_index()
+        if self._forward_index == 0:
+            self._lower.begin_forward(args, kwargs)
+            if not self._collect:
+                self._lower.skip(args, kwargs)
 
     def _on_layer_output(
         self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Any:
-        if not (self._collect or self._inject):
+        if not self._is_on:
             return None
+        if index == self.layers[0]:
+            self._lower.keep(output)
+            self._lower.resume()
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         buffer = None
         if self._collect:
@@ -258,9 +292,13 @@ class ProbeSet:
                 hidden = hidden.detach()
             self._measure(index, hidden.detach())
             buffer = self._buffer(index, hidden)
+        offset = self._offset(index, hidden)
+        if buffer is None and offset is not None and _may_be_written(hidden, args):
+            hidden.add_(offset)  # the bits of `ops.probe_add`, and no second B×S×H tensor
+            return None
         injected = ops.probe_inject(
             hidden,
-            self._offset(index, hidden),
+            offset,
             buffer,
             -1.0 if self._negative else 1.0,
             anchor=self._anchor,
@@ -275,7 +313,11 @@ class ProbeSet:
 
         dtype = accumulation_dtype(hidden.dtype)
         rms = torch.linalg.vector_norm(hidden, dim=-1, dtype=dtype) / hidden.shape[-1] ** 0.5
-        if self._mask is not None and self._mask.shape == rms.shape:
+        if self._index is not None:
+            # Back to one row per sequence; where two share tokens, each has them.
+            rms = rms.flatten().take(self._index.clamp(min=0))
+            rms = torch.where(self._index >= 0, rms, torch.nan)
+        elif self._mask is not None and self._mask.shape == rms.shape:
             rms = torch.where(self._mask.to(rms.device).bool(), rms, torch.nan)
         medians = rms.nanmedian(dim=-1).values
         # A row of nothing but padding has no median and does not count.
@@ -317,6 +359,31 @@ class ProbeSet:
                 "order"
             )
         return calls[self._forward_index]
+
+
+def _may_be_written(hidden: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether V may be added in place: autograd saved these hidden states for no one.
+
+    A sum, such as the residual one that ends a decoder layer, does not save its result. What the
+    layer was given does not count: others may have saved it.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(hidden.grad_fn).__name__ == "AddBackward0"
+        and not hidden._is_view()
+        and all(hidden is not given for given in args)
+    )
+
+
+def _lower_layers(model: nn.Module, lowest: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers up to `lowest`; none if they may not be skipped."""
+    if getattr(_text_config(model), "output_router_logits", False):
+        return []  # the loss reads the routers of all layers
+    try:
+        stack = list(find_decoder_layers(model)[0])
+    except ValueError:
+        return []
+    return stack[: stack.index(lowest) + 1] if lowest in stack else []
 
 
 def _one_tensor(calls: list[Tensor]) -> Tensor:

@@ -351,7 +351,7 @@ def test_parameters_of_another_model_are_refused() -> None:
 
 def test_a_probe_per_token_does_not_go_with_the_lagged_schedule() -> None:
     case = problem()
-    with pytest.raises(ValueError, match='schedule="lagged"'):
+    with pytest.raises(ValueError, match="schedule='lagged'"):
         FusedSAP(case.trained, ProbeSet(case.model, shape="token"), schedule="lagged")
 
 

@@ -96,10 +96,12 @@ def test_the_weights_of_each_probe_pass_are_the_ones_promised() -> None:
         with optimizer.safety_pass():
             safety(case)
         for sign, _ in zip(signs, optimizer.probe_passes(), strict=True):
-            assert case.trained == []
+            # At W the layers up to the lowest probe run for the task pass too (sap_fast/reuse.py).
+            assert case.trained == [] or sign == 0
             for p, w, d in zip(params, weights, direction, strict=True):
                 torch.testing.assert_close(p - w, sign * size * d / norm, rtol=1e-3, atol=1e-6)
             task(case)
+            assert case.trained == [] and all(p.grad is None for p in params)
         assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
 
 

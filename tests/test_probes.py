@@ -11,6 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from sap_fast import ops
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet, find_decoder_layers
 from tests.oracle import naive_task_loss
@@ -185,6 +186,68 @@ def test_inside_the_task_pass_the_offsets_are_added() -> None:
         task(case)
     handle.remove()
     torch.testing.assert_close(outputs[1] - outputs[0], probes.offsets[1].expand_as(outputs[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offsets_are_added_in_place_where_autograd_allows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = problem(dtype=dtype, lora=False)
+    probes = ProbeSet(case.model, layers=[1, 2])
+    generator = torch.Generator().manual_seed(0)
+    probes.load_state_dict({j: 0.1 * torch.randn(HIDDEN, generator=generator) for j in (1, 2)})
+
+    def gradients() -> list[Tensor]:
+        with probes.active(inject=True):
+            return list(torch.autograd.grad(naive_task_loss(case.model, case.batch), case.trained))
+
+    calls: list[Any] = []
+    inject = ops.probe_inject
+    monkeypatch.setattr(ops, "probe_inject", lambda *a, **k: (calls.append(a), inject(*a, **k))[1])
+    in_place = gradients()
+    assert not calls
+    monkeypatch.setattr("sap_fast.probes._may_be_written", lambda *_: False)
+    apart = gradients()
+    assert len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(in_place, apart, strict=True))
+
+
+class EndsInTanh(nn.Module):
+    """A layer whose result autograd saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("layer", [EndsInTanh(), nn.Identity(), nn.Unflatten(-1, (4,))], ids=repr)
+def test_hidden_states_that_others_hold_are_not_written(layer: nn.Module) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.probed = nn.Linear(4, 4), layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = x + self.first(x)
+            return (self.probed(before) * before.sigmoid() * before).sum()
+
+    model = Model()
+    probes = ProbeSet(model, layers=[layer])
+    probes.load_state_dict({0: torch.ones(4)})
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    before = x + model.first(x)
+    expected = ((layer(before) + 1) * before.sigmoid() * before).sum()
+    with probes.active(inject=True):
+        loss = model(x)
+    torch.testing.assert_close(loss, expected)
+    wanted = torch.autograd.grad(expected, list(model.first.parameters()))
+    for ours, exact in zip(
+        torch.autograd.grad(loss, list(model.first.parameters())), wanted, strict=True
+    ):
+        torch.testing.assert_close(ours, exact)
 
 
 def test_detach_removes_every_hook() -> None:

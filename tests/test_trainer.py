@@ -282,6 +282,40 @@ def test_trl_sft_trainer_with_the_mixin(tmp_path: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(tuned), strict=True))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_presets_leave_out_the_passes_that_are_not_due(tmp_path: Path, accumulate: int) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Watched(SAPTrainer):
+        def compute_safety_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+            seen.append(("safety", len(inputs["chosen"]["input_ids"])))
+            return super().compute_safety_loss(model, inputs)
+
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any):
+            kind = "probe" if not any(p.requires_grad for p in model.parameters()) else "task"
+            seen.append((kind, len(inputs["input_ids"])))
+            # The rows seen are divided by their own number of tokens.
+            items = sum((m["labels"][:, 1:] != -100).sum() for m in self.expected_window(kind))
+            assert int(kw["num_items_in_batch"]) == int(items)
+            return super().compute_loss(model, inputs, *args, **kw)
+
+        def expected_window(self, kind: str) -> list[Any]:
+            whole = self._window
+            return whole if kind == "task" else self.sap_optimizer.probe_part(whole)
+
+    options = {"probe_every": 2, "direction_every": 2, "probe_fraction": 0.6}
+    trainer = sap_trainer(
+        Watched,
+        model(),
+        arguments(tmp_path, gradient_accumulation_steps=accumulate, max_steps=3),
+        sap_options=options,
+    )
+    trainer.train()
+    probed = [("probe", rows) for rows in ([2] if accumulate == 1 else [3, 1])] * 2
+    full = [("safety", 4), *probed, *[("task", 3)] * accumulate]
+    assert seen == full + [("task", 3)] * accumulate + full
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -309,3 +343,17 @@ def test_safety_batches_show_every_row_once_per_round_and_follow_from_the_step()
     # Two ranks share what one rank of twice the batch would see.
     wide = SafetyBatches(SAFETY_ROWS, batch_size=6, seed=1)
     assert fresh.rows(2, 0, 2) + fresh.rows(2, 1, 2) == wide.rows(2)
+
+
+def test_safety_rows_of_about_the_same_length_come_together() -> None:
+    rows = [{"chosen": encoded(k), "rejected": encoded(k)} for k in range(40)]
+    batches = SafetyBatches(rows, batch_size=4, seed=0)
+    lengths = [
+        [len(row["chosen"]["input_ids"]) for row in batches.rows(step)] for step in range(10)
+    ]
+    assert all(max(batch) - min(batch) <= 1 for batch in lengths)
+    # In no order of length among the batches.
+    assert sorted(map(min, lengths)) != [min(batch) for batch in lengths]
+    # Rows of another form come in random order.
+    other = SafetyBatches(list(range(40)), batch_size=4, seed=0)
+    assert sorted(row for step in range(10) for row in other.rows(step)) == list(range(40))

@@ -138,7 +138,8 @@ def _info(settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, 
         "seed": str(settings.seed),
         "precision": settings.precision,
         "probe": f"rule {settings.probe_rule}, size {settings.probe_lr:g}, layers "
-        f"{settings.probe_layers}, schedule {settings.schedule}, rho {settings.rho}",
+        f"{settings.probe_layers}, preset {settings.preset}, schedule {settings.schedule}, rho "
+        f"{settings.rho}",
     }
     rows |= record.get("environment", {})
     summary = [

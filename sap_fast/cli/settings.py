@@ -74,11 +74,27 @@ class FinetuneSettings:
     )
     max_grad_norm: float = _option(1.0, _TRAINING, "Clip gradients to this norm; 0: do not.")
     max_length: int = _option(512, _DATA, "Tokens to keep of a row.")
-    checkpointing: bool = _option(
-        False, _TRAINING, "Recompute activations in backward: less memory, more time."
+    checkpointing: str = _option(
+        "none",
+        _TRAINING,
+        "Recompute activations in backward, less memory for more time: none; layers: of every "
+        "decoder layer; auto: of as many as memory asks for (with adamw and blend, of every one).",
+        choices=("none", "layers", "auto"),
     )
     seed: int = _option(0, _RUN, "Seed of the order of rows, of dropout and of LoRA.")
-    safety_batch_size: int = _option(4, _SAP, "Safety rows per step.")
+    safety_batch_size: int = _option(4, _SAP, "Safety rows per safety pass.")
+    preset: str = _option(
+        "paper",
+        _SAP,
+        "paper: every pass at every step; balanced and economical leave passes out: see the README "
+        "for what they save and what it costs.",
+        choices=("paper", "balanced", "economical"),
+    )
+    direction_every: int | None = _option(None, _SAP, "Steps between safety passes, over --preset.")
+    probe_every: int | None = _option(None, _SAP, "Steps between probe passes, over --preset.")
+    probe_fraction: float | None = _option(
+        None, _SAP, "Part of the task rows that probe passes see, over --preset."
+    )
     safety_loss: str = _option(
         "contrastive",
         _SAP,
@@ -147,6 +163,11 @@ class FinetuneSettings:
             "schedule": self.schedule,
             "difference": self.difference,
             "safety_weight": self.safety_weight,
+            "preset": self.preset,
+            "direction_every": self.direction_every,
+            "probe_every": self.probe_every,
+            "probe_fraction": self.probe_fraction,
+            "checkpointing": self.checkpointing if self.optimizer == "sap" else "none",
         }
 
     def lora_targets(self) -> list[str] | None:

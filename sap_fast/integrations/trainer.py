@@ -20,15 +20,21 @@ _SAFETY_LOSSES: dict[str, SafetyLoss] = {
 }
 
 
-class SafetyBatches:
-    """The safety rows of every step: all rows in random order, again and again.
+# Long enough to sort well, short enough that batches differ from round to round (transformers'
+# length-grouped sampler sorts up to 50 batches).
+_BATCHES_SORTED_TOGETHER = 16
 
-    The rows of step t follow from the seed and t alone, so that a resumed run needs no saved
-    position to go on with the rows it would have had.
+
+class SafetyBatches:
+    """The rows of every safety pass: all rows in random order, again and again.
+
+    The rows of pass t follow from the seed and t alone, so that a resumed run needs no saved
+    position to go on with the rows it would have had. Rows of about the same length come together,
+    for less padding, where the dataset has rows as `sap_fast.data.load_safety_dataset` makes them.
 
     Args:
         dataset: safety rows, indexable.
-        batch_size: rows per step and rank.
+        batch_size: rows per safety pass and rank.
         seed: seed of the order.
     """
 
@@ -38,21 +44,40 @@ class SafetyBatches:
         if batch_size < 1:
             raise ValueError(f"safety_batch_size={batch_size} is out of range; give a number ≥ 1")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
-        self._round = -1
+        self._round = (-1, 0)
         self._order: list[int] = []
 
     def rows(self, step: int, rank: int = 0, ranks: int = 1) -> list[Any]:
-        """Return the rows that `rank` of `ranks` sees at a step."""
-        first = (step * ranks + rank) * self._batch_size
-        return [self._dataset[self._index(first + k)] for k in range(self._batch_size)]
+        """Return the rows that `rank` of `ranks` sees in safety pass number `step`."""
+        together = self._batch_size * ranks
+        first = step * together + rank * self._batch_size
+        return [self._dataset[self._index(first + k, together)] for k in range(self._batch_size)]
 
-    def _index(self, position: int) -> int:
+    def _index(self, position: int, together: int) -> int:
         round_, place = divmod(position, len(self._dataset))
-        if self._round != round_:
+        if self._round != (round_, together):
             generator = torch.Generator().manual_seed(self._seed + round_)
-            self._order = torch.randperm(len(self._dataset), generator=generator).tolist()
-            self._round = round_
+            order = torch.randperm(len(self._dataset), generator=generator).tolist()
+            self._order = self._by_length(order, together, generator)
+            self._round = round_, together
         return self._order[place]
+
+    def _by_length(self, order: list[int], together: int, generator: torch.Generator) -> list[int]:
+        """Sort stretches of a random order by length, and shuffle the batches they make up."""
+        stretch = _BATCHES_SORTED_TOGETHER * together
+        batches: list[list[int]] = []
+        for start in range(0, len(order), stretch):
+            rows = sorted(order[start : start + stretch], key=lambda row: self._length(row))
+            cut = [rows[k : k + together] for k in range(0, len(rows), together)]
+            batches += [cut[k] for k in torch.randperm(len(cut), generator=generator).tolist()]
+        return [row for batch in batches for row in batch]
+
+    def _length(self, index: int) -> int:
+        row = self._dataset[index]
+        try:
+            return max(len(row[answer]["input_ids"]) for answer in ("chosen", "rejected"))
+        except (TypeError, KeyError):
+            return 0  # rows of a form that only their collator knows
 
 
 if TYPE_CHECKING:
@@ -76,7 +101,7 @@ class SAPTrainerMixin(_Base):
         safety_dataset: indexable rows for `safety_collator`.
         safety_collator: turns a list of rows into `{"chosen": batch, "rejected": batch}`, as
             `sap_fast.data.SafetyCollator` does.
-        safety_batch_size: safety rows per step.
+        safety_batch_size: safety rows per safety pass.
         safety_loss: `"contrastive"`, `"difference"`, or a function (model, chosen, rejected) →
             scalar; see `sap_fast.losses`.
         probe_layers: as `ProbeSet(layers=…)`. None: no probe, for gradient blending alone; set
@@ -163,6 +188,8 @@ class SAPTrainerMixin(_Base):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetch the micro-batches of the next step, and remember them for the probe passes."""
         samples, items = super().get_batch_samples(*args, **kwargs)
+        # Once and not in each pass: all passes see the same tensors on the device.
+        samples = [self._prepare_inputs(micro_batch) for micro_batch in samples]
         self._window, self._window_position = samples, 0
         return samples, items
 
@@ -187,28 +214,37 @@ class SAPTrainerMixin(_Base):
     def _run_inner_passes(
         self, optimizer: FusedSAP, model: nn.Module, window: list[Any], num_items: Any
     ) -> None:
-        args, state = self.args, self.state
-        rows = self._safety_batches.rows(state.global_step, args.process_index, args.world_size)
-        safety_inputs = self._prepare_inputs(self._safety_collator(rows))
-
         def safety() -> Tensor:
             model.train()
-            loss = self.compute_safety_loss(model, safety_inputs)
+            rows = self._safety_batches.rows(
+                optimizer.directions_taken, self.args.process_index, self.args.world_size
+            )
+            loss = self.compute_safety_loss(
+                model, self._prepare_inputs(self._safety_collator(rows))
+            )
             self.accelerator.backward(loss)
             return loss.detach()
 
         def task() -> Iterator[Tensor]:
-            for micro_batch in window:
-                yield super(SAPTrainerMixin, self).training_step(model, micro_batch, num_items)
+            part = optimizer.probe_part(window)
+            items = num_items
+            if part is not window and num_items is not None:
+                items = self._get_num_items_in_batch(part, self.args.device)
+            # What a loss is divided by that no number of items scales.
+            self.current_gradient_accumulation_steps = len(part)
+            for micro_batch in part:
+                yield super(SAPTrainerMixin, self).training_step(model, micro_batch, items)
+            self.current_gradient_accumulation_steps = len(window)
 
         if optimizer.needs_calibration:
             optimizer.calibrate_rho(lambda: torch.stack(list(task())).sum(), safety)
         # What a log wants to know about this step costs a buffer; other steps go without.
         wanted = self._sap_options.get("keep_direction", False)
         optimizer.keep_direction = wanted or self._logs_after_this_step()
-        with optimizer.safety_pass() as record:
-            record(safety())
-        if optimizer.probes is not None:
+        if optimizer.needs_direction:
+            with optimizer.safety_pass() as record:
+                record(safety())
+        if optimizer.needs_probe:
             for record in optimizer.probe_passes():
                 for loss in task():
                     record(loss)
