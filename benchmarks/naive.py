@@ -17,6 +17,7 @@ together and labels are shifted, and log-probabilities are means over tokens, no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,7 +84,7 @@ class NaiveSAP:
             for index in layers
         }
         self._handles = [
-            layer.register_forward_hook(lambda _, __, output, v=self.probes[index]: output + v)
+            layer.register_forward_hook(functools.partial(_add_probe, self.probes[index]))
             for index, layer in layers.items()
         ]
 
@@ -167,6 +168,11 @@ class NaiveSAP:
     def _autocast(self) -> torch.autocast:
         device = self.params[0].device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.autocast)
+
+
+def _add_probe(probe: Tensor, layer: nn.Module, args: tuple[Any, ...], hidden: Tensor) -> Tensor:
+    # Not a sum of two dtypes: fp32 adapters on bf16 weights would turn the hidden states to fp32.
+    return hidden + probe.to(hidden.dtype)
 
 
 @torch.no_grad()

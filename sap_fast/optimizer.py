@@ -44,10 +44,9 @@ class Preset:
     probe_fraction: float
 
 
-#: The direction changes slowly, V belongs to its batch: on SmolLM2 the V found with a direction five
-#: steps old has a cosine of 0.95 with that of the full step, one found on half the batch 0.78, and
-#: that of the step before 0.2 (benchmarks/presets.py). So the presets save directions first, rows
-#: second, and whole probe passes not at all.
+#: The direction changes slowly, V belongs to its batch (benchmarks/presets.py has the cosines): so
+#: the presets save directions first, rows of the probe passes second, and whole probe passes not at
+#: all.
 PRESETS = {
     "paper": Preset(direction_every=1, probe_every=1, probe_fraction=1.0),
     "balanced": Preset(direction_every=5, probe_every=1, probe_fraction=0.75),
