@@ -1131,7 +1131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for setup in SETUPS
         for batch in BATCHES
         for dtype in DTYPES
-        if not wanted or wanted & {setup, batch, dtype}
+        if wanted <= {setup, batch, dtype}
     ]
     if not cases:
         parser.error(f"--only {options.only}: no case has these words; see --help")
