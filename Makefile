@@ -9,7 +9,7 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-slow sanitize gpu ops lint format install fidelity clean
+.PHONY: help demo test test-slow sanitize gpu ops step presets cost lint format install fidelity clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -19,6 +19,10 @@ help:
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
 	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in one table"
 	@echo "make ops        time the operations against PyTorch's; writes CSV and picture"
+	@echo "make step       time and memory of a whole step against AdamW's, half an hour; CSVs, pictures"
+	@echo "                (STEP='--table memory --only lora,bf16' for less)"
+	@echo "make presets    what leaving passes out costs in fidelity; writes CSV and picture"
+	@echo "make cost       check the cost model against make step, predict Llama-3 on H100s"
 	@echo "make lint       ruff, mypy, clang-format;  make format  applies their fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
@@ -63,6 +67,16 @@ gpu: install
 # Alone on the machine: it times.
 ops: install
 	$(BIN)/python -m benchmarks.ops
+
+# Alone on the machine: it times.
+step: install
+	$(BIN)/python -m benchmarks.step $(STEP)
+
+presets: install
+	$(BIN)/python -m benchmarks.presets
+
+cost: install
+	$(BIN)/python -m benchmarks.cost_model
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import presets
 from sap_fast.optimizer import PRESETS, FusedSAP
 from sap_fast.probes import ProbeSet, find_decoder_layers
-from tests.oracle import naive_task_loss
+from tests.oracle import naive_contrastive_loss, naive_task_loss
 from tests.tiny import Batch, Problem, problem, random_batch, safety, task
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -132,8 +135,6 @@ def test_a_kept_direction_is_that_of_the_step_that_took_it() -> None:
 
 
 def safety_loss(case: Problem) -> Tensor:
-    from tests.oracle import naive_contrastive_loss
-
     return naive_contrastive_loss(case.model, case.chosen, case.rejected)
 
 
@@ -343,3 +344,20 @@ def test_checkpointing_changes_no_bit(lora: bool, options: dict[str, Any]) -> No
     # Every forward of the highest layer, again in its backward.
     assert more_runs == 2 * runs
     assert runs <= auto_runs <= more_runs
+
+
+def test_the_price_of_presets_is_measured_against_the_full_step(tmp_path: Path) -> None:
+    vectors = {0: torch.tensor([1.0, 0.0]), 1: torch.tensor([0.0, 2.0])}
+    turned = {0: torch.tensor([3.0, 0.0]), 1: torch.tensor([1.0, 0.0])}
+    assert presets.similarity(vectors, turned) == pytest.approx(0.5)
+
+    presets.main(["--quick", "--steps", "9", "--output", str(tmp_path)])
+    with (tmp_path / "presets.csv").open(encoding="utf-8") as file:
+        rows = {row["settings"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(presets.SETTINGS)
+    assert {row["steps"] for row in rows.values()} == {"4"}
+    # Of steps 5 to 8 the probe of every second one is the full step's.
+    assert float(rows["probe_every=2"]["cosine_high"]) > 0.999
+    assert float(rows["probe_every=2"]["cosine"]) < 0.99
+    assert all(row["commit"] and row["device"] for row in rows.values())
+    assert (tmp_path / "presets.png").stat().st_size > 10_000
