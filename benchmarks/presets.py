@@ -33,7 +33,6 @@ from sap_fast.optimizer import PRESETS
 #: Each setting alone, and the presets, which join them.
 SETTINGS: dict[str, dict[str, Any]] = {
     "direction_every=5": {"direction_every": 5},
-    "probe_fraction=0.5": {"probe_fraction": 0.5},
     "probe_every=2": {"probe_every": 2, "direction_every": 2},
     **{name: {"preset": name} for name in PRESETS if name != "paper"},
 }
