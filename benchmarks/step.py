@@ -1,6 +1,6 @@
 """A whole training step: time, memory, allocations and growth, and the six claims made for them.
 
-    python -m benchmarks.step            everything, under half an hour; --help for less
+    python -m benchmarks.step            everything, about an hour; --help for less
 
 Every configuration trains a copy of the same model on the same batches:
 
