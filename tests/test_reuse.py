@@ -160,7 +160,7 @@ def test_a_forward_of_ones_own_on_a_layer_comes_back() -> None:
     case = problem()
     layer: nn.Module = find_decoder_layers(case.model)[0][0]
     own = layer.forward
-    layer.forward = lambda *args, **kwargs: own(*args, **kwargs)  # type: ignore[method-assign]
+    layer.forward = lambda *args, **kwargs: own(*args, **kwargs)  # type: ignore[method-assign]  # as accelerate does
     mine = layer.forward
     with calls_of(case, 0) as calls:
         passes(case, sap(case))
