@@ -294,27 +294,26 @@ class Passes:
         for parameter in perturbed:
             refuse_sparse(parameter)
         direction = [parameter.grad for parameter in perturbed if parameter.grad is not None]
-        backend, record = self._optimizer.backend, self.record
-        record.direction_norm = ops.sum_squares(direction, backend=backend).sqrt()
-        record.direction_valid = record.direction_norm.isfinite() & (record.direction_norm > 0)
-        self._measure_parameters()
-        self.perturbed, self.direction = perturbed, direction
+        norm = ops.sum_squares(direction, backend=self._optimizer.backend).sqrt()
+        self._set_direction(perturbed, direction, norm)
         self.safety_pass_ran = True
-
-    def _measure_parameters(self) -> None:
-        trained, backend = self._optimizer.trained_parameters(), self._optimizer.backend
-        self.record.parameter_norm = ops.sum_squares(trained, backend=backend).sqrt()
 
     @torch.no_grad()
     def _recall_direction(self) -> None:
         """Take the kept direction of an earlier step, if this step has none of its own."""
         kept = self._optimizer.kept_direction()
-        if kept is None or self.record.direction_norm is not None:
-            return
-        self.perturbed, self.direction, self.record.direction_norm = kept
-        norm = self.record.direction_norm
-        self.record.direction_valid = norm.isfinite() & (norm > 0)
-        self._measure_parameters()
+        if kept is not None and self.record.direction_norm is None:
+            self._set_direction(*kept)
+
+    def _set_direction(
+        self, perturbed: list[nn.Parameter], direction: list[Tensor], norm: Tensor
+    ) -> None:
+        optimizer, record = self._optimizer, self.record
+        self.perturbed, self.direction = perturbed, direction
+        record.direction_norm = norm
+        record.direction_valid = norm.isfinite() & (norm > 0)
+        trained = optimizer.trained_parameters()
+        record.parameter_norm = ops.sum_squares(trained, backend=optimizer.backend).sqrt()
 
     # ---- passes 2 and 3 ----
 
