@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.provenance import RESULTS, write_rows
-from sap_fast.losses import CHUNK_BYTES, CPU_CHUNK_BYTES
+from sap_fast.losses import CHUNK_BYTES
 from sap_fast.optimizer import PRESETS
 
 Row = dict[str, Any]
@@ -135,7 +135,6 @@ class Job:
         torch_adamw: the update of `torch.optim.AdamW` without `fused`, as `adamw_torch` runs it.
         checkpointing: `"none"` or `"layers"`.
         dtype: `"fp32"`; `"bf16"`: autocast, and bf16 weights below LoRA.
-        cuda: of the machine, which decides on the rows of a chunk of logits.
         flash_backward: attention's backward computes the scores again, as fused kernels do.
     """
 
@@ -150,7 +149,6 @@ class Job:
     torch_adamw: bool = False
     checkpointing: str = "none"
     dtype: str = "fp32"
-    cuda: bool = False
     flash_backward: bool = True
 
     @property
@@ -207,8 +205,12 @@ class Job:
         """How many pieces the logits of a pass are computed in."""
         if self.full_logits:
             return 1
-        size = CHUNK_BYTES if self.cuda else CPU_CHUNK_BYTES
-        return math.ceil(tokens.scored / max(1, size // (4 * self.model.vocabulary)))
+        return math.ceil(tokens.scored / max(1, CHUNK_BYTES // (4 * self.model.vocabulary)))
+
+    def recomputes_head(self, kind: Pass) -> bool:
+        """Whether a pass runs a trained head again: a loss of pairs, which weighs its rows."""
+        trained = self.lora is None and not self.frozen(kind)
+        return trained and kind == "safety" and not self.full_logits
 
     def head_positions(self, tokens: Tokens) -> float:
         """Positions that logits are computed for."""
@@ -265,7 +267,7 @@ def pass_flops(job: Job, kind: Pass) -> float:
     head = 2 * model.head_weights * job.head_positions(batch)
     products = 2  # logits, and the gradient of what enters
     if job.lora is None and not job.frozen(kind):
-        products += 1 if job.full_logits else 2  # a trained head's chunks are computed again
+        products += 1 + job.recomputes_head(kind)  # the gradient of its weights
     return total + products * head
 
 
@@ -287,7 +289,7 @@ def pass_bytes(job: Job, kind: Pass) -> float:
         total += model.layers * model.layer_weights * (4 + compute)
     if job.lora is None and not frozen:
         total += 4 * model.layers * model.layer_weights  # their gradients
-    return total + _head_bytes(job, batch, frozen)
+    return total + _head_bytes(job, kind)
 
 
 def layer_traffic(job: Job) -> float:
@@ -317,10 +319,11 @@ def layer_traffic(job: Job) -> float:
     return norms + sums + linear + rotary + attention + activation + adapters
 
 
-def _head_bytes(job: Job, batch: Tokens, frozen: bool) -> float:
-    model, compute, chunks = job.model, job.compute_bytes, job.chunks(batch)
-    trained = job.lora is None and not frozen
-    again = trained and not job.full_logits
+def _head_bytes(job: Job, kind: Pass) -> float:
+    model, batch = job.model, job.batches[kind]
+    compute, chunks = job.compute_bytes, job.chunks(batch)
+    trained = job.lora is None and not job.frozen(kind)
+    again = job.recomputes_head(kind)
     # Written by the product, log-softmax (r w), the gradients of both losses (w; r r w), read by
     # the product of backward; in bf16 with a cast each way.
     per_logit = 4 + 8 + 4 + 12 + 4 + (12 if compute == 2 else 0)
@@ -627,7 +630,6 @@ def predicted_job(model: Model, lora: Lora | None, optimizer: str, checkpointing
         probe_every=preset.probe_every,
         checkpointing=checkpointing,
         dtype="bf16",
-        cuda=True,
     )
 
 

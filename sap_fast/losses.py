@@ -7,10 +7,11 @@ padding side does not change a loss.
 
 How the logits are avoided: the model runs as it was given, wrappers included, while hooks on its
 output embeddings (the head) keep the hidden states and let only the last position through. The head
-is then applied to the scored positions alone, a chunk at a time, and every chunk is computed again
-in the backward pass; where the head is frozen, its rows' gradient is computed with the forward
-instead. A model's first use also tests that this gives the model's own logits. Where it does not,
-or can't, losses are computed from the model's own logits, and a warning says so.
+is then applied to the scored positions alone, a chunk at a time. The gradient of a chunk is found
+with it, where it is known by then what it will be multiplied by (in the task loss) or where the
+head is frozen; else the chunk is computed again in the backward pass. A model's first use also
+tests that this gives the model's own logits. Where it does not, or can't, losses are computed from
+the model's own logits, and a warning says so.
 
 What sequences of a batch share at their start, and padding, is left out of the model's forward
 where the model allows (`sap_fast.packing`).
@@ -45,11 +46,6 @@ Reduction = Literal["sum", "mean"]
 # At that V a chunk still has 131 rows, so the head's weights are read once for many rows.
 CHUNK_BYTES = 64 * 2**20
 
-# On the CPU glibc maps every temporary above 32 MiB anew, and each of its pages faults: measured at
-# V=49,152 in fp32, cross-entropy forward and backward take 57 ms for 341 rows (64 MiB) and 10 ms
-# for 153 (29 MiB).
-CPU_CHUNK_BYTES = 16 * 2**20
-
 
 def task_loss(
     model: nn.Module,
@@ -63,7 +59,7 @@ def task_loss(
     Equals the `loss` that a transformers model returns for `labels=`, with the router loss of a
     mixture of experts where `output_router_logits` asks for it; only padding is never scored.
     Synchronises with the host before the forward, to find the scored positions; not again for the
-    same tensors, unchanged. Differentiable once where the head is frozen, as with LoRA.
+    same tensors, unchanged.
 
     Args:
         model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
@@ -92,9 +88,9 @@ def task_loss(
             f"batch has no scored token in any of its {len(scored.counts)} rows: "
             f"{_WHY_NOTHING_IS_SCORED}"
         )
-    log_probs, outputs = _scored_log_probs(model, batch, scored, pack)
-    count = len(log_probs) if num_items is None else num_items
-    loss = -log_probs.sum() / (count.to(log_probs.device) if isinstance(count, Tensor) else count)
+    total, outputs = _scored_log_probs(model, batch, scored, pack, total=True)
+    count = len(scored.targets) if num_items is None else num_items
+    loss = -total / (count.to(total.device) if isinstance(count, Tensor) else count)
     router_loss = getattr(outputs, "aux_loss", None)
     if router_loss is not None:
         coefficient = _text_setting(_unwrap(model)[0], "router_aux_loss_coef") or 0.0
@@ -108,7 +104,7 @@ def response_log_probs(
     """Log-probability of each row's response given its prompt, in nats.
 
     Synchronises with the host before the forward, to find the scored positions; not again for the
-    same tensors, unchanged. Differentiable once where the head is frozen, as with LoRA.
+    same tensors, unchanged.
 
     Args:
         model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
@@ -145,7 +141,6 @@ def contrastive_loss(
 
     The safety loss of arXiv:2505.16737v2. Both batches run as one forward. Synchronises with the
     host before it, to find the scored positions; not again for the same tensors, unchanged.
-    Differentiable once where the head is frozen, as with LoRA.
 
     Args:
         model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
@@ -184,7 +179,6 @@ def difference_loss(
 
     The safety loss of arXiv:2505.16737v1. Both batches run as one forward. Synchronises with the
     host before it, to find the scored positions; not again for the same tensors, unchanged.
-    Differentiable once where the head is frozen, as with LoRA.
 
     Args:
         model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
@@ -352,9 +346,9 @@ class _UnknownHeadError(Exception):
 
 
 def _scored_log_probs(
-    model: nn.Module, batch: Batch, scored: _Scored, pack: bool
+    model: nn.Module, batch: Batch, scored: _Scored, pack: bool, total: bool = False
 ) -> tuple[Tensor, Any]:
-    """Log-probabilities (N,) of the scored tokens, and what the model returned."""
+    """Log-probabilities (N,) of the scored tokens, or their total, and what the model returned."""
     causal_lm, compiled = _unwrap(model)
     packed = _pack(model, causal_lm, batch, scored) if pack else None
     if packed is None:
@@ -385,7 +379,7 @@ def _scored_log_probs(
             set_device_states(*device_random_states, device_type=inputs["input_ids"].device.type)
         else:
             _chunkable.add(causal_lm)
-            return _chunked_log_probs(call.project, hidden, scored, vocabulary, head), outputs
+            return call.log_probs(hidden, scored, vocabulary, total), outputs
     with running(token_index):
         outputs = model(**inputs)
     logits = logits_of(outputs)
@@ -394,7 +388,10 @@ def _scored_log_probs(
             f"{type(causal_lm).__name__} returned logits of shape {tuple(logits.shape)} for "
             f"input_ids of shape {tuple(shape)}; expected (batch, sequence, vocabulary)"
         )
-    return _chunked_log_probs(nn.Identity(), logits, scored, logits.shape[-1]), outputs
+    log_probs = _recomputed(
+        _token_log_probs, _scored_rows(logits, scored), scored.targets, logits.shape[-1]
+    )
+    return log_probs.sum() if total else log_probs, outputs
 
 
 def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
@@ -507,9 +504,11 @@ class _HeadCall:
         device = hidden.device.type
         enabled = torch.is_autocast_enabled(device)
         self.autocast = device, torch.get_autocast_dtype(device), enabled
-        # Contiguous, or matmul makes a bmm of it, with a copy of a frozen head's weights per row:
-        # 490 ms of a step of 1.25 s, SmolLM2-135M with LoRA in bf16 on 4 rows of 96 tokens.
-        return (hidden[:, -1:].contiguous(),), {}
+        # With the strides of a contiguous tensor, which contiguous() does not give to one row; or
+        # matmul makes a bmm of it, with a copy of a frozen head's weights per row: 70 ms per pass
+        # of SmolLM2-135M in bf16.
+        last = hidden[:, -1:].clone(memory_format=torch.contiguous_format)
+        return (last,), {}
 
     def _after_head(self, _: nn.Module, args: Any, output: Any) -> Any:
         if not self.test or not isinstance(output, Tensor):
@@ -547,40 +546,71 @@ class _HeadCall:
                 "post-processing known here"
             )
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """Logits (N, V) of hidden states (N, H)."""
+    def log_probs(self, hidden: Tensor, scored: _Scored, vocabulary: int, total: bool) -> Tensor:
+        """Log-probabilities (N,) of the scored tokens from the hidden states, or their total."""
+        rows = _scored_rows(hidden, scored)
+        size = _chunk_size(rows, vocabulary)
+        learns = torch.is_grad_enabled() and not _is_hooked(self.head)
+        trained = {n: p for n, p in self.head.named_parameters() if p.requires_grad}
+        if learns and not trained and rows.requires_grad:
+            found = _FrozenHead.apply(rows, scored.targets, size, self._chunk)
+        elif learns and trained and total:
+            names = tuple(trained)
+            return _TotalOfHead.apply(rows, scored.targets, size, self, names, *trained.values())
+        else:
+            found = _recomputed(self._chunk, rows, scored.targets, vocabulary, self.head)
+        return found.sum() if total else found
+
+    def _chunk(
+        self, rows: Tensor, targets: Tensor, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Log-probabilities of rows, with the head's own parameters or with others by name."""
         # Uncached, because chunks that share one bf16 copy of the weights add gradients in bf16.
         with torch.autocast(*self.autocast, cache_enabled=False):
-            logits = functional_call(self.head, self._cast_parameters, (hidden,))
-            return _post_process(self.causal_lm, logits)
+            parameters = self._cast_parameters if parameters is None else parameters
+            logits = functional_call(self.head, dict(parameters), (rows,))
+            return _token_log_probs(_post_process(self.causal_lm, logits), targets)
+
+    def cast(self, parameter: Tensor) -> Tensor:
+        """Cast a parameter of a linear head as autocast would; that of another head stays."""
+        _, dtype, enabled = self.autocast
+        if not enabled or not _is_plain_linear(self.head) or parameter.dtype == torch.float64:
+            return parameter
+        return parameter.to(dtype)
 
     @functools.cached_property
     def _cast_parameters(self) -> dict[str, Tensor]:
         """A frozen linear head's parameters as autocast would cast them for every chunk."""
-        _, dtype, enabled = self.autocast
-        if not enabled or not _is_plain_linear(self.head) or not _is_frozen(self.head):
+        if not _is_plain_linear(self.head):
             return {}
-        return {
-            name: parameter.to(dtype)
-            for name, parameter in self.head.named_parameters()
-            if parameter.dtype != torch.float64  # which autocast leaves alone
-        }
+        return {n: self.cast(p) for n, p in self.head.named_parameters() if not p.requires_grad}
 
 
 def _is_plain_linear(head: nn.Module) -> bool:
     return type(head) is nn.Linear and "forward" not in vars(head)
 
 
-def _is_frozen(head: nn.Module) -> bool:
-    """Whether a gradient with respect to the head's input is all that there is."""
-    return not any(parameter.requires_grad for parameter in head.parameters()) and not any(
-        # Hooks of others may hold parameters of their own.
-        module._forward_hooks or module._forward_pre_hooks
-        for module in head.modules()
-    )
+def _is_hooked(head: nn.Module) -> bool:
+    """Whether there may be more in the head than its parameters: others' hooks hold their own."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in head.modules())
 
 
-class _FrozenHeadLogProbs(torch.autograd.Function):
+def _scored_rows(features: Tensor, scored: _Scored) -> Tensor:
+    return features.flatten(0, 1).index_select(0, scored.positions.to(features.device))
+
+
+def _chunk_size(rows: Tensor, vocabulary: int) -> int:
+    itemsize = torch.promote_types(rows.dtype, torch.float32).itemsize
+    return max(1, CHUNK_BYTES // (vocabulary * itemsize))
+
+
+def _token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities (N,) of targets (N,) by logits (N, V), in fp32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+
+
+class _FrozenHead(torch.autograd.Function):
     """Log-probabilities (N,) of rows (N, ·); their gradient is found with them, chunk by chunk.
 
     The log-probability of a row depends on that row alone, so the gradient of the chunk's sum has
@@ -599,54 +629,97 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
                 chunk_log_probs = log_probs(leaf, chunk[1])
                 gradients += torch.autograd.grad(chunk_log_probs.sum(), leaf)
             chunks.append(chunk_log_probs.detach())
-        ctx.save_for_backward(torch.cat(gradients))
+        ctx.log_probs, ctx.targets = log_probs, targets
+        ctx.save_for_backward(rows, torch.cat(gradients))
         return torch.cat(chunks)
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None, None]:
-        # `once_differentiable` lets this pass, with a part of the second derivative missing: it
-        # raises only where `incoming` requires a gradient.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True through a loss of a model with a frozen head, whose gradient "
-                "is kept as a number; set requires_grad on the head's weight"
-            )
-        (gradient,) = ctx.saved_tensors
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: a second derivative needs the graph
+            again = ctx.log_probs(rows, ctx.targets)
+            (gradient,) = torch.autograd.grad(again, rows, incoming, create_graph=True)
+            return gradient, None, None, None
         # `incoming` is fp32 or wider, and so is the product.
         product = gradient * incoming[:, None].to(gradient.device)
         return product.to(gradient.dtype), None, None, None
 
 
-def _chunked_log_probs(
-    project: Callable[[Tensor], Tensor],
-    features: Tensor,
-    scored: _Scored,
+class _TotalOfHead(torch.autograd.Function):
+    """Total log-probability of rows (N, ·); all gradients are found with it, chunk by chunk.
+
+    A total has one incoming gradient, so that those of the rows and of the head's parameters need
+    only be multiplied by it: against computing the chunks again, a quarter of the head's work is
+    saved. The parameters' gradients are kept from the forward on, added up in fp32 or wider.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        targets: Tensor,
+        size: int,
+        call: _HeadCall,
+        names: tuple[str, ...],
+        *parameters: Tensor,
+    ) -> Tensor:
+        totals, row_gradients = [], []
+        sums: list[Tensor] = []
+        leaves = [call.cast(p).detach().requires_grad_() for p in parameters]
+        for chunk in zip(rows.split(size), targets.split(size), strict=True):
+            with torch.enable_grad():
+                leaf = chunk[0].detach().requires_grad_()
+                total = call._chunk(leaf, chunk[1], dict(zip(names, leaves, strict=True))).sum()
+                row_gradient, *gradients = torch.autograd.grad(total, [leaf, *leaves])
+            totals.append(total.detach())
+            row_gradients.append(row_gradient)
+            if not sums:
+                sums = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+                continue
+            for accumulated, gradient in zip(sums, gradients, strict=True):
+                accumulated.add_(gradient)
+        ctx.call, ctx.names, ctx.targets = call, names, targets
+        ctx.save_for_backward(rows, torch.cat(row_gradients), *parameters, *sums)
+        return torch.stack(totals).sum()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        rows, row_gradient, *kept = ctx.saved_tensors
+        parameters, sums = kept[: len(ctx.names)], kept[len(ctx.names) :]
+        if torch.is_grad_enabled():  # create_graph: a second derivative needs the graph
+            named = dict(zip(ctx.names, parameters, strict=True))
+            total = ctx.call._chunk(rows, ctx.targets, named).sum()
+            wanted = [tensor for tensor in (rows, *parameters) if tensor.requires_grad]
+            found = iter(torch.autograd.grad(total, wanted, incoming, create_graph=True))
+            gradients = [next(found) if t.requires_grad else None for t in (rows, *parameters)]
+            return gradients[0], None, None, None, None, *gradients[1:]
+        scaled = [
+            (gradient * incoming.to(gradient.device)).to(like.dtype)
+            for gradient, like in zip((row_gradient, *sums), (rows, *parameters), strict=True)
+        ]
+        return scaled[0], None, None, None, None, *scaled[1:]
+
+
+def _recomputed(
+    log_probs: Callable[[Tensor, Tensor], Tensor],
+    rows: Tensor,
+    targets: Tensor,
     vocabulary: int,
     head: nn.Module | None = None,
 ) -> Tensor:
-    """Log-probabilities (N,) of the scored tokens, from `project` of (B, S, ·) features' rows.
+    """Log-probabilities (N,) of rows (N, ·), chunk by chunk, each run again in the backward pass.
 
     Args:
-        project: Gives the logits of rows; run again in the backward pass unless `head` is frozen.
-        features: Hidden states, or logits.
-        scored: The scored positions.
+        log_probs: Gives them for a chunk of rows and targets.
+        rows: Hidden states, or logits.
+        targets: (N,) the tokens.
         vocabulary: V, which sets the rows per chunk.
-        head: What `project` runs; None if the features are logits.
+        head: What `log_probs` runs; None if the rows are logits.
     """
-    rows = features.flatten(0, 1).index_select(0, scored.positions.to(features.device))
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    chunk_bytes = CPU_CHUNK_BYTES if rows.device.type == "cpu" else CHUNK_BYTES
-    size = max(1, chunk_bytes // (vocabulary * dtype.itemsize))
-
-    def log_probs(rows: Tensor, targets: Tensor) -> Tensor:
-        logits = project(rows).to(dtype)
-        return -F.cross_entropy(logits, targets.to(logits.device), reduction="none")
-
-    chunks = zip(rows.split(size), scored.targets.split(size), strict=True)
-    if head is not None and rows.requires_grad and _is_frozen(head):
-        return _FrozenHeadLogProbs.apply(rows, scored.targets, size, log_probs)
+    size = _chunk_size(rows, vocabulary)
     # A plain linear layer draws no random numbers; LoRA's dropout on the head does.
     random = head is not None and type(head) is not nn.Linear
+    chunks = zip(rows.split(size), targets.split(size), strict=True)
     return torch.cat(
         [checkpoint(log_probs, *c, use_reentrant=False, preserve_rng_state=random) for c in chunks]
     )
