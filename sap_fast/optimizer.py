@@ -117,6 +117,12 @@ class FusedSAP(Optimizer):
         checkpointing: recompute activations in the backward passes: `"none"` leaves the model as it
             is, `"layers"` recomputes every decoder layer that a pass would store, `"auto"` as many
             as the free memory asks for; see `sap_fast.checkpointing`.
+        grad_scaler: the `torch.amp.GradScaler` that scales the losses of all passes, for fp16:
+            `scaler.scale(loss).backward()` in each, then `scaler.step(optimizer)` and
+            `scaler.update()`. h is divided by the scale, exactly where that is a power of two. A
+            gradient of any pass that is not finite skips the step, lowers the scale, and leaves
+            parameters, moments, counters and V as they were. Not kept when the optimizer is
+            pickled.
 
     Attributes:
         calibration: what `calibrate_rho` found, or None.
@@ -152,6 +158,7 @@ class FusedSAP(Optimizer):
         probe_every: int | None = None,
         probe_fraction: float | None = None,
         checkpointing: Literal["none", "layers", "auto"] = "none",
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         _check_choice("probe_rule", probe_rule, PROBE_RULES)
         _check_choice("schedule", schedule, ("paper", "lagged"))
@@ -224,6 +231,7 @@ class FusedSAP(Optimizer):
         self._directions_taken = 0
         self._skipped_steps = torch.zeros((), dtype=torch.int64)
         self._start_session()
+        self.grad_scaler = grad_scaler
 
         ops.check_backend(backend, {p.device.type for p in self._all_parameters()})
         if probes is not None:
@@ -238,6 +246,7 @@ class FusedSAP(Optimizer):
 
     def _start_session(self) -> None:
         """Set what is neither a setting nor part of a checkpoint."""
+        self.grad_scaler = None
         self.activation_checkpointing: Checkpointing | None = None
         if self.checkpointing != "none":
             assert self.probes is not None
@@ -423,7 +432,7 @@ class FusedSAP(Optimizer):
             self._probe_step = self._steps
         self._steps += 1
         self._last_record = record
-        passes.reset()
+        passes.reset(completed=True)
 
     def _initialize_state(self, parameter: nn.Parameter) -> None:
         state = self.state[parameter]
@@ -515,7 +524,10 @@ class FusedSAP(Optimizer):
         if record.perturbation_applied is not None and record.perturbation_norm is not None:
             survives = record.perturbation_applied / record.perturbation_norm
             self._rounding_checked = True
-        self._mailbox.post(torch.stack([self._skipped_steps, record.direction_norm, survives]))
+        norm = record.direction_norm
+        if record.loss_scale is not None:
+            norm = norm / record.loss_scale.to(norm.device)
+        self._mailbox.post(torch.stack([self._skipped_steps, norm, survives]))
         self._warn_about(self._mailbox.collect(), record.rho)
 
     def _warn_about(self, figures: list[float] | None, rho: float) -> None:
@@ -667,6 +679,7 @@ class FusedSAP(Optimizer):
         slope, norm = _number(record.direction_slope), _number(record.perturbation_norm)
         if slope is None:
             return None
+        slope /= _number(record.loss_scale) or 1.0
         losses = [loss.total for loss in record.probe_losses if loss.total is not None]
         if self.schedule == "lagged" or not norm or len(losses) != 2:
             return sign * slope
@@ -713,7 +726,7 @@ class FusedSAP(Optimizer):
         outlives_step = self.schedule == "lagged" or self.probe_every > 1
         state_dict["sap"] = {
             "calibration": None if calibration is None else dict(vars(calibration)),
-            "offsets": self.probes.state_dict() if outlives_step and self.probes else {},
+            "offsets": self._passes.settled_offsets() if outlives_step else {},
             "steps": self._steps,
             "skipped_steps": self._skipped_steps,
             "direction_step": self._direction_step,

@@ -68,6 +68,8 @@ class StepRecord:
     direction_valid: Tensor | None = None
     direction_slope: Tensor | None = None
     estimate_finite: Tensor | None = None
+    #: What the losses were multiplied by before backward; None: by nothing.
+    loss_scale: Tensor | None = None
     safety_loss: LossRecord = field(default_factory=LossRecord)
     probe_losses: list[LossRecord] = field(default_factory=list)
     task_loss: LossRecord = field(default_factory=LossRecord)
@@ -236,10 +238,17 @@ class Passes:
         self._optimizer = optimizer
         #: Name of the pass that is running, if one is.
         self.open: str | None = None
+        #: V from before this step, while the step may still be given up.
+        self._offsets_before: dict[int, list[Tensor]] | None = None
         self.reset()
 
-    def reset(self) -> None:
-        """Forget the step in progress."""
+    def reset(self, *, completed: bool = False) -> None:
+        """Forget the step in progress; if it was not completed, with the V that it found."""
+        probes = self._optimizer.probes
+        if self._offsets_before is not None and not completed:
+            assert probes is not None
+            probes.replace_offsets(self._offsets_before)
+        self._offsets_before = None
         self.record = StepRecord()
         #: Parameters that the safety pass gave a gradient, and that gradient, in the same order.
         self.perturbed: list[nn.Parameter] = []
@@ -251,8 +260,13 @@ class Passes:
         self._task_random_state: RandomState | None = None
         #: What `probe_part` was given in this step, and what it returned.
         self._parts: list[tuple[Any, Any]] = []
-        if self._optimizer.probes is not None:
-            self._optimizer.probes.forget_lower_forward()
+        if probes is not None:
+            probes.forget_lower_forward()
+
+    def settled_offsets(self) -> dict[int, Tensor]:
+        """Return V for a checkpoint, without that of a step in progress or given up."""
+        probes = self._optimizer.probes
+        return {} if probes is None else probes.state_dict(self._offsets_before)
 
     def refuse_inside(self, call: str) -> None:
         """Raise if a pass is running.
@@ -312,6 +326,9 @@ class Passes:
         self.perturbed, self.direction = perturbed, direction
         record.direction_norm = norm
         record.direction_valid = norm.isfinite() & (norm > 0)
+        if optimizer.grad_scaler is not None:
+            # Of the losses to come in this step, too: scales change with `GradScaler.update`.
+            record.loss_scale = optimizer.grad_scaler.scale(torch.ones_like(norm))
         trained = optimizer.trained_parameters()
         record.parameter_norm = ops.sum_squares(trained, backend=optimizer.backend).sqrt()
 
@@ -342,6 +359,8 @@ class Passes:
     def _run_probe_passes(self, probes: ProbeSet) -> Iterator[LossRecord]:
         optimizer, record = self._optimizer, self.record
         record.rho = optimizer.current_rho
+        if self._offsets_before is None:
+            self._offsets_before = probes.copy_offsets()
         lagged = optimizer.schedule == "lagged"
         yield from self.estimate(
             probes,
@@ -469,7 +488,10 @@ class Passes:
         assert norm is not None
         # A task objective that is maximized is a task loss with its sign turned.
         sign = -1.0 if self._optimizer.defaults["maximize"] else 1.0
-        probes.finish_estimate(torch.where(norm > 0, sign / (norms_apart * norm), 0.0))
+        coefficient = torch.where(norm > 0, sign / (norms_apart * norm), 0.0)
+        if self.record.loss_scale is not None:
+            coefficient = coefficient / self.record.loss_scale.to(coefficient.device)
+        probes.finish_estimate(coefficient)
 
     @torch.no_grad()
     def _set_probe(self, probes: ProbeSet) -> None:
@@ -508,12 +530,30 @@ class Passes:
                     collect = -1.0 if lagged else None
                     stack.enter_context(probes.active(sign=collect, inject=True))
                 yield self.record.task_loss
+                self._report_overflow()
                 self._measure_slope()
             except BaseException:
                 random_state.restore()
                 raise
             self._task_random_state = self._random_state()
             self.task_pass_ran = True
+
+    @torch.no_grad()
+    def _report_overflow(self) -> None:
+        """Make a gradient NaN if an inner pass overflowed: that is where a `GradScaler` looks."""
+        record = self.record
+        if self._optimizer.grad_scaler is None or record.direction_norm is None:
+            return
+        finite = record.direction_norm.isfinite()
+        if record.estimate_finite is not None:
+            finite = finite & record.estimate_finite.to(finite.device)
+        elif self.probe_passes_ran:  # lagged: h is found at the end of the step
+            assert self._optimizer.probes is not None
+            finite = finite & self._optimizer.probes.collected_finite().to(finite.device)
+        gradients = [p.grad for p in self._optimizer.trained_parameters() if p.grad is not None]
+        if gradients:
+            smallest = min(gradients, key=Tensor.numel)
+            smallest.add_(torch.where(finite, 0.0, torch.nan).to(smallest))
 
     @torch.no_grad()
     def _measure_slope(self) -> None:

@@ -208,6 +208,12 @@ class ProbeSet:
                 buffer.mul_(coefficient.to(buffer.device))
         self.estimates = {index: _one_tensor(self._buffers[index]) for index in self.layers}
 
+    def collected_finite(self) -> Tensor:
+        """Return whether all that the probe passes have collected so far is finite, as 0-d bool."""
+        buffers = [buffer for index in self.layers for buffer in self._buffers[index]]
+        finite = [buffer.isfinite().all() for buffer in buffers]
+        return torch.stack([found.to(finite[0].device) for found in finite]).all()
+
     def apply_rule(self, rule: str, probe_lr: float, perturbation_norm: Tensor) -> Tensor:
         """Set V_safe from the collected h by the probe rule (`ops.probe_rule_`).
 
@@ -239,9 +245,24 @@ class ProbeSet:
         for calls in self._offsets.values():
             calls[:] = [torch.where(keep.to(v.device), v, 0.0) for v in calls]
 
-    def state_dict(self) -> dict[int, Tensor]:
-        """Return V of probes shared by all tokens, which the lagged schedule needs to resume."""
-        return dict(self.offsets) if self.shape == "hidden" else {}
+    def copy_offsets(self) -> dict[int, list[Tensor]]:
+        """Return V, for `replace_offsets`: shares the tensors, which nothing writes to."""
+        return {index: list(calls) for index, calls in self._offsets.items()}
+
+    def replace_offsets(self, offsets: dict[int, list[Tensor]]) -> None:
+        """Put a V that `copy_offsets` returned in the place of the current one."""
+        self._offsets = offsets
+
+    def state_dict(self, offsets: dict[int, list[Tensor]] | None = None) -> dict[int, Tensor]:
+        """Return V of probes shared by all tokens, which the lagged schedule needs to resume.
+
+        Args:
+            offsets: what `copy_offsets` returned, to save that V instead of the current one.
+        """
+        offsets = self._offsets if offsets is None else offsets
+        if self.shape != "hidden":
+            return {}
+        return {index: _one_tensor(calls) for index, calls in offsets.items()}
 
     def load_state_dict(self, offsets: dict[int, Tensor]) -> None:
         """Load what `state_dict` returned.

@@ -181,6 +181,7 @@ class SAPTrainerMixin(_Base):
                 "lr": self.args.learning_rate,
                 "betas": (self.args.adam_beta1, self.args.adam_beta2),
                 "eps": self.args.adam_epsilon,
+                "grad_scaler": self.accelerator.scaler,
             }
             self.optimizer_cls_and_kwargs = (FusedSAP, settings | self._sap_options)
         return super().create_optimizer(model)
