@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from sap_fast import ops
 from sap_fast.checkpointing import Checkpointing
+from sap_fast.distributed import find_wrappers
 from sap_fast.metrics import Calibration, Mailbox, SAPMetrics
 from sap_fast.ops.reference import accumulation_dtype
 from sap_fast.passes import LossRecord, Passes, StepRecord, refuse_sparse
@@ -261,6 +262,19 @@ class FusedSAP(Optimizer):
         self._rounding_checked = False
 
     # ---- the passes ----
+
+    def runs_in(self, wrapped: nn.Module) -> None:
+        """Make known the `DistributedDataParallel` around a model that `ProbeSet` got without it.
+
+        Args:
+            wrapped: the model as the training loop calls it.
+
+        Raises:
+            ValueError: for `static_graph=True`.
+        """
+        self._passes.wrappers = find_wrappers(wrapped)
+        if self.probes is not None:
+            self.probes.wrappers = self._passes.wrappers
 
     def safety_pass(self) -> AbstractContextManager[LossRecord]:
         """Start a step: the body runs backward on the safety loss, and ΔW is taken from that.

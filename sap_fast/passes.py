@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_fast import ops
+from sap_fast.distributed import gradients_averaged
 from sap_fast.ops.reference import accumulation_dtype
 from sap_fast.random_state import RandomState
 
@@ -238,6 +239,9 @@ class Passes:
         self._optimizer = optimizer
         #: Name of the pass that is running, if one is.
         self.open: str | None = None
+        probes = optimizer.probes
+        #: `DistributedDataParallel` modules around the model.
+        self.wrappers = [] if probes is None else probes.wrappers
         #: V from before this step, while the step may still be given up.
         self._offsets_before: dict[int, list[Tensor]] | None = None
         self.reset()
@@ -293,6 +297,7 @@ class Passes:
             stack.callback(random_state.restore)
             stack.enter_context(gradients_set_aside(self._every_parameter()))
             stack.enter_context(self._checkpointing())
+            stack.enter_context(gradients_averaged(self.wrappers, True))
             yield record.safety_loss
             self._take_direction()
 
@@ -308,6 +313,10 @@ class Passes:
         for parameter in perturbed:
             refuse_sparse(parameter)
         direction = [parameter.grad for parameter in perturbed if parameter.grad is not None]
+        if any(wrapper.gradient_as_bucket_view for wrapper in self.wrappers):
+            direction = [
+                gradient.clone() for gradient in direction
+            ]  # the next pass uses the bucket
         norm = ops.sum_squares(direction, backend=self._optimizer.backend).sqrt()
         self._set_direction(perturbed, direction, norm)
         self.safety_pass_ran = True
@@ -437,6 +446,7 @@ class Passes:
             stack.enter_context(gradients_set_aside(self._every_parameter()))
             trainable = [p for p in self._every_parameter() if p.requires_grad]
             stack.enter_context(frozen(trainable))
+            stack.enter_context(gradients_averaged(self.wrappers, False))
             probes.begin_estimate()
 
             def one_pass(sign: float, keep_lower: bool = False) -> Iterator[LossRecord]:

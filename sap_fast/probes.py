@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_fast import ops, packing
+from sap_fast.distributed import average_, find_wrappers, refuse_unknown_wrapper
 from sap_fast.ops.reference import accumulation_dtype
 from sap_fast.reuse import LowerForward
 
@@ -60,6 +61,8 @@ class ProbeSet:
             raise ValueError(f'shape={shape!r} is not known; choose "hidden" or "token"')
         self.model = model
         self.shape = shape
+        #: `DistributedDataParallel` modules around the model; `FusedSAP.runs_in` sets them, too.
+        self.wrappers = find_wrappers(model)
         #: Whose operations inject the probe and apply its rule; `FusedSAP(backend=…)` sets it.
         self.backend = "auto"
         self.layers, modules, owner = _select_layers(model, layers)
@@ -204,9 +207,22 @@ class ProbeSet:
                     f"no gradient reached probed layer {index} during the probe passes: call "
                     "backward() on the task loss in each of them"
                 )
-            for buffer in buffers:
+        if self.shape == "hidden":  # probes of single tokens belong to the tokens of one rank
+            self._average_over_ranks()
+        for index in self.layers:
+            for buffer in self._buffers[index]:
                 buffer.mul_(coefficient.to(buffer.device))
         self.estimates = {index: _one_tensor(self._buffers[index]) for index in self.layers}
+
+    def _average_over_ranks(self) -> None:
+        if not self.wrappers:
+            return
+        # Counts in the dtype of the sums: exact up to 2²⁴ sequences.
+        self._scale_counts = {
+            j: count.to(self._scale_sums[j].dtype) for j, count in self._scale_counts.items()
+        }
+        sums = [buffer for index in self.layers for buffer in self._buffers[index]]
+        average_([*sums, *self._scale_sums.values(), *self._scale_counts.values()], self.wrappers)
 
     def collected_finite(self) -> Tensor:
         """Return whether all that the probe passes have collected so far is finite, as 0-d bool."""
@@ -288,6 +304,8 @@ class ProbeSet:
         if not self._is_on:
             return
         self._forward_index += 1
+        if not torch.compiler.is_compiling():
+            refuse_unknown_wrapper(self.wrappers)
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._index = packing.current_index()

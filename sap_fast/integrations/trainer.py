@@ -205,6 +205,7 @@ class SAPTrainerMixin(_Base):
         """Run the task pass of one micro-batch; before the first of a step, the other passes."""
         optimizer = self.sap_optimizer
         if self._window_position == 0:
+            optimizer.runs_in(model)
             self._run_inner_passes(optimizer, model, self._window or [inputs], num_items_in_batch)
         self._window_position += 1
         with optimizer.task_pass() as record:

@@ -1,0 +1,180 @@
+"""Two ranks under `DistributedDataParallel` do what one does on both their batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sap_fast.losses import contrastive_loss, task_loss
+from sap_fast.optimizer import FusedSAP
+from sap_fast.probes import ProbeSet
+from tests.tiny import Batch, problem, random_batch
+
+RANKS = 2
+STEPS = 5
+ROWS = 4  # of each rank
+
+# Per-token means are averaged over ranks, so every row has as many scored tokens.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "forward": {"difference": "forward"},
+    "lagged": {"schedule": "lagged"},
+    "balanced": {"preset": "balanced", "probe_fraction": 1.0},
+    "economical": {"preset": "economical", "probe_fraction": 1.0},
+    "blended": {"safety_weight": 0.5},
+}
+
+
+def whole_batch(step: int, kind: int) -> Batch:
+    """The rows of both ranks."""
+    batch = random_batch(rows=RANKS * ROWS, seed=100 * step + kind)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    batch["input_ids"] = batch["input_ids"].clamp(min=1)
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :4] = -100
+    return batch
+
+
+def share(batch: Batch, rank: int | None) -> Batch:
+    rows = slice(None) if rank is None else slice(ROWS * rank, ROWS * (rank + 1))
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def train(model: nn.Module, inner: nn.Module, rank: int | None, options: dict[str, Any]) -> Any:
+    """Five steps; the parameters and V."""
+    trained = [p for p in inner.parameters() if p.requires_grad]
+    optimizer = FusedSAP(
+        trained,
+        ProbeSet(model, layers=[1, 2]),
+        **({"lr": 1e-3, "rho": 1e-2, "probe_lr": 0.02, "backend": "reference"} | options),
+    )
+    for step in range(STEPS):
+        batch, chosen, rejected = (share(whole_batch(step, kind), rank) for kind in range(3))
+        if optimizer.needs_direction:
+            with optimizer.safety_pass():
+                contrastive_loss(model, chosen, rejected).backward()
+        if optimizer.needs_probe:
+            for _ in optimizer.probe_passes():
+                task_loss(model, batch).backward()
+        with optimizer.task_pass():
+            task_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.probes is not None
+    return [p.detach().clone() for p in trained], optimizer.probes.offsets
+
+
+def on_a_rank(rank: int, folder: str, work: Any, *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+    )
+    try:
+        torch.save(work(rank, *arguments), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def on_two_ranks(folder: Path, work: Any, *arguments: Any) -> list[Any]:
+    """What `work(rank, *arguments)` returns on each of two processes."""
+    mp.spawn(on_a_rank, (str(folder), work, *arguments), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def run_ddp(rank: int, lora: bool, names: list[str], bucket_view: bool) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        inner = problem(lora=lora).model
+        model = DistributedDataParallel(inner, gradient_as_bucket_view=bucket_view)
+        found[name] = train(model, inner, rank, OPTIONS[name])
+    return found
+
+
+def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """‖a − b‖/‖b‖ over all tensors."""
+    pairs = list(zip(actual, expected, strict=True))
+    square = sum(((a - b).detach().double() ** 2).sum() for a, b in pairs)
+    return float((square / sum((b.detach().double() ** 2).sum() for _, b in pairs)).sqrt())
+
+
+@pytest.mark.parametrize("bucket_view", [False, True], ids=["buckets copied", "bucket views"])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_two_ranks_of_ddp_equal_one_on_the_joined_batch(lora, bucket_view, tmp_path):
+    first, second = on_two_ranks(tmp_path, run_ddp, lora, list(OPTIONS), bucket_view)
+    for name, options in OPTIONS.items():
+        model = problem(lora=lora).model
+        parameters, offsets = train(model, model, None, options)
+        for ours, others in zip(first[name][0], second[name][0], strict=True):
+            assert torch.equal(ours, others), name
+        assert distance(first[name][0], parameters) <= 1e-6, name
+        assert distance(list(first[name][1].values()), list(offsets.values())) <= 1e-3, name
+        start = [p for p in problem(lora=lora).model.parameters() if p.requires_grad]
+        assert distance(parameters, start) > 1e-4, name
+
+
+def run_accumulated(rank: int) -> Any:
+    """Under `no_sync`, as trainers call all but the last micro-batch of an accumulated step."""
+    inner = problem().model
+    model = DistributedDataParallel(inner)
+    trained = [p for p in inner.parameters() if p.requires_grad]
+    optimizer = FusedSAP(trained, ProbeSet(model), lr=1e-3, rho=1e-2, backend="reference")
+    batch, chosen, rejected = (share(whole_batch(0, kind), rank) for kind in range(3))
+    halves = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
+    with model.no_sync():
+        with optimizer.safety_pass():
+            contrastive_loss(model, chosen, rejected).backward()
+        for _ in optimizer.probe_passes():
+            for half in halves:
+                (task_loss(model, half) / 2).backward()
+        with optimizer.task_pass():
+            (task_loss(model, halves[0]) / 2).backward()
+    with optimizer.task_pass():
+        (task_loss(model, halves[1]) / 2).backward()
+    assert model.require_backward_grad_sync
+    optimizer.step()
+    return [p.detach().clone() for p in trained]
+
+
+def test_an_accumulated_step_of_ddp_keeps_ranks_equal(tmp_path):
+    first, second = on_two_ranks(tmp_path, run_accumulated)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def run_unknown(rank: int) -> list[str]:
+    """The messages of a model that is wrapped behind the optimizer's back, and of static graphs."""
+    inner = problem().model
+    trained = [p for p in inner.parameters() if p.requires_grad]
+    optimizer = FusedSAP(trained, ProbeSet(inner), rho=1e-2, backend="reference")
+    model = DistributedDataParallel(inner)
+    batch, chosen, rejected = (share(whole_batch(0, kind), rank) for kind in range(3))
+    messages = []
+    with optimizer.safety_pass():
+        contrastive_loss(model, chosen, rejected).backward()
+    try:
+        for _ in optimizer.probe_passes():
+            task_loss(model, batch).backward()
+    except RuntimeError as error:
+        messages.append(str(error))
+    try:
+        ProbeSet(DistributedDataParallel(problem().model, static_graph=True))
+    except ValueError as error:
+        messages.append(str(error))
+    optimizer.runs_in(model)
+    with optimizer.safety_pass():
+        contrastive_loss(model, chosen, rejected).backward()
+    for _ in optimizer.probe_passes():
+        task_loss(model, batch).backward()
+    return messages
+
+
+def test_a_wrapper_that_is_not_known_is_an_error(tmp_path):
+    for unknown, static in on_two_ranks(tmp_path, run_unknown):
+        assert "does not know" in unknown and "runs_in" in unknown
+        assert "static_graph=True" in static
