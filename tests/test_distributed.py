@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
+from sap_fast.data import SafetyCollator, TaskCollator
+from sap_fast.integrations.trainer import SAPTrainer
 from sap_fast.losses import contrastive_loss, task_loss
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
+from tests.test_trainer import encoded
 from tests.tiny import Batch, problem, random_batch
 
 RANKS = 2
@@ -73,6 +78,9 @@ def train(model: nn.Module, inner: nn.Module, rank: int | None, options: dict[st
 
 def on_a_rank(rank: int, folder: str, work: Any, *arguments: Any) -> None:
     torch.set_num_threads(1)
+    # What launchers set, for trainers that look there.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used: the group exists
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
     )
@@ -88,11 +96,11 @@ def on_two_ranks(folder: Path, work: Any, *arguments: Any) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-def run_ddp(rank: int, lora: bool, names: list[str], bucket_view: bool) -> dict[str, Any]:
+def run_ddp(rank: int, lora: bool, names: list[str], setting: str) -> dict[str, Any]:
     found = {}
     for name in names:
         inner = problem(lora=lora).model
-        model = DistributedDataParallel(inner, gradient_as_bucket_view=bucket_view)
+        model = DistributedDataParallel(inner, **({setting: True} if setting else {}))
         found[name] = train(model, inner, rank, OPTIONS[name])
     return found
 
@@ -104,10 +112,10 @@ def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
     return float((square / sum((b.detach().double() ** 2).sum() for _, b in pairs)).sqrt())
 
 
-@pytest.mark.parametrize("bucket_view", [False, True], ids=["buckets copied", "bucket views"])
+@pytest.mark.parametrize("setting", ["", "gradient_as_bucket_view", "find_unused_parameters"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_two_ranks_of_ddp_equal_one_on_the_joined_batch(lora, bucket_view, tmp_path):
-    first, second = on_two_ranks(tmp_path, run_ddp, lora, list(OPTIONS), bucket_view)
+def test_two_ranks_of_ddp_equal_one_on_the_joined_batch(lora, setting, tmp_path):
+    first, second = on_two_ranks(tmp_path, run_ddp, lora, list(OPTIONS), setting)
     for name, options in OPTIONS.items():
         model = problem(lora=lora).model
         parameters, offsets = train(model, model, None, options)
@@ -139,12 +147,30 @@ def run_accumulated(rank: int) -> Any:
         (task_loss(model, halves[1]) / 2).backward()
     assert model.require_backward_grad_sync
     optimizer.step()
-    return [p.detach().clone() for p in trained]
+    assert optimizer.probes is not None
+    return [p.detach().clone() for p in trained], optimizer.probes.estimates
 
 
-def test_an_accumulated_step_of_ddp_keeps_ranks_equal(tmp_path):
+def test_an_accumulated_step_of_ddp_equals_a_step_on_the_joined_batch(tmp_path):
     first, second = on_two_ranks(tmp_path, run_accumulated)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    model = problem().model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = FusedSAP(trained, ProbeSet(model), lr=1e-3, rho=1e-2, backend="reference")
+    batch, chosen, rejected = (whole_batch(0, kind) for kind in range(3))
+
+    def backward(loss: Tensor) -> Tensor:
+        loss.backward()
+        return loss
+
+    optimizer.step(
+        lambda: backward(task_loss(model, batch)),
+        lambda: backward(contrastive_loss(model, chosen, rejected)),
+    )
+    assert optimizer.probes is not None
+    assert distance(first[0], trained) <= 1e-6
+    expected = list(optimizer.probes.estimates.values())
+    assert distance(list(first[1].values()), expected) <= 1e-3
 
 
 def run_unknown(rank: int) -> list[str]:
@@ -178,3 +204,47 @@ def test_a_wrapper_that_is_not_known_is_an_error(tmp_path):
     for unknown, static in on_two_ranks(tmp_path, run_unknown):
         assert "does not know" in unknown and "runs_in" in unknown
         assert "static_graph=True" in static
+
+
+def run_trainer(rank: int, folder: str, lora: bool, accumulate: int) -> list[Tensor]:
+    """Train with `SAPTrainer`, which wraps the model itself; alone if there is no process group."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    case = problem(lora=lora)
+    trainer = SAPTrainer(
+        model=case.model,
+        args=TrainingArguments(
+            output_dir=f"{folder}/trainer-{rank}",
+            max_steps=3,
+            per_device_train_batch_size=4 // ranks,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=1e-3,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=True,
+            seed=5,
+        ),
+        train_dataset=[encoded(seed) for seed in range(24)],
+        data_collator=TaskCollator(0),
+        safety_dataset=[
+            {"chosen": encoded(100 + seed), "rejected": encoded(200 + seed)} for seed in range(16)
+        ],
+        safety_collator=SafetyCollator(0),
+        safety_batch_size=4 // ranks,
+        sap_options={"rho": 1e-2, "probe_lr": 0.02, "backend": "reference", "safety_weight": 0.3},
+    )
+    trainer.train()
+    assert (trainer.accelerator.num_processes, trainer.state.global_step) == (ranks, 3)
+    return [p.detach().clone() for p in case.trained]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_two_ranks_of_the_trainer_equal_one(lora, accumulate, tmp_path):
+    first, second = on_two_ranks(tmp_path, run_trainer, str(tmp_path), lora, accumulate)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    alone = run_trainer(0, str(tmp_path), lora, accumulate)
+    assert distance(first, alone) <= 1e-6
+    assert distance(first, [p for p in problem(lora=lora).model.parameters() if p.requires_grad])

@@ -283,4 +283,8 @@ class SAPTrainer(SAPTrainerMixin, Trainer):
         if return_outputs or own_loss or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
-            return task_loss(model, inputs, num_items=num_items_in_batch)
+            loss = task_loss(model, inputs, num_items=num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The items are those of all ranks, and the gradients are averaged over ranks.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return loss
