@@ -314,9 +314,8 @@ class Passes:
             refuse_sparse(parameter)
         direction = [parameter.grad for parameter in perturbed if parameter.grad is not None]
         if any(wrapper.gradient_as_bucket_view for wrapper in self.wrappers):
-            direction = [
-                gradient.clone() for gradient in direction
-            ]  # the next pass uses the bucket
+            # The next pass with gradients writes to the buckets again.
+            direction = [gradient.clone() for gradient in direction]
         norm = ops.sum_squares(direction, backend=self._optimizer.backend).sqrt()
         self._set_direction(perturbed, direction, norm)
         self.safety_pass_ran = True

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
@@ -171,6 +172,38 @@ def test_an_accumulated_step_of_ddp_equals_a_step_on_the_joined_batch(tmp_path):
     assert distance(first[0], trained) <= 1e-6
     expected = list(optimizer.probes.estimates.values())
     assert distance(list(first[1].values()), expected) <= 1e-3
+
+
+def run_counted(rank: int) -> list[int]:
+    """How often gradients were reduced in the safety pass, the probe passes and the task pass."""
+    inner = problem().model
+    # With this the wrapper reduces also what has no gradient.
+    model = DistributedDataParallel(inner, find_unused_parameters=True)
+    reductions = []
+
+    def reduce(state, bucket):  # DDP reads annotations, and does not know strings
+        reductions.append(bucket.index())
+        return default_hooks.allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, reduce)
+    trained = [p for p in inner.parameters() if p.requires_grad]
+    optimizer = FusedSAP(trained, ProbeSet(model), rho=1e-2, backend="reference")
+    batch, chosen, rejected = (share(whole_batch(0, kind), rank) for kind in range(3))
+    counts = []
+    with optimizer.safety_pass():
+        contrastive_loss(model, chosen, rejected).backward()
+    counts.append(len(reductions))
+    for _ in optimizer.probe_passes():
+        task_loss(model, batch).backward()
+    counts.append(len(reductions))
+    with optimizer.task_pass():
+        task_loss(model, batch).backward()
+    return [*counts, len(reductions)]
+
+
+def test_probe_passes_reduce_no_gradients(tmp_path):
+    for after_safety, after_probe, after_task in on_two_ranks(tmp_path, run_counted):
+        assert 0 < after_safety == after_probe < after_task
 
 
 def run_unknown(rank: int) -> list[str]:
