@@ -1,8 +1,8 @@
 """Data-parallel ranks: when their gradients are averaged, and the probe gradient with them.
 
 In the safety pass and the task pass `DistributedDataParallel` averages gradients as ever; the
-safety pass has it do so also inside the `no_sync` of an accumulated step. Probe passes leave no
-gradient in a parameter, so it is kept out of them, and h is averaged instead: a few kilobytes.
+safety pass has it do so also inside the `no_sync` of an accumulated step. Parameters are frozen in
+probe passes, so it has nothing to average there; h is averaged instead, a few kilobytes.
 All ranks then hold the same direction and, with probes shared by all tokens, the same V.
 """
 
@@ -33,12 +33,12 @@ def find_wrappers(model: nn.Module) -> list[DistributedDataParallel]:
 
 
 @contextmanager
-def gradients_averaged(wrappers: Sequence[DistributedDataParallel], wanted: bool) -> Iterator[None]:
-    """Average gradients over ranks in the backward passes of the body, or don't."""
+def gradients_averaged(wrappers: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Average gradients over ranks in the backward passes of the body, also inside `no_sync`."""
     before = [wrapper.require_backward_grad_sync for wrapper in wrappers]
     try:
         for wrapper in wrappers:
-            wrapper.require_backward_grad_sync = wanted
+            wrapper.require_backward_grad_sync = True
         yield
     finally:
         for wrapper, value in zip(wrappers, before, strict=True):

@@ -297,7 +297,7 @@ class Passes:
             stack.callback(random_state.restore)
             stack.enter_context(gradients_set_aside(self._every_parameter()))
             stack.enter_context(self._checkpointing())
-            stack.enter_context(gradients_averaged(self.wrappers, True))
+            stack.enter_context(gradients_averaged(self.wrappers))
             yield record.safety_loss
             self._take_direction()
 
@@ -445,7 +445,6 @@ class Passes:
             stack.enter_context(gradients_set_aside(self._every_parameter()))
             trainable = [p for p in self._every_parameter() if p.requires_grad]
             stack.enter_context(frozen(trainable))
-            stack.enter_context(gradients_averaged(self.wrappers, False))
             probes.begin_estimate()
 
             def one_pass(sign: float, keep_lower: bool = False) -> Iterator[LossRecord]:
