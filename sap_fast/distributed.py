@@ -48,8 +48,6 @@ def gradients_averaged(wrappers: Sequence[DistributedDataParallel]) -> Iterator[
 @torch.no_grad()
 def average_(tensors: Sequence[Tensor], wrappers: Sequence[DistributedDataParallel]) -> None:
     """Replace tensors by their mean over the ranks of the outermost wrapper, in one all-reduce."""
-    if not wrappers or not tensors:
-        return
     group = wrappers[0].process_group
     device = tensors[0].device
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
