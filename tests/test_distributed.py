@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -20,10 +17,10 @@ from sap_fast.integrations.trainer import SAPTrainer
 from sap_fast.losses import contrastive_loss, task_loss
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
+from tests.ranks import RANKS, on_ranks
 from tests.test_trainer import encoded
 from tests.tiny import Batch, problem, random_batch
 
-RANKS = 2
 STEPS = 5
 ROWS = 4  # of each rank
 
@@ -77,26 +74,6 @@ def train(model: nn.Module, inner: nn.Module, rank: int | None, options: dict[st
     return [p.detach().clone() for p in trained], optimizer.probes.offsets
 
 
-def on_a_rank(rank: int, folder: str, work: Any, *arguments: Any) -> None:
-    torch.set_num_threads(1)
-    # What launchers set, for trainers that look there.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used: the group exists
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
-    try:
-        torch.save(work(rank, *arguments), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def on_two_ranks(folder: Path, work: Any, *arguments: Any) -> list[Any]:
-    """What `work(rank, *arguments)` returns on each of two processes."""
-    mp.spawn(on_a_rank, (str(folder), work, *arguments), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
-
-
 def run_ddp(rank: int, lora: bool, names: list[str], setting: str) -> dict[str, Any]:
     found = {}
     for name in names:
@@ -116,7 +93,7 @@ def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
 @pytest.mark.parametrize("setting", ["", "gradient_as_bucket_view", "find_unused_parameters"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_two_ranks_of_ddp_equal_one_on_the_joined_batch(lora, setting, tmp_path):
-    first, second = on_two_ranks(tmp_path, run_ddp, lora, list(OPTIONS), setting)
+    first, second = on_ranks(tmp_path, run_ddp, lora, list(OPTIONS), setting)
     for name, options in OPTIONS.items():
         model = problem(lora=lora).model
         parameters, offsets = train(model, model, None, options)
@@ -153,7 +130,7 @@ def run_accumulated(rank: int) -> Any:
 
 
 def test_an_accumulated_step_of_ddp_equals_a_step_on_the_joined_batch(tmp_path):
-    first, second = on_two_ranks(tmp_path, run_accumulated)
+    first, second = on_ranks(tmp_path, run_accumulated)
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
     model = problem().model
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -202,7 +179,7 @@ def run_counted(rank: int) -> list[int]:
 
 
 def test_probe_passes_reduce_no_gradients(tmp_path):
-    for after_safety, after_probe, after_task in on_two_ranks(tmp_path, run_counted):
+    for after_safety, after_probe, after_task in on_ranks(tmp_path, run_counted):
         assert 0 < after_safety == after_probe < after_task
 
 
@@ -234,7 +211,7 @@ def run_unknown(rank: int) -> list[str]:
 
 
 def test_a_wrapper_that_is_not_known_is_an_error(tmp_path):
-    for unknown, static in on_two_ranks(tmp_path, run_unknown):
+    for unknown, static in on_ranks(tmp_path, run_unknown):
         assert "does not know" in unknown and "runs_in" in unknown
         assert "static_graph=True" in static
 
@@ -276,7 +253,7 @@ def run_trainer(rank: int, folder: str, lora: bool, accumulate: int) -> list[Ten
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_two_ranks_of_the_trainer_equal_one(lora, accumulate, tmp_path):
-    first, second = on_two_ranks(tmp_path, run_trainer, str(tmp_path), lora, accumulate)
+    first, second = on_ranks(tmp_path, run_trainer, str(tmp_path), lora, accumulate)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     alone = run_trainer(0, str(tmp_path), lora, accumulate)
     assert distance(first, alone) <= 1e-6
