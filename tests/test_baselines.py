@@ -17,6 +17,7 @@ from sap_fast.baselines import (
     ControlTrainer,
     LisaTrainer,
     MixedTrainer,
+    PanaceaTrainer,
     SAMTrainer,
     merge_with_aligned,
 )
@@ -109,6 +110,46 @@ def test_sam_takes_the_gradient_at_the_top_of_its_ball(tmp_path):
         return found
 
     check_gradients(trainer, expected)
+
+
+def uphill(tuned: nn.Module, harmful: Any, radius: float) -> list[Tensor]:
+    harm = gradient(tuned, task_loss(tuned, harmful))
+    norm = torch.cat([g.flatten() for g in harm]).norm()
+    return [radius * g / norm for g in harm]
+
+
+@pytest.mark.parametrize("largest", [100.0, 0.0])
+def test_panacea_rewards_harm_that_a_step_uphill_undoes(tmp_path, monkeypatch, largest):
+    monkeypatch.setattr("sap_fast.baselines.trainers._LARGEST_HARM", largest)
+    trainer = plain_trainer(PanaceaTrainer, tmp_path, radius=0.5, harm_weight=0.7)
+    last: dict[str, list[Tensor]] = {}
+
+    def expected(step: int) -> list[Tensor]:
+        tuned, start = trainer.model, weights(trainer.model)
+        harmful = SafetyCollator(0)(trainer._safety_batches.rows(ACCUMULATED * step))["rejected"]
+        task = gradient(tuned, window_loss(tuned, trainer._window))
+        here = gradient(tuned, task_loss(tuned, harmful))
+        last["step"] = uphill(tuned, harmful, 0.5)
+        with torch.no_grad():
+            for parameter, move in zip(tuned.parameters(), last["step"], strict=True):
+                parameter += move
+        there = gradient(tuned, task_loss(tuned, harmful).clamp(max=largest))
+        with torch.no_grad():
+            for parameter, value in zip(tuned.parameters(), start, strict=True):
+                parameter.copy_(value)
+        assert max((a - b).norm() for a, b in zip(here, there, strict=True)) > 0.01
+        return [g - 0.7 * (b - a) for g, a, b in zip(task, here, there, strict=True)]
+
+    at_the_end: list[Tensor] = []
+
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            at_the_end.extend(weights(trainer.model))
+
+    trainer.add_callback(AtTheEnd())
+    check_gradients(trainer, expected)
+    moved = [a - b for a, b in zip(weights(trainer.model), at_the_end, strict=True)]
+    torch.testing.assert_close(moved, last["step"], rtol=1e-3, atol=1e-6)
 
 
 def test_lisa_alternates_and_holds_each_state_near_the_end_of_the_other(tmp_path):
@@ -254,6 +295,8 @@ def test_merging_with_other_weights_is_an_error():
         (LisaTrainer, {"task_steps": 0}),
         (LisaTrainer, {"proximal": float("nan")}),
         (SAMTrainer, {"radius": 0.0}),
+        (PanaceaTrainer, {"radius": float("nan")}),
+        (PanaceaTrainer, {"harm_weight": -1.0}),
         (ControlTrainer, {"control": "none"}),
         (ControlTrainer, {"control": "random", "sap_options": {"schedule": "lagged"}}),
     ],

@@ -6,6 +6,7 @@
 | `LisaTrainer` | alternating states with a proximal term: Huang et al. 2024, arXiv:2405.18641 |
 | `SAMTrainer` | sharpness-aware minimization: Foret et al. 2021, arXiv:2010.01412 |
 | `merge_with_aligned` | merging after the tuning: Farn et al. 2024, arXiv:2412.19512 |
+| `PanaceaTrainer` | a perturbation added after the tuning: Wang et al. 2025, arXiv:2501.18100 |
 | `ControlTrainer` | SAP with a random probe, or with its probe's sign flipped |
 
 Every trainer takes the arguments of `sap_fast.SAPTrainer` and updates with the same AdamW, so that
@@ -14,6 +15,19 @@ what differs is the method alone. Gradient blending without a probe is `SAPTrain
 """
 
 from sap_fast.baselines.merging import merge_with_aligned
-from sap_fast.baselines.trainers import ControlTrainer, LisaTrainer, MixedTrainer, SAMTrainer
+from sap_fast.baselines.trainers import (
+    ControlTrainer,
+    LisaTrainer,
+    MixedTrainer,
+    PanaceaTrainer,
+    SAMTrainer,
+)
 
-__all__ = ["ControlTrainer", "LisaTrainer", "MixedTrainer", "SAMTrainer", "merge_with_aligned"]
+__all__ = [
+    "ControlTrainer",
+    "LisaTrainer",
+    "MixedTrainer",
+    "PanaceaTrainer",
+    "SAMTrainer",
+    "merge_with_aligned",
+]

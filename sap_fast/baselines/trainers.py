@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sap_fast import ops
+from sap_fast.distributed import local_shards
 from sap_fast.integrations.trainer import SAPTrainer, SAPTrainerMixin
 from sap_fast.losses import task_loss
 from sap_fast.optimizer import FusedSAP
 from sap_fast.passes import Perturbation, gradients_set_aside
+from sap_fast.random_state import RandomState
 
 
 class _WithoutProbe(SAPTrainer):
@@ -20,11 +24,25 @@ class _WithoutProbe(SAPTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, probe_layers=None, **kwargs)
 
-    def _refusals(self, micro_batch: int) -> Any:
-        """Return the safe answers of a safety batch, another one for each micro-batch."""
+    def _answers(self, kind: Literal["chosen", "rejected"], micro_batch: int) -> Any:
+        """Return safe or harmful answers of a safety batch, another one for each micro-batch."""
         number = self.state.global_step * self.args.gradient_accumulation_steps + micro_batch
         rows = self._safety_batches.rows(number, self.args.process_index, self.args.world_size)
-        return self._prepare_inputs(self._safety_collator(rows)["chosen"])
+        return self._prepare_inputs(self._safety_collator(rows)[kind])
+
+    def _gradients_of(self, backward: Callable[[], None]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the parameters that `backward` reaches and their gradients, set beside others."""
+        parameters = self.sap_optimizer.trained_parameters()
+        with gradients_set_aside(parameters):
+            backward()
+            reached = [p for p in parameters if p.grad is not None]
+            return list(reached), [p.grad for p in reached if p.grad is not None]
+
+
+def _step_of_length(length: float, gradients: list[Tensor]) -> Tensor:
+    """Return the factor that gives `gradients` a joint norm of `length`; 0 if they are zero."""
+    norm = ops.sum_squares(gradients).sqrt()
+    return torch.where(norm == 0, 0.0, length / norm)
 
 
 class MixedTrainer(_WithoutProbe):
@@ -58,7 +76,7 @@ class MixedTrainer(_WithoutProbe):
         if not model.training:
             return loss
         with self.accelerator.autocast():
-            refusals = task_loss(model, self._refusals(self._window_position - 1))
+            refusals = task_loss(model, self._answers("chosen", self._window_position - 1))
         if num_items_in_batch is not None:
             # The trainer divides the whole loss only where nothing else did.
             refusals = refusals / self.current_gradient_accumulation_steps
@@ -112,7 +130,7 @@ class LisaTrainer(_WithoutProbe):
                 self.sap_optimizer.state[parameter]["anchor"] = parameter.detach().clone()
         if aligning:
             # A mean over their own tokens: the items are those of the task rows.
-            inputs, num_items_in_batch = self._refusals(micro_batch), None
+            inputs, num_items_in_batch = self._answers("chosen", micro_batch), None
         loss = super().training_step(model, inputs, num_items_in_batch)
         if micro_batch == 0 and step >= 0.1 * self.state.max_steps:
             self._add_proximal_gradient()
@@ -155,16 +173,96 @@ class SAMTrainer(_WithoutProbe):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _find_ascent(self, model: nn.Module, window: list[Any], num_items: Any) -> None:
-        parameters = self.sap_optimizer.trained_parameters()
-        with gradients_set_aside(parameters):
+        def backward() -> None:
             for micro_batch in window:
                 # The Trainer's own: neither at W + ε nor one of the step's task passes.
                 super(SAPTrainerMixin, self).training_step(model, micro_batch, num_items)
-            reached = [p for p in parameters if p.grad is not None]
-            gradients = [p.grad for p in reached if p.grad is not None]
-        norm = ops.sum_squares(gradients).sqrt()
-        scale = torch.where(norm == 0, 0.0, self._radius / norm)
-        self._ascent = (reached, gradients, scale)
+
+        reached, gradients = self._gradients_of(backward)
+        self._ascent = (reached, gradients, _step_of_length(self._radius, gradients))
+
+
+class PanaceaTrainer(_WithoutProbe):
+    """Panacea: tune so that a step uphill in the harmful loss helps, and take it at the end.
+
+    Wang et al. 2025 (arXiv:2501.18100). With h the loss of harmful answers and
+    ε = ρ·∇h(W)/‖∇h(W)‖, every step minimizes L_task(W) − λ·(h(W + ε) − h(W)) with ε held; the tuned
+    model is W + ε, with the ε of the last step. Harmful answers are those of the safety rows, here
+    affirmative openings. As in the authors' code h(W + ε) counts up to a loss of 5 only. Unlike
+    there, both gradients of h are taken under the same dropout masks. A checkpoint holds W without
+    ε: a run that is resumed finds ε again in its next step.
+
+    Args:
+        *args: as for `SAPTrainer`.
+        radius: ρ = ‖ε‖; the authors' 1.0 by default.
+        harm_weight: λ; the authors' 0.001 by default.
+        **kwargs: as for `SAPTrainer`.
+    """
+
+    def __init__(
+        self, *args: Any, radius: float = 1.0, harm_weight: float = 0.001, **kwargs: Any
+    ) -> None:
+        if not radius > 0:
+            raise ValueError(f"radius={radius}: expected a number > 0")
+        if not harm_weight >= 0:
+            raise ValueError(f"harm_weight={harm_weight}: expected a number ≥ 0")
+        self._radius, self._harm_weight = radius, harm_weight
+        self._ascent: tuple[list[Tensor], list[Tensor], Tensor] | None = None
+        super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, then add ε of the last step to the weights."""
+        self._ascent = None
+        output = super().train(*args, **kwargs)
+        if self._ascent is not None:
+            parameters, gradients, scale = self._ascent
+            ops.perturb_swap_(local_shards(parameters), local_shards(gradients), scale)
+            self._ascent = None
+        return output
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Run one micro-batch, after the first of a step with the gradients of h."""
+        first = self._window_position == 0
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if first:
+            self._add_harm_gradients(model)
+        return loss
+
+    def _add_harm_gradients(self, model: nn.Module) -> None:
+        devices = {self.args.device} - {torch.device("cpu")}
+        before = RandomState(devices)
+        harmful = self._answers("rejected", 0)
+
+        def backward(largest: float) -> None:
+            before.restore()
+            with self.accelerator.autocast():
+                loss = task_loss(model, harmful)
+            self.accelerator.backward(loss.clamp(max=largest))
+
+        reached, gradients = self._gradients_of(lambda: backward(math.inf))
+        scale = _step_of_length(self._radius, gradients)
+        with torch.no_grad():
+            for parameter, gradient in zip(reached, gradients, strict=True):
+                _add_to_gradient(parameter, gradient, self._harm_weight)
+        with Perturbation(reached, gradients, scale):
+            there, uphill = self._gradients_of(lambda: backward(_LARGEST_HARM))
+        with torch.no_grad():
+            for parameter, gradient in zip(there, uphill, strict=True):
+                _add_to_gradient(parameter, gradient, -self._harm_weight)
+        self._ascent = reached, gradients, scale
+
+
+#: h(W + ε) beyond it is not pushed further, as in Panacea's code.
+_LARGEST_HARM = 5.0
+
+
+def _add_to_gradient(parameter: Tensor, gradient: Tensor, factor: float) -> None:
+    if parameter.grad is None:
+        parameter.grad = factor * gradient
+    else:
+        parameter.grad.add_(gradient, alpha=factor)
 
 
 class ControlTrainer(SAPTrainer):

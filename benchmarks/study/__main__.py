@@ -1,0 +1,140 @@
+"""Run the study, or what of it has not run yet."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import islice
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import assets
+from benchmarks.alignment import aligned_smollm2
+from benchmarks.provenance import provenance
+from benchmarks.study import results
+from benchmarks.study.methods import (
+    METHODS,
+    SEEDS,
+    TASKS,
+    Run,
+    report_runs,
+    selection_runs,
+)
+from benchmarks.study.runs import Row, execute
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study.
+
+    Args:
+        arguments: of the command line; `sys.argv` by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study",
+        description="Fine-tune an aligned model with every method and ask every result the same "
+        "requests. Rows are added to benchmarks/study/results.csv as runs end, and what is there "
+        "already is not run again: interrupt it at any time.",
+    )
+    parser.add_argument("--only", help="these methods: " + ",".join(METHODS))
+    parser.add_argument("--tasks", help="these tasks: " + ",".join(TASKS))
+    parser.add_argument("--seeds", help="these seeds: " + ",".join(map(str, SEEDS)))
+    parser.add_argument("--stage", choices=("selection", "report", "all"), default="all")
+    parser.add_argument("--limit", type=int, help="runs to make at most")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 1) // 2),
+        help="runs at once, which share the threads of the CPU (one for two cores)",
+    )
+    options = parser.parse_args(arguments)
+    methods = _chosen(parser, "--only", options.only, list(METHODS))
+    tasks = set(_chosen(parser, "--tasks", options.tasks, list(TASKS)))
+    seeds = set(_chosen(parser, "--seeds", options.seeds, [str(seed) for seed in SEEDS]))
+
+    def wanted(run: Run) -> bool:
+        return run.method in methods and run.task in tasks and str(run.seed) in seeds
+
+    assets.print_licenses()
+    for seed in SEEDS:
+        aligned_smollm2(seed)
+    if options.stage != "report":
+        references = ("shipped", "aligned", "adamw")
+        everything = dict.fromkeys(run for run in selection_runs([*references, *methods]))
+        run_all("Selection", lambda: filter(wanted, everything), options.jobs, options.limit)
+    if options.stage != "selection":
+        chosen = results.choose_settings(results.read(results.RESULTS))
+        run_all("Report", lambda: filter(wanted, report_runs(chosen)), options.jobs, options.limit)
+
+
+def _chosen(
+    parser: argparse.ArgumentParser, flag: str, given: str | None, known: list[str]
+) -> list[str]:
+    names = known if given is None else given.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"{flag} {given}: {unknown[0]!r} is not one of {', '.join(known)}")
+    return names
+
+
+def run_all(name: str, plan: Callable[[], Iterator[Run]], jobs: int, limit: int | None) -> None:
+    """Run what of a plan has no rows yet, `jobs` at a time.
+
+    Args:
+        name: of the plan, for the progress bar.
+        plan: yields the runs.
+        jobs: processes at once. Each run has a process of its own, for its peak of memory.
+        limit: runs at most.
+    """
+    planned = list(plan())
+    done = results.finished(results.read(results.RESULTS))
+    waiting = islice((run for run in planned if run.key not in done), limit)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+    )
+    # A new interpreter for each: memory that a forked one shares would not be counted.
+    pool = ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    )
+    with Progress(*columns, speed_estimate_period=3600) as progress, pool:
+        total = sum(run.key not in done for run in planned)
+        bar = progress.add_task(name, total=min(total, limit or total))
+        running: dict[Future[tuple[list[Row], list[Row]]], Run] = {}
+        while True:
+            for run in islice(waiting, jobs - len(running)):
+                running[pool.submit(execute, run, threads)] = run
+            if not running:
+                break
+            progress.update(
+                bar, description=f"{name}: {', '.join(_title(run) for run in running.values())}"
+            )
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                rows, looks = future.result()
+                surroundings = provenance()
+                results.append(results.LOOKS, [look | surroundings for look in looks])
+                results.append(results.RESULTS, [row | surroundings for row in rows])
+                report = next(row for row in rows if row["split"] == "selection")
+                progress.console.print(
+                    f"{_title(run)}: refuses {report['refused_harmful']:.0%} of harmful and "
+                    f"{report['refused_harmless']:.0%} of harmless requests, task loss "
+                    f"{report['task_loss']:.3f} (selection split; {report['run_seconds']:.0f} s)",
+                    soft_wrap=True,
+                )
+                progress.advance(bar)
+
+
+def _title(run: Run) -> str:
+    setting = " ".join(f"{name}={value}" for name, value in run.values.items())
+    return f"{run.method} {setting} {run.task} {run.seed}".replace("  ", " ")
+
+
+if __name__ == "__main__":
+    main()

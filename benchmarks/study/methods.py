@@ -1,0 +1,186 @@
+"""Every method of the study with the settings that are tried, as one table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sap_fast import SAPTrainer
+from sap_fast.baselines import (
+    ControlTrainer,
+    LisaTrainer,
+    MixedTrainer,
+    PanaceaTrainer,
+    SAMTrainer,
+)
+
+Setting = dict[str, Any]
+
+TASKS = ("alpaca", "poisoned", "gsm8k")
+SEEDS = (0, 1, 2)
+#: Task and seed on which the settings of a method are compared, on the selection split.
+SELECTION = (("alpaca", 0), ("poisoned", 0))
+
+#: Of every fine-tuning; what a run is cached by. LoRA on q and v.
+TRAINING: Setting = {
+    "steps": 40,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.01,
+    "safety_batch_size": 4,
+    "safety_pairs": 140,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        title: for tables and pictures.
+        trainer: of `sap_fast`; None for a model that is not trained.
+        settings: what is tried. Keys of `TRAINING` replace it, those in `TRAINER_OPTIONS` go to
+            the trainer, the rest to `FusedSAP`.
+        has_probe: whether `SAPTrainer` is to have a probe.
+        after: what is done with the tuned model, or before the tuning.
+    """
+
+    title: str
+    trainer: type[SAPTrainer] | None
+    settings: tuple[Setting, ...] = ({},)
+    has_probe: bool = False
+    after: str | None = None
+
+
+#: Keys of a setting that are arguments of a trainer, by what they mean there.
+TRAINER_OPTIONS = frozenset(
+    "probe_layers probe_shape safety_loss refusal_weight alignment_steps task_steps proximal "
+    "radius harm_weight".split()
+)
+
+_SAP: tuple[Setting, ...] = (
+    {},  # what the package does by default: the settings below say what differs
+    {"probe_lr": 1e-3},
+    {"probe_lr": 1e-2},
+    {"preset": "balanced"},
+    {"preset": "economical"},
+    {"schedule": "lagged"},
+    {"probe_rule": "adam", "probe_lr": 5e-2},
+    {"probe_rule": "gradient", "probe_lr": 1.0},
+    {"probe_shape": "token"},
+    {"safety_loss": "difference"},
+    {"probe_layers": list(range(1, 10))},
+    {"probe_layers": list(range(20, 29))},
+    {"probe_layers": list(range(30))},
+    {"safety_pairs": 8},
+    {"safety_batch_size": 16},
+)
+
+METHODS: dict[str, Method] = {
+    "shipped": Method("As published", None),
+    "aligned": Method("Aligned, not tuned", None),
+    "adamw": Method("AdamW", SAPTrainer),
+    "sap": Method("SAP", SAPTrainer, _SAP, has_probe=True),
+    "blend": Method(
+        "γ-blending",
+        SAPTrainer,
+        tuple({"safety_weight": weight} for weight in (0.1, 0.03, 0.3)),
+    ),
+    "sap+blend": Method(
+        "SAP and γ-blending",
+        SAPTrainer,
+        (
+            {"safety_weight": 0.1},
+            {"safety_weight": 0.03},
+            {"safety_weight": 0.1, "probe_lr": 1e-3},
+        ),
+        has_probe=True,
+    ),
+    "mixed": Method(
+        "Refusals in the data",
+        MixedTrainer,
+        tuple({"refusal_weight": weight} for weight in (0.1, 0.03, 0.5)),
+    ),
+    "random": Method("Random probe", ControlTrainer, ({}, {"probe_lr": 1e-2}), has_probe=True),
+    "flipped": Method("Flipped probe", ControlTrainer, ({}, {"probe_lr": 1e-2}), has_probe=True),
+    "sam": Method("SAM", SAMTrainer, ({"radius": 0.05}, {"radius": 0.2})),
+    "lisa": Method(
+        "Lisa",
+        LisaTrainer,
+        (
+            {"alignment_steps": 1, "task_steps": 9, "proximal": 1.0},
+            {"alignment_steps": 2, "task_steps": 8, "proximal": 0.1},
+        ),
+    ),
+    "panacea": Method(
+        "Panacea",
+        PanaceaTrainer,
+        ({"radius": 1.0, "harm_weight": 0.001}, {"radius": 0.3, "harm_weight": 0.1}),
+    ),
+    "merge": Method(
+        "Merged with the aligned model",
+        SAPTrainer,
+        tuple({"aligned_share": share} for share in (0.3, 0.5, 0.7)),
+        after="merge",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning, and what its result is cached by."""
+
+    method: str
+    setting: str
+    seed: int
+    task: str
+
+    @property
+    def values(self) -> Setting:
+        """The setting as a dict."""
+        return dict(json.loads(self.setting))
+
+    @property
+    def training(self) -> Setting:
+        """`TRAINING` with what the setting replaces in it."""
+        return TRAINING | {k: v for k, v in self.values.items() if k in TRAINING}
+
+    @property
+    def key(self) -> str:
+        """What identifies the run in `results.csv`: a hash of all that decides its outcome."""
+        content = json.dumps([asdict(self), self.training], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def run_of(method: str, setting: Setting, seed: int, task: str) -> Run:
+    """Return a run."""
+    return Run(method, json.dumps(setting, sort_keys=True), seed, task)
+
+
+def selection_runs(methods: Iterable[str]) -> Iterator[Run]:
+    """Yield the runs among which the setting of each method is chosen.
+
+    Every method with its first setting comes before any with its second.
+    """
+    chosen = list(methods)
+    most = max((len(METHODS[name].settings) for name in chosen), default=0)
+    for number in range(most):
+        for task, seed in SELECTION:
+            for name in chosen:
+                if number < len(METHODS[name].settings):
+                    yield run_of(name, METHODS[name].settings[number], seed, task)
+
+
+def report_runs(settings: dict[str, Setting]) -> Iterator[Run]:
+    """Yield the runs that are reported, given the setting of each method."""
+    for seed in SEEDS:
+        for task in TASKS:
+            for name, setting in settings.items():
+                yield run_of(name, setting, seed, task)

@@ -1,0 +1,318 @@
+"""One run of the study: tune a model, ask it everything, return a row per split."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import SaveStrategy
+
+from benchmarks import assets
+from benchmarks.alignment import aligned_smollm2, write_rows
+from benchmarks.provenance import ROOT
+from benchmarks.study.data import SPLITS, Split, Task, load_task, requests_of, safety_pairs
+from benchmarks.study.methods import METHODS, TRAINER_OPTIONS, TRAINING, Run, run_of
+from sap_fast.baselines import merge_with_aligned
+from sap_fast.cli.finetune import peak_bytes
+from sap_fast.cli.models import add_lora, load_model
+from sap_fast.data import (
+    SafetyCollator,
+    TaskCollator,
+    encode_prompt,
+    load_safety_dataset,
+    load_task_dataset,
+    padding_token_id,
+)
+from sap_fast.evaluation import EvaluationResult, evaluate_model
+from sap_fast.evaluation.batching import evaluation_mode
+
+Row = dict[str, Any]
+
+#: Adapters that later runs start from, and encoded files.
+WORK = ROOT / "runs" / "study"
+#: Few large batches: at this size of model, decoding costs by the batch.
+EVALUATION_BATCH = 64
+#: Steps between looks at the refusals of a model that is being tuned.
+LOOK_EVERY = 10
+#: Enough for the solutions of GSM8K, which have 100 tokens in the mean.
+MAX_ANSWER_TOKENS = 200
+
+
+def execute(run: Run, threads: int) -> tuple[list[Row], list[Row]]:
+    """Tune and measure one model.
+
+    Args:
+        run: what to do.
+        threads: of the CPU.
+
+    Returns:
+        A row for every split, and a row for every look during the tuning.
+    """
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    method, values = METHODS[run.method], run.values
+    source = assets.smollm2_folder() if run.method == "shipped" else aligned_smollm2(run.seed)
+    task = load_task(run.task)
+    set_seed(run.seed)  # for the first values of the adapter
+    model, tokenizer = load_model(str(source), "fp32", trainable=True)
+    figures: Row = {}
+    looks: list[Row] = []
+    if method.trainer is not None:
+        model = add_lora(
+            model,
+            r=run.training["lora_r"],
+            alpha=run.training["lora_alpha"],
+            dropout=run.training["lora_dropout"],
+            targets=None,
+        )
+        tuned_as = run_of("adamw", {}, run.seed, run.task) if method.after == "merge" else run
+        adapter = WORK / "adapters" / f"{tuned_as.key}.pt"
+        if method.after == "merge" and adapter.exists():
+            load_adapter(model, adapter)
+        else:
+            figures, looks = tune(run, task, model, tokenizer)
+            save_adapter(model, adapter)
+        if method.after == "merge":
+            merge_with_aligned(model, None, values["aligned_share"])
+        model = merged(model)
+    rows = [
+        row_of(run, split, measure(task, split, model, tokenizer, run.task), figures)
+        for split in SPLITS
+    ]
+    if task.has_answers:
+        for row in rows:
+            held_out = task.held_out[row["split"]]
+            row["exact_answers"] = exact_answers(model, tokenizer, held_out)
+    seconds = time.perf_counter() - started
+    return [row | {"run_seconds": round(seconds, 1), "threads": threads} for row in rows], looks
+
+
+def tune(run: Run, task: Task, model: nn.Module, tokenizer: Any) -> tuple[Row, list[Row]]:
+    """Fine-tune `model` in place, and return the figures of it and the looks at it."""
+    method, training, values = METHODS[run.method], run.training, run.values
+    assert method.trainer is not None
+    pad = padding_token_id(tokenizer)
+    arguments = TrainingArguments(
+        output_dir=str(WORK / "trainers" / run.key),
+        max_steps=training["steps"],
+        per_device_train_batch_size=training["batch_size"],
+        learning_rate=training["learning_rate"],
+        lr_scheduler_type="constant",
+        weight_decay=training["weight_decay"],
+        max_grad_norm=training["max_grad_norm"],
+        logging_steps=5,
+        save_strategy=SaveStrategy.NO,
+        seed=run.seed,
+        data_seed=run.seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    options = {name: value for name, value in values.items() if name in TRAINER_OPTIONS}
+    others = set(values) - set(options) - set(TRAINING) - {"aligned_share"}
+    if method.has_probe and run.method in ("random", "flipped"):
+        options["control"] = run.method
+    if not method.has_probe and method.trainer.__name__ == "SAPTrainer":
+        options["probe_layers"] = None
+    trainer = method.trainer(
+        model=model,
+        args=arguments,
+        train_dataset=encoded(f"{run.task}-trained", task.trained, tokenizer, task.max_length),
+        data_collator=TaskCollator(pad),
+        safety_dataset=load_safety_dataset(
+            write_rows(
+                WORK / "data" / f"pairs-{run.key}.jsonl", safety_pairs(training["safety_pairs"])
+            ),
+            tokenizer,
+            128,
+        ),
+        safety_collator=SafetyCollator(pad),
+        safety_batch_size=training["safety_batch_size"],
+        sap_options={name: values[name] for name in sorted(others)},
+        **options,
+    )
+    look = _Look(run, model, tokenizer)
+    trainer.add_callback(look)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    leans = [entry["sap/lean"] for entry in trainer.state.log_history if "sap/lean" in entry]
+    figures = {
+        "lean": statistics.fmean(leans) if leans else None,
+        # The first step also calibrates and warms up.
+        "step_seconds": round(statistics.median(look.seconds[1:]), 4),
+        "peak_bytes": look.peak_bytes,
+    }
+    return figures, look.rows
+
+
+class _Look(TrainerCallback):
+    """Times the steps, and asks the model requests of the selection split every few of them."""
+
+    def __init__(self, run: Run, model: nn.Module, tokenizer: Any) -> None:
+        self._run, self._model, self._tokenizer = run, model, tokenizer
+        self._started = 0.0
+        self._requests = requests_of("selection").harmful
+        self.seconds: list[float] = []
+        self.rows: list[Row] = []
+        self.peak_bytes = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+        if not self.rows:
+            self.peak_bytes = peak_bytes()  # before an evaluation could raise it
+        # What the end holds is measured with everything else.
+        if state.global_step % LOOK_EVERY == 0 and state.global_step < state.max_steps:
+            random_state = torch.get_rng_state()
+            result = evaluate_model(
+                self._model,
+                self._tokenizer,
+                harmful=self._requests,
+                batch_size=EVALUATION_BATCH,
+            )
+            torch.set_rng_state(random_state)
+            assert result.refused_harmful is not None and result.margin is not None
+            self.rows.append(
+                described(self._run)
+                | {
+                    "step": state.global_step,
+                    "refused_harmful": round(result.refused_harmful.mean, 4),
+                    "margin": round(result.margin.mean, 3),
+                }
+            )
+
+
+def measure(
+    task: Task, split: Split, model: nn.Module, tokenizer: Any, name: str
+) -> EvaluationResult:
+    """Return all measures of a model on a split."""
+    requests = requests_of(split)
+    rows = encoded(f"{name}-{split}", task.held_out[split], tokenizer, task.max_length)
+    return evaluate_model(
+        model,
+        tokenizer,
+        task_rows=rows,
+        harmful=requests.harmful,
+        harmless=requests.harmless,
+        batch_size=EVALUATION_BATCH,
+    )
+
+
+def described(run: Run) -> Row:
+    """Return the columns that say which run a row belongs to."""
+    return {
+        "key": run.key,
+        "method": run.method,
+        "setting": run.setting,
+        "seed": run.seed,
+        "task": run.task,
+    }
+
+
+def row_of(run: Run, split: Split, result: EvaluationResult, figures: Row) -> Row:
+    """Return the row of a run for a split."""
+    assert result.harmful_refused is not None and result.harmless_refused is not None
+    assert result.harmful_margins is not None and result.task_loss is not None
+    return (
+        described(run)
+        | {
+            "split": split,
+            "steps": run.training["steps"] if METHODS[run.method].trainer else 0,
+            "refused_harmful": round(statistics.fmean(result.harmful_refused), 4),
+            "refused_harmless": round(statistics.fmean(result.harmless_refused), 4),
+            "margin": round(statistics.fmean(result.harmful_margins), 3),
+            "task_loss": round(result.task_loss, 5),
+            "exact_answers": None,
+            "lean": None,
+            "step_seconds": None,
+            "peak_bytes": None,
+        }
+        | figures
+        | {
+            # One digit per request, for paired comparisons.
+            "harmful_refusals": "".join(str(int(refused)) for refused in result.harmful_refused),
+            "harmless_refusals": "".join(str(int(refused)) for refused in result.harmless_refused),
+        }
+    )
+
+
+def encoded(name: str, rows: list[Row], tokenizer: Any, max_length: int) -> Any:
+    """Return rows as `load_task_dataset` encodes them."""
+    return load_task_dataset(
+        write_rows(WORK / "data" / f"{name}-{time.time_ns()}.jsonl", rows), tokenizer, max_length
+    )
+
+
+def save_adapter(model: nn.Module, path: Path) -> None:
+    """Keep what was trained."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trained = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(trained, unfinished)
+    unfinished.rename(path)
+
+
+def load_adapter(model: nn.Module, path: Path) -> None:
+    """Put what was trained into `model`."""
+    trained = torch.load(path, weights_only=True)
+    missing, unexpected = model.load_state_dict(trained, strict=False)
+    if unexpected or any("lora_" in name for name in missing):
+        raise ValueError(f"{path} does not fit the model; remove it")
+
+
+def merged(model: Any) -> nn.Module:
+    """Return the model with its adapter in its weights: quicker to ask."""
+    return model.merge_and_unload()
+
+
+_ANSWER = re.compile(r"####\s*(-?[\d,.]*\d)")
+
+
+def exact_answers(model: Any, tokenizer: Any, problems: list[Row]) -> float:
+    """Return the share of problems whose greedy solution ends in the right number."""
+    right = 0
+    prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    pad = padding_token_id(tokenizer)
+    batch = TaskCollator(pad, padding_side="left")(
+        [{"input_ids": ids, "labels": ids} for ids in prompts]
+    )
+    with evaluation_mode(model), torch.no_grad():
+        outputs = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+    texts = tokenizer.batch_decode(
+        outputs[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    for text, problem in zip(texts, problems, strict=True):
+        given, wanted = _ANSWER.findall(text), _ANSWER.findall(problem["completion"])
+        right += bool(given) and number(given[-1]) == number(wanted[-1])
+    return right / len(problems)
+
+
+def number(text: str) -> float:
+    """Return the number that GSM8K writes as `1,234`."""
+    return float(text.replace(",", ""))
