@@ -34,6 +34,7 @@ TRAINING: Setting = {
     "lora_dropout": 0.1,
     "max_grad_norm": 1.0,
     "weight_decay": 0.01,
+    "precision": "bf16-mixed",
     "safety_batch_size": 4,
     "safety_pairs": 140,
 }
