@@ -118,6 +118,7 @@ def tune(run: Run, task: Task, model: nn.Module, tokenizer: Any) -> tuple[Row, l
         max_grad_norm=training["max_grad_norm"],
         logging_steps=5,
         bf16=training["precision"] == "bf16-mixed",
+        use_cpu=not torch.accelerator.is_available(),
         save_strategy=SaveStrategy.NO,
         seed=run.seed,
         data_seed=run.seed,
