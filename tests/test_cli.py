@@ -182,6 +182,17 @@ def test_finetune_writes_an_adapter_that_loads(terminal: Terminal, tmp_path: Pat
     assert terminal.run(*terminal.finetuning(tmp_path / "all", "--full", model=output)) == 2
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-mixed", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_finetune_in_bf16(terminal: Terminal, tmp_path: Path, precision: str, dtype: Any) -> None:
+    output = tmp_path / "tuned"
+    more = ["--full", "--precision", precision, "--max-steps", "1"]
+    assert terminal.run(*terminal.finetuning(output, *more)) == 0, terminal.shown
+    saved = load_file(output / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {dtype}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "blend"])
 def test_finetune_in_full_with_the_rivals(
     terminal: Terminal,

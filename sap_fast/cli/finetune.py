@@ -230,6 +230,8 @@ def _trainer(
         lr_scheduler_type=settings.lr_schedule,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.precision == "bf16-mixed",
+        # Without an accelerator it has to be said, or bf16 is refused.
+        use_cpu=not torch.accelerator.is_available(),
         # With a probe, FusedSAP does it: pass by pass.
         activation_checkpointing=settings.optimizer != "sap" and settings.checkpointing != "none",
         seed=settings.seed,
