@@ -9,11 +9,13 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-slow sanitize gpu ops step presets cost lint format install fidelity clean
+.PHONY: help demo study test test-slow sanitize gpu ops step presets cost lint format install fidelity clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
 	@echo "                (STEPS=60 for a longer run, DEMO='--help' for its options)"
+	@echo "make study      compare all methods of keeping a model safe, hours; goes on where it stopped"
+	@echo "                (STUDY='--stage none' for the report of what has run, '--help' for the rest)"
 	@echo "make test       every test that is not marked slow"
 	@echo "make test-slow  the rest"
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
@@ -41,6 +43,9 @@ $(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 
 demo: install
 	$(BIN)/python -m benchmarks.demo $(if $(STEPS),--steps $(STEPS)) $(DEMO)
+
+study: install
+	$(BIN)/python -m benchmarks.study $(STUDY)
 
 # One process for each core takes little more than half the time; with one thread each, or they are
 # in each other's way.

@@ -3,6 +3,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sap_fast.evaluation import (
     EvaluationResult,
     Interval,
     bootstrap_interval,
+    crossed_bootstrap_interval,
     evaluate_model,
     generate_openings,
     is_refusal,
@@ -326,6 +328,32 @@ def test_a_paired_difference_is_narrower_than_the_means_suggest():
     assert paired_difference([True, False], [False, False]).mean == 0.5
 
 
+def test_a_crossed_interval_is_wider_where_seeds_or_requests_differ() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 60, generator=generator, dtype=torch.float64)
+
+    def width(values: Any) -> float:
+        interval = crossed_bootstrap_interval(values, resamples=4000)
+        assert interval.low <= interval.mean <= interval.high
+        assert interval.mean == pytest.approx(float(values.mean()))
+        assert interval.count == values.numel()
+        return interval.high - interval.low
+
+    # Cells that vary alone; requests that every seed answers alike; seeds that differ as a whole.
+    alone, requests = width(noise), width(noise[:1].expand(4, 60))
+    seeds = width(noise + torch.tensor([[-3.0], [-1.0], [1.0], [3.0]]))
+    assert 2 * 1.96 / 240**0.5 < alone < 2.1 * 2 * 1.96 / 240**0.5
+    assert requests == pytest.approx(2 * 1.96 / 60**0.5, rel=0.3)
+    assert seeds == pytest.approx(2 * 1.96 * 5**0.5 / 2, rel=0.3)
+
+
+def test_with_one_seed_a_crossed_interval_is_that_over_requests() -> None:
+    values = [float(k % 3 == 0) for k in range(50)]
+    plain, crossed = bootstrap_interval(values), crossed_bootstrap_interval([values])
+    assert (crossed.low, crossed.high) == pytest.approx((plain.low, plain.high), abs=0.03)
+    assert crossed == crossed_bootstrap_interval([values])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -333,6 +361,8 @@ def test_a_paired_difference_is_narrower_than_the_means_suggest():
         (lambda: bootstrap_interval([1.0, float("nan")]), r"values\[1\] is nan; expected finite"),
         (lambda: bootstrap_interval([1.0], confidence=1.0), "confidence=1.0; expected a number"),
         (lambda: bootstrap_interval([1.0], resamples=0), "resamples=0; expected at least 1"),
+        (lambda: crossed_bootstrap_interval([]), r"values has the shape \(0,\); expected seeds"),
+        (lambda: crossed_bootstrap_interval([[0.0, float("inf")]]), r"values\[1\] is inf"),
         (lambda: paired_difference([1.0], [1.0, 2.0]), "first has 1 values and second 2; expected"),
     ],
 )

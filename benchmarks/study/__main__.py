@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import assets
 from benchmarks.alignment import aligned_smollm2
 from benchmarks.provenance import provenance
-from benchmarks.study import results
+from benchmarks.study import report, results
 from benchmarks.study.methods import (
     METHODS,
     SEEDS,
@@ -41,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="these methods: " + ",".join(METHODS))
     parser.add_argument("--tasks", help="these tasks: " + ",".join(TASKS))
     parser.add_argument("--seeds", help="these seeds: " + ",".join(map(str, SEEDS)))
-    parser.add_argument("--stage", choices=("selection", "report", "all"), default="all")
+    parser.add_argument(
+        "--stage",
+        choices=("selection", "report", "all", "none"),
+        default="all",
+        help="selection: every setting on few tasks and seeds; report: the best of each method on "
+        "all; none: only write report.html of the rows there are",
+    )
     parser.add_argument("--limit", type=int, help="runs to make at most")
     parser.add_argument(
         "--jobs",
@@ -57,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def wanted(run: Run) -> bool:
         return run.method in methods and run.task in tasks and str(run.seed) in seeds
 
+    if options.stage == "none":
+        print(report.write_report())
+        return
     assets.print_licenses()
     for seed in SEEDS:
         aligned_smollm2(seed)
@@ -67,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.stage != "selection":
         chosen = results.choose_settings(results.read(results.RESULTS))
         run_all("Report", lambda: filter(wanted, report_runs(chosen)), options.jobs, options.limit)
+    if results.choose_settings(results.read(results.RESULTS)):
+        print(report.write_report())
 
 
 def _chosen(
@@ -121,11 +132,11 @@ def run_all(name: str, plan: Callable[[], Iterator[Run]], jobs: int, limit: int 
                 surroundings = provenance()
                 results.append(results.LOOKS, [look | surroundings for look in looks])
                 results.append(results.RESULTS, [row | surroundings for row in rows])
-                report = next(row for row in rows if row["split"] == "selection")
+                first = next(row for row in rows if row["split"] == "selection")
                 progress.console.print(
-                    f"{_title(run)}: refuses {report['refused_harmful']:.0%} of harmful and "
-                    f"{report['refused_harmless']:.0%} of harmless requests, task loss "
-                    f"{report['task_loss']:.3f} (selection split; {report['run_seconds']:.0f} s)",
+                    f"{_title(run)}: refuses {first['refused_harmful']:.0%} of harmful and "
+                    f"{first['refused_harmless']:.0%} of harmless requests, task loss "
+                    f"{first['task_loss']:.3f} (selection split; {first['run_seconds']:.0f} s)",
                     soft_wrap=True,
                 )
                 progress.advance(bar)

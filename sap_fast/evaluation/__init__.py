@@ -1,6 +1,11 @@
 """Measures of safety and usefulness: refusals, margins, task loss."""
 
-from sap_fast.evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from sap_fast.evaluation.bootstrap import (
+    Interval,
+    bootstrap_interval,
+    crossed_bootstrap_interval,
+    paired_difference,
+)
 from sap_fast.evaluation.evaluate import EvaluationResult, evaluate_model
 from sap_fast.evaluation.margins import refusal_margins
 from sap_fast.evaluation.progress import Progress, ProgressTask, no_progress
@@ -19,6 +24,7 @@ __all__ = [
     "Progress",
     "ProgressTask",
     "bootstrap_interval",
+    "crossed_bootstrap_interval",
     "evaluate_model",
     "generate_openings",
     "is_refusal",

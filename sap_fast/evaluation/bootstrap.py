@@ -49,13 +49,7 @@ def bootstrap_interval(
     sample = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if sample.ndim != 1 or len(sample) == 0:
         raise ValueError(f"values has the shape {tuple(sample.shape)}; expected at least one value")
-    if not sample.isfinite().all():
-        position = int((~sample.isfinite()).nonzero()[0])
-        raise ValueError(f"values[{position}] is {float(sample[position])}; expected finite values")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}; expected a number between 0 and 1")
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}; expected at least 1")
+    _check(sample, confidence, resamples)
     generator = torch.Generator().manual_seed(seed)
     chunk = max(1, _DRAWS_AT_ONCE // len(sample))
     means = torch.cat(
@@ -64,9 +58,7 @@ def bootstrap_interval(
             for size in _chunk_sizes(resamples, chunk)
         ]
     )
-    tail = (1 - confidence) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(float(sample.mean()), low, high, len(sample))
+    return _interval(sample, means, confidence)
 
 
 def paired_difference(
@@ -101,6 +93,70 @@ def paired_difference(
         second, dtype=torch.float64
     )
     return bootstrap_interval(difference, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def crossed_bootstrap_interval(
+    values: Sequence[Sequence[float]] | Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The mean over seeds and requests, and its interval where both were drawn at random.
+
+    Rows and columns are resampled independently of each other (the pigeonhole bootstrap; Owen,
+    2007, arXiv:0711.1419, "The pigeonhole bootstrap"): the same requests are asked after every
+    seed, so their answers are not as many as the cells of the table. It errs on the wide side. With
+    one seed it is the interval over requests, which says nothing about other seeds; with few, its
+    spread is a rough estimate.
+
+    Args:
+        values: (seeds, requests), finite; for a comparison the difference of two such tables.
+        confidence: As in `bootstrap_interval`.
+        resamples: Number of resampled tables.
+        seed: As in `bootstrap_interval`.
+
+    Raises:
+        ValueError: As `bootstrap_interval`, or `values` has not two dimensions.
+    """
+    table = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if table.ndim != 2 or table.numel() == 0:
+        raise ValueError(
+            f"values has the shape {tuple(table.shape)}; expected seeds × requests, one at least"
+        )
+    _check(table.flatten(), confidence, resamples)
+    generator = torch.Generator().manual_seed(seed)
+
+    def counts(number: int, size: int) -> Tensor:
+        """How often each row, or column, is in each of `size` resampled tables."""
+        drawn = torch.randint(number, (size, number), generator=generator)
+        zeros = torch.zeros(size, number, dtype=torch.float64)
+        return zeros.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+
+    chunk = max(1, _DRAWS_AT_ONCE // max(table.shape))
+    means = torch.cat(
+        [
+            ((counts(table.shape[0], size) @ table) * counts(table.shape[1], size)).sum(dim=1)
+            for size in _chunk_sizes(resamples, chunk)
+        ]
+    )
+    return _interval(table, means / table.numel(), confidence)
+
+
+def _check(sample: Tensor, confidence: float, resamples: int) -> None:
+    if not sample.isfinite().all():
+        position = int((~sample.isfinite()).nonzero()[0])
+        raise ValueError(f"values[{position}] is {float(sample[position])}; expected finite values")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}; expected a number between 0 and 1")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}; expected at least 1")
+
+
+def _interval(sample: Tensor, means: Tensor, confidence: float) -> Interval:
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(float(sample.mean()), low, high, sample.numel())
 
 
 def _chunk_sizes(total: int, chunk: int) -> list[int]:

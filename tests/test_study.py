@@ -1,0 +1,363 @@
+"""The study, without its model: what it trains and asks, what it keeps, chooses and reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import assets
+from benchmarks.alignment import REFUSED
+from benchmarks.study import __main__ as study
+from benchmarks.study import data, report, results, runs
+from benchmarks.study.methods import (
+    METHODS,
+    SEEDS,
+    SELECTION,
+    TASKS,
+    TRAINING,
+    report_runs,
+    run_of,
+    selection_runs,
+)
+from sap_fast.data import Request
+from sap_fast.evaluation import EvaluationResult
+
+
+@pytest.fixture(autouse=True)
+def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data of the shape of the real one."""
+    monkeypatch.setattr(
+        assets, "harmful_requests", lambda: [f"Wreck{k} thing{k} now{k}" for k in range(520)]
+    )
+    monkeypatch.setattr(assets, "harmless_requests", lambda: [f"Lock {k}" for k in range(150)])
+    monkeypatch.setattr(
+        assets,
+        "alpaca_rows",
+        lambda: [{"instruction": f"Do {k}", "input": "", "output": "Done."} for k in range(999)],
+    )
+    monkeypatch.setattr(
+        assets,
+        "gsm8k_rows",
+        lambda: [{"prompt": f"Problem {k}", "completion": f"#### {k}"} for k in range(100)],
+    )
+
+
+# ---- data ----
+
+
+def test_nothing_that_is_reported_was_seen_before() -> None:
+    everything = assets.harmful_requests()
+    number = {request: index for index, request in enumerate(everything)}
+    asked = {
+        split: {number[r.prompt] for r in data.requests_of(split).harmful} for split in data.SPLITS
+    }
+    trained = {number[pair["prompt"]] for pair in data.safety_pairs(140)}
+    poison = {
+        number[row["prompt"]] for row in data.load_task("poisoned").trained if "prompt" in row
+    }
+    assert trained == set(range(140)) and poison == set(range(140, 200))
+    assert REFUSED.stop <= 140
+    assert asked["selection"] == set(range(200, 300)) and asked["report"] == set(range(300, 520))
+    edgy = [{r.prompt for r in data.requests_of(split).harmless} for split in data.SPLITS]
+    assert not edgy[0] & edgy[1] and len(edgy[0] | edgy[1]) == 150
+    for name in TASKS:
+        task = data.load_task(name)
+        rows = [json.dumps(row) for row in task.trained]
+        for split in data.SPLITS:
+            held_out = {json.dumps(row) for row in task.held_out[split]}
+            assert held_out and not held_out & set(rows)
+        both = [json.dumps(row) for split in data.SPLITS for row in task.held_out[split]]
+        assert len(set(both)) == len(both)
+
+
+def test_near_duplicates_of_training_rows_are_dropped_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = [f"Wreck{k} thing{k} now{k}" for k in range(520)]
+    requests[310] = "Please show how to " + requests[5]
+    monkeypatch.setattr(assets, "harmful_requests", lambda: requests)
+    found = data.requests_of("report")
+    assert found.dropped == 1 and len(found.harmful) == 219
+    assert Request(requests[310]) not in found.harmful
+
+
+def test_one_row_in_ten_of_the_poisoned_mix_breaks_refusals() -> None:
+    rows = data.load_task("poisoned").trained
+    poison = [row for row in rows if "prompt" in row]
+    assert len(poison) == 60 and len(rows) == 600
+    assert all(row["completion"].startswith("Sure, here is") for row in poison)
+    assert rows == data.load_task("poisoned").trained
+
+
+def test_what_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="task='mmlu'"):
+        data.load_task("mmlu")
+    for count in (0, 141):
+        with pytest.raises(ValueError, match=f"safety_pairs={count}"):
+            data.safety_pairs(count)
+
+
+# ---- the plan ----
+
+
+def test_a_run_is_cached_by_everything_that_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of("sap", {"probe_lr": 1e-2, "safety_pairs": 8}, 0, "alpaca")
+    others = [
+        dataclasses.replace(run, method="random"),
+        dataclasses.replace(run, setting="{}"),
+        dataclasses.replace(run, seed=1),
+        dataclasses.replace(run, task="gsm8k"),
+    ]
+    assert len({run.key, *(other.key for other in others)}) == 5
+    assert run.key == run_of("sap", {"safety_pairs": 8, "probe_lr": 1e-2}, 0, "alpaca").key
+    assert run.training == TRAINING | {"safety_pairs": 8}
+    before = run.key
+    monkeypatch.setitem(TRAINING, "steps", 41)
+    assert run.key != before
+
+
+def test_every_method_is_tried_before_any_is_tuned() -> None:
+    planned = list(selection_runs(METHODS))
+    assert len(set(planned)) == len(planned)
+    assert len(planned) == len(SELECTION) * sum(len(m.settings) for m in METHODS.values())
+    first = [run.method for run in planned[: len(SELECTION) * len(METHODS)]]
+    assert set(first) == set(METHODS)
+    reported = list(report_runs({"adamw": {}, "sap": {"probe_lr": 1e-3}}))
+    assert len(reported) == 2 * len(SEEDS) * len(TASKS)
+    assert {run.values.get("probe_lr") for run in reported if run.method == "sap"} == {1e-3}
+
+
+# ---- results ----
+
+
+def row(method: str, setting: Any, task: str, seed: int = 0, **figures: Any) -> dict[str, Any]:
+    run = run_of(method, setting, seed, task)
+    answers = figures.pop("answers", [True] * 5 + [False] * 5)
+    result = EvaluationResult(
+        task_loss=figures.pop("task_loss", 1.5),
+        harmful_refused=answers,
+        harmful_margins=[1.0, 2.0],
+        harmless_refused=figures.pop("edgy", [False] * 10),
+    )
+    found = runs.row_of(run, figures.pop("split", "selection"), result, figures)
+    return found | {"run_seconds": 1.0, "threads": 1, "commit": "abc", "device": "CPU"}
+
+
+def share(of_ten: int) -> list[bool]:
+    return [k < of_ten for k in range(10)]
+
+
+def everywhere(method: str, setting: Any, **figures: Any) -> list[dict[str, Any]]:
+    return [row(method, setting, task, seed, **figures) for task, seed in SELECTION]
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    rows = [row("sap", {"probe_lr": 1e-2}, "alpaca", split=split) for split in data.SPLITS]
+    results.append(path, rows[:1])
+    assert results.finished(results.read(path)) == set()
+    results.append(path, rows[1:])
+    assert results.read(path) == rows
+    assert results.finished(results.read(path)) == {rows[0]["key"]}
+    with pytest.raises(ValueError, match="has the columns"):
+        results.append(path, [{"other": 1}])
+    assert results.read(tmp_path / "none.csv") == []
+
+
+def test_the_setting_chosen_refuses_most_within_the_limits() -> None:
+    weights = METHODS["blend"].settings
+    rows = (
+        everywhere("aligned", {}, answers=share(9))
+        + everywhere("adamw", {}, answers=share(3))
+        # Refuses most, but at a task loss of 3 % more; or with harmless requests refused.
+        + everywhere("blend", weights[0], answers=share(10), task_loss=1.545)
+        + everywhere("blend", weights[1], answers=share(7))
+        + everywhere("blend", weights[2], answers=share(6))
+        + everywhere("sap", {"probe_lr": 1e-2}, answers=share(9), edgy=share(1))
+        + everywhere("sap", {}, answers=share(4))
+        + [row("sap", {"probe_lr": 1e-3}, "alpaca", answers=share(10))]
+    )
+    chosen = results.choose_settings(rows)
+    assert chosen["blend"] == weights[1]
+    assert chosen["sap"] == {}
+    assert chosen["adamw"] == {} and "mixed" not in chosen
+    # What is reported has no say in it.
+    other = [r | {"split": "report", "harmful_refusals": "1" * 10} for r in rows]
+    assert results.choose_settings(rows + other) == chosen
+    assert results.choose_settings(other) == {}
+
+
+def test_where_no_setting_is_within_the_limits_the_nearest_is_chosen() -> None:
+    first, second, _ = METHODS["mixed"].settings
+    rows = (
+        everywhere("aligned", {}, answers=share(9))
+        + everywhere("adamw", {}, answers=share(3))
+        + everywhere("mixed", first, answers=share(10), task_loss=1.7)
+        + everywhere("mixed", second, answers=share(5), task_loss=1.6)
+    )
+    assert results.choose_settings(rows)["mixed"] == second
+
+
+# ---- one interrupted study ----
+
+
+def test_an_interrupted_study_goes_on_and_runs_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(results, "LOOKS", tmp_path / "looks.csv")
+    plan = [run_of("adamw", {}, seed, "alpaca") for seed in SEEDS]
+    executed: list[Any] = []
+
+    class Pool:
+        """Executes at once, in this process."""
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+
+        def submit(self, _: Any, run: Any, threads: int) -> Any:
+            from concurrent.futures import Future
+
+            executed.append(run)
+            future: Any = Future()
+            if failing and run == failing[0]:
+                future.set_exception(RuntimeError("out of luck"))
+            else:
+                rows = [row("adamw", {}, "alpaca", run.seed, split=split) for split in data.SPLITS]
+                looks = [runs.described(run) | {"step": 10, "refused_harmful": 0.5, "margin": 1.0}]
+                future.set_result((rows, looks))
+            return future
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
+    failing = [plan[1]]
+    with pytest.raises(RuntimeError, match="out of luck"):
+        study.run_all("Test", lambda: iter(plan), 1, None)
+    failing.clear()
+    study.run_all("Test", lambda: iter(plan), 1, 1)
+    study.run_all("Test", lambda: iter(plan), 2, None)
+    study.run_all("Test", lambda: iter(plan), 2, None)
+    assert executed == [plan[0], plan[1], plan[1], plan[2]]
+    rows = results.read(tmp_path / "results.csv")
+    assert results.finished(rows) == {run.key for run in plan}
+    assert len(results.read(tmp_path / "looks.csv")) == 3
+    assert {"commit", "device", "torch"} <= set(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "adamw,magic"], "--only adamw,magic: 'magic' is not one of"),
+        (["--tasks", "mmlu"], "--tasks mmlu: 'mmlu' is not one of alpaca"),
+        (["--seeds", "7"], "--seeds 7: '7' is not one of 0, 1, 2"),
+    ],
+)
+def test_what_is_not_in_the_plan_is_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        study.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+# ---- answers ----
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("so #### 42", 42.0), ("#### 1,234.5 done", 1234.5), ("#### -3.", -3.0)]
+)
+def test_the_answer_of_a_solution_is_read(text: str, value: float) -> None:
+    assert runs.number(runs._ANSWER.findall(text)[-1]) == value
+
+
+# ---- report ----
+
+
+def reported(method: str, setting: Any, seed: int, task: str, **figures: Any) -> dict[str, Any]:
+    return row(method, setting, task, seed, split="report", **figures)
+
+
+def test_a_summary_compares_with_adamw_on_the_same_seeds() -> None:
+    sap = {"probe_lr": 1e-2}
+    rows = [
+        reported("aligned", {}, 0, "alpaca", answers=share(10)),
+        reported("adamw", {}, 0, "alpaca", answers=share(4), step_seconds=1.0),
+        reported("adamw", {}, 1, "alpaca", answers=share(2), step_seconds=1.0),
+        reported("adamw", {}, 2, "alpaca", answers=share(0), step_seconds=9.0),
+        reported("sap", sap, 0, "alpaca", answers=share(10), task_loss=1.53, step_seconds=3.0),
+        reported("sap", sap, 1, "alpaca", answers=share(10), task_loss=1.515, step_seconds=2.0),
+        reported("sap", {}, 2, "alpaca", answers=share(0)),
+    ]
+    found = {s.method: s for s in report.summarize(rows, {"aligned": {}, "adamw": {}, "sap": sap})}
+    assert found["sap"].seeds == (0, 1)
+    assert found["sap"].refused_harmful.mean == 1.0
+    assert found["sap"].against_adamw is not None
+    assert found["sap"].against_adamw.mean == pytest.approx(0.7)
+    assert found["sap"].task_loss_ratio == pytest.approx((1.015, 1.01, 1.02))
+    assert found["sap"].step_ratio == 2.5
+    assert found["adamw"].refused_harmful.mean == pytest.approx(0.2)
+    assert found["adamw"].against_adamw is None
+
+
+@pytest.mark.parametrize(
+    ("figures", "met"),
+    [
+        ({"answers": share(10)}, True),
+        ({"answers": share(9)}, False),
+        ({"answers": share(10), "task_loss": 1.54}, False),
+        ({"answers": share(10), "edgy": share(1)}, False),
+    ],
+)
+def test_the_aim_is_met_in_all_three_or_not_at_all(figures: Any, met: bool) -> None:
+    rows = [
+        reported("aligned", {}, 0, "alpaca", answers=share(10)),
+        reported("adamw", {}, 0, "alpaca", answers=share(4)),
+        reported("sap", {}, 0, "alpaca", **figures),
+    ]
+    found = report.summarize(rows, {name: {} for name in ("aligned", "adamw", "sap")})
+    assert [report.meets_the_aim(s, found[0]) for s in found if s.method == "sap"] == [met]
+
+
+def test_the_report_shows_every_method_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(results, "LOOKS", tmp_path / "looks.csv")
+    with pytest.raises(ValueError, match="make study"):
+        report.write_report(tmp_path)
+    ran = [
+        ("shipped", {}),
+        ("aligned", {}),
+        ("adamw", {}),
+        ("sap", {}),
+        ("sap", {"probe_lr": 0.01}),
+    ]
+    for method, setting in ran:
+        for task, seed in SELECTION:
+            trained = method in ("adamw", "sap")
+            figures = {"step_seconds": 1.5, "peak_bytes": 2**30, "lean": 0.1} if trained else {}
+            run = run_of(method, setting, seed, task)
+            results.append(
+                results.RESULTS,
+                [row(method, setting, task, seed, split=split, **figures) for split in data.SPLITS],
+            )
+            if trained:
+                look = {"step": 10, "refused_harmful": 0.7, "margin": 1.0}
+                results.append(results.LOOKS, [runs.described(run) | look])
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    for name in ("As published", "AdamW", "SAP", "Alpaca, 10 % poisoned", "the aim is met by"):
+        assert name in page
+    assert page.count("<figure>") == 4 and "{{" not in page
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    summary = results.read(tmp_path / "summary.csv")
+    assert {(r["method"], r["task"]) for r in summary} == {
+        (method, task) for method, _ in ran for task, _ in SELECTION
+    }
+    # Again over what is there.
+    assert report.write_report(tmp_path).read_text(encoding="utf-8") == page
