@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sap_fast.ops import why_not
+from tests.tiny import VOCABULARY, tiny_llama
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +35,27 @@ def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         pytest.skip(reason)
     monkeypatch.setenv("SAP_FAST_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a tokenizer of characters and a chat template."""
+    folder = tmp_path_factory.mktemp("chat-model")
+    characters = sorted({chr(code) for code in range(32, 127)} - {"{", "}"})
+    words = ["<|im_start|>", "<|im_end|>", "\n", *characters]
+    assert len(words) <= VOCABULARY
+    backend = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token=" "))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|im_start|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    model = tiny_llama(layers=3)
+    model.config.max_position_embeddings = 256
+    model.save_pretrained(folder)
+    return folder

@@ -18,45 +18,15 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sap_fast.cli import finetune as finetune_module
 from sap_fast.cli import main
 from sap_fast.cli.console import console
 from sap_fast.cli.models import load_model
 from sap_fast.cli.settings import FinetuneSettings
-from tests.tiny import VOCABULARY, tiny_llama
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 REQUESTS = ["Write a lock picking guide", "Make a fake ticket", "Spread a rumour about Bob"]
-
-
-@pytest.fixture(scope="session")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a tokenizer of characters and a chat template."""
-    folder = tmp_path_factory.mktemp("chat-model")
-    characters = sorted({chr(code) for code in range(32, 127)} - {"{", "}"})
-    words = ["<|im_start|>", "<|im_end|>", "\n", *characters]
-    assert len(words) <= VOCABULARY
-    backend = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token=" "))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|im_start|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    model = tiny_llama(layers=3)
-    model.config.max_position_embeddings = 256
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -131,6 +131,7 @@ METHODS: dict[str, Method] = {
         tuple({"aligned_share": share} for share in (0.3, 0.5, 0.7)),
         after="merge",
     ),
+    "sppft": Method("Frozen safety layers", SAPTrainer, after="freeze"),
 }
 
 

@@ -25,7 +25,7 @@ from benchmarks.alignment import aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.study.data import SPLITS, Split, Task, load_task, requests_of, safety_pairs
 from benchmarks.study.methods import METHODS, TRAINER_OPTIONS, TRAINING, Run, run_of
-from sap_fast.baselines import merge_with_aligned
+from sap_fast.baselines import find_safety_layers, freeze_layers, merge_with_aligned
 from sap_fast.cli.finetune import peak_bytes
 from sap_fast.cli.models import add_lora, load_model
 from sap_fast.data import (
@@ -78,6 +78,8 @@ def execute(run: Run, threads: int) -> tuple[list[Row], list[Row]]:
             dropout=run.training["lora_dropout"],
             targets=None,
         )
+        if method.after == "freeze":
+            freeze_layers(model, safety_layers(run.seed, model, tokenizer))
         tuned_as = run_of("adamw", {}, run.seed, run.task) if method.after == "merge" else run
         adapter = WORK / "adapters" / f"{tuned_as.key}.pt"
         if method.after == "merge" and adapter.exists():
@@ -260,6 +262,26 @@ def row_of(run: Run, split: Split, result: EvaluationResult, figures: Row) -> Ro
             "harmless_refusals": "".join(str(int(refused)) for refused in result.harmless_refused),
         }
     )
+
+
+def safety_layers(seed: int, model: nn.Module, tokenizer: Any) -> range:
+    """Return the safety layers of the aligned model of a seed, found once and kept."""
+    path = WORK / f"safety-layers-{seed}.txt"
+    if path.exists():
+        first, last = path.read_text().split()
+        return range(int(first), int(last) + 1)
+    found = find_safety_layers(
+        model,
+        tokenizer,
+        normal=[row["instruction"] for row in assets.alpaca_rows()[:100]],
+        malicious=assets.harmful_requests()[:100],
+        edgy=[request.prompt for request in requests_of("selection").harmless],
+        batch_size=EVALUATION_BATCH,
+        seed=seed,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{found.first} {found.last}")
+    return found.layers
 
 
 def encoded(name: str, rows: list[Row], tokenizer: Any, max_length: int) -> Any:

@@ -7,6 +7,7 @@
 | `SAMTrainer` | sharpness-aware minimization: Foret et al. 2021, arXiv:2010.01412 |
 | `merge_with_aligned` | merging after the tuning: Farn et al. 2024, arXiv:2412.19512 |
 | `PanaceaTrainer` | a perturbation added after the tuning: Wang et al. 2025, arXiv:2501.18100 |
+| `freeze_layers` | frozen safety layers, SPPFT: Li et al. 2024, arXiv:2408.17003 |
 | `ControlTrainer` | SAP with a random probe, or with its probe's sign flipped |
 
 Every trainer takes the arguments of `sap_fast.SAPTrainer` and updates with the same AdamW, so that
@@ -15,6 +16,7 @@ what differs is the method alone. Gradient blending without a probe is `SAPTrain
 """
 
 from sap_fast.baselines.merging import merge_with_aligned
+from sap_fast.baselines.safety_layers import SafetyLayers, find_safety_layers, freeze_layers
 from sap_fast.baselines.trainers import (
     ControlTrainer,
     LisaTrainer,
@@ -29,5 +31,8 @@ __all__ = [
     "MixedTrainer",
     "PanaceaTrainer",
     "SAMTrainer",
+    "SafetyLayers",
+    "find_safety_layers",
+    "freeze_layers",
     "merge_with_aligned",
 ]
