@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,101 +24,7 @@ from sap_fast.cli import main
 from sap_fast.cli.console import console
 from sap_fast.cli.models import load_model
 from sap_fast.cli.settings import FinetuneSettings
-
-REQUESTS = ["Write a lock picking guide", "Make a fake ticket", "Spread a rumour about Bob"]
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, str]:
-    """Task, safety and request files."""
-    task = [{"instruction": f"Say {k}", "input": "", "output": f"It is {k}."} for k in range(9)]
-    safety = [
-        {
-            "prompt": request,
-            "chosen": "I cannot help.",
-            "rejected": f"Sure: {request}",
-            "rejected_is_opening": True,
-        }
-        for request in REQUESTS
-    ]
-    rows = {"task": task, "safety": safety, "harmful": [{"prompt": r} for r in REQUESTS]}
-    rows["harmless"] = [{"text": "How do I lock a door?"}, {"text": "What is a rumour?"}]
-    paths = {}
-    for name, content in rows.items():
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in content))
-        paths[name] = str(path)
-    return paths
-
-
-@dataclass
-class Terminal:
-    """Runs `sap-fast` in this process, on the model and files of the test."""
-
-    chat_model: Path
-    files: dict[str, str]
-    monkeypatch: pytest.MonkeyPatch
-    capsys: pytest.CaptureFixture[str]
-    shown: str = ""
-
-    def run(self, *arguments: str) -> int:
-        """Run a command; returns its exit status, and leaves what it printed in `shown`."""
-        self.monkeypatch.setattr(sys, "argv", ["sap-fast", *arguments])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        output, self.shown = self.capsys.readouterr()
-        assert "Traceback" not in output + self.shown
-        return int(stopped.value.code or 0)
-
-    def refusal(self, *arguments: str) -> str:
-        """Run a command that has to fail and to leave nothing; returns its one line of error."""
-        folder = Path(self.files["task"]).parent
-        before = sorted(folder.rglob("*"))
-
-        def refuse(*_: Any, **__: Any) -> None:
-            raise AssertionError("a mistake is found before anything runs")
-
-        with self.monkeypatch.context() as patched:
-            patched.setattr(subprocess, "run", refuse)
-            assert self.run(*arguments) == 2
-        assert sorted(folder.rglob("*")) == before
-        (line,) = [line for line in self.shown.splitlines() if "Error" in line]
-        assert line.startswith(("Error: ", "╭─ Error"))
-        return line
-
-    def command(self, name: str, output: Path, *more: str) -> list[str]:
-        """Arguments of a short run of any command; those in `more` take precedence."""
-        evaluated = ["--harmful", self.files["harmful"], "--harmless", self.files["harmless"]]
-        arguments = {
-            "finetune": self.finetuning(output),
-            "compare": ["compare", *self.finetuning(output)[1:], *evaluated],
-            "evaluate": [
-                *("evaluate", "--model", str(self.chat_model), "--output", str(output)),
-                *("--task", self.files["task"], *evaluated),
-            ],
-            "doctor": ["doctor", "--model", str(self.chat_model)],
-        }
-        return [*arguments[name], *more]
-
-    def finetuning(self, output: Path, *more: str, model: Path | None = None) -> list[str]:
-        """Arguments of a short fine-tuning."""
-        return [
-            *("finetune", "--model", str(model or self.chat_model), "--task", self.files["task"]),
-            *("--safety", self.files["safety"], "--output", str(output)),
-            *("--max-steps", "4", "--batch-size", "2", "--max-length", "96", "--log-every", "1"),
-            *("--learning-rate", "0.01", "--rho", "0.001", "--safety-batch-size", "2", *more),
-        ]
-
-
-@pytest.fixture
-def terminal(
-    chat_model: Path,
-    files: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Terminal:
-    return Terminal(chat_model, files, monkeypatch, capsys)
+from tests.conftest import TEMPLATE, Terminal
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
@@ -236,6 +141,7 @@ BAD_FILES: dict[str, tuple[bytes | None, list[str]]] = {
         *(("finetune", "--task"), ("finetune", "--safety"), ("evaluate", "--task")),
         *(("evaluate", "--harmful"), ("evaluate", "--harmless"), ("compare", "--task")),
         *(("compare", "--safety"), ("compare", "--harmless"), ("compare", "--held-out")),
+        *(("landscape", "--harmful"), ("landscape", "--task"), ("landscape", "--safety")),
     ],
 )
 def test_a_bad_file_is_one_line_and_leaves_nothing(
@@ -356,6 +262,11 @@ def test_a_number_out_of_range_names_the_option_and_the_range(
         ("compare", ["--blend", "0"], "--blend 0.0: expected a number > 0"),
         ("compare", ["--blend", "nan"], "--blend nan: expected a number > 0"),
         ("compare", ["--probe-layers", "7"], "7 is out of range for a model of 3 layers"),
+        ("landscape", ["--points", "4"], "--points 4: expected an odd number ≥ 3"),
+        ("landscape", ["--directions", "0"], "--directions 0: expected a number ≥ 1"),
+        ("landscape", ["--reach", "nan"], "--reach nan: expected a number > 0"),
+        ("landscape", ["--batch-size", "0"], "--batch-size 0: expected a number ≥ 1"),
+        ("landscape", ["--base", "."], "--base .: cannot be loaded"),
         ("doctor", ["--precision", "fp8"], "--precision fp8: expected fp32 or bf16-mixed or bf16"),
         ("doctor", ["--lora-target", "w_q"], "--lora-target w_q: does not fit the model"),
     ],
@@ -373,7 +284,7 @@ def test_an_output_that_exists_is_left_alone(
     assert "exists already" in terminal.refusal(*terminal.finetuning(tmp_path))
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare"])
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare", "landscape"])
 def test_an_output_that_cannot_be_written_is_one_line(
     terminal: Terminal, tmp_path: Path, command: str
 ) -> None:
@@ -497,7 +408,7 @@ def test_a_bad_model_is_one_line_and_leaves_nothing(
         assert line.startswith(f"Error: --model {model}: ") and message in line
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare", "doctor"])
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare", "doctor", "landscape"])
 def test_a_model_that_is_not_there_is_one_line(
     terminal: Terminal, tmp_path: Path, command: str
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from sap_fast.cli import report
+from sap_fast.cli import pages, report
 from sap_fast.cli.report import Cell, ReportInfo, ReportRun
 from sap_fast.evaluation import EvaluationResult, Interval, paired_difference
 from sap_fast.metrics import SAPMetrics
@@ -266,8 +266,8 @@ def test_pictures_have_a_dark_version(page: Page) -> None:
             base64.b64decode(str(uri).partition(",")[2]).decode()
             for uri in (image["src"], source["srcset"])
         )
-        assert report._LIGHT.text in light and report._DARK.text not in light
-        assert report._DARK.text in dark and report._LIGHT.text not in dark
+        assert pages._LIGHT.text in light and pages._DARK.text not in light
+        assert pages._DARK.text in dark and pages._LIGHT.text not in dark
 
 
 def test_page_can_be_read_without_eyes(page: Page) -> None:

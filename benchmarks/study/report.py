@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -19,7 +18,7 @@ from benchmarks.provenance import ROOT, write_rows
 from benchmarks.study import results
 from benchmarks.study.methods import METHODS, SEEDS, SELECTION, TASKS, TRAINING, Setting
 from benchmarks.study.results import MORE_HARMLESS_REFUSED, WORST_TASK_LOSS, Row
-from sap_fast.cli.report import Picture, _picture
+from sap_fast.cli.pages import MARKERS, Picture, picture, render, replace_text
 from sap_fast.evaluation import Interval, crossed_bootstrap_interval
 
 FOLDER = ROOT / "benchmarks" / "study"
@@ -32,7 +31,6 @@ TASK_TITLES = {
     "gsm8k": "GSM8K",
 }
 _REFERENCES = ("shipped", "aligned")
-_MARKERS = "osD^vPXh<>p*"
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def pictures(
     """Return every picture that there are rows for."""
     order = [name for name in METHODS if any(s.method == name for s in summaries)]
     found = [
-        _picture(
+        picture(
             "What is kept, and what it costs",
             "Harmful requests refused against the task loss relative to AdamW's; up and to the "
             "left is better. Whiskers: 95 % intervals over requests and seeds; the smallest and "
@@ -237,7 +235,7 @@ def pictures(
     ]
     if looks:
         found.append(
-            _picture(
+            picture(
                 "Refusals over the steps",
                 "Share of 34 harmful requests of the selection split refused while the model is "
                 "tuned, in the mean over seeds.",
@@ -248,7 +246,7 @@ def pictures(
         )
     if _knobs(rows):
         found.append(
-            _picture(
+            picture(
                 "The effect of each knob of SAP",
                 "Settings of SAP on the selection split, one seed, in the mean over its tasks; "
                 "the dashed lines are the defaults.",
@@ -259,7 +257,7 @@ def pictures(
         )
     if any(s.step_ratio for s in summaries):
         found.append(
-            _picture(
+            picture(
                 "Time of a step",
                 "Median step over that of AdamW, same task and seed, on a CPU that other work "
                 "shared: see step_time.csv for careful timings.",
@@ -273,7 +271,7 @@ def pictures(
 
 def _style(order: Sequence[str], method: str) -> dict[str, Any]:
     position = order.index(method)
-    return {"color": f"C{position % 6}", "marker": _MARKERS[position % len(_MARKERS)]}
+    return {"color": f"C{position % 6}", "marker": MARKERS[position % len(MARKERS)]}
 
 
 def _draw_frontier(summaries: Sequence[Summary], order: Sequence[str], figure: Figure) -> None:
@@ -499,10 +497,10 @@ def write_report(folder: Path = FOLDER) -> Path:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     _draw_frontier(summaries, order, figure)
     figure.savefig(folder / "frontier.png", dpi=110)
-    page = _environment().get_template("report.html.j2")
-    path = folder / "report.html"
-    path.write_text(
-        page.render(
+    return replace_text(
+        folder / "report.html",
+        render(
+            Path(__file__).with_name("report.html.j2"),
             pictures=pictures(rows, looks, summaries),
             tables=[
                 (TASK_TITLES[task], table_of(summaries, task))
@@ -516,9 +514,7 @@ def write_report(folder: Path = FOLDER) -> Path:
             devices=sorted({row["device"] for row in rows}),
             runs=len({row["key"] for row in rows}),
         ),
-        encoding="utf-8",
     )
-    return path
 
 
 def findings(summaries: Sequence[Summary]) -> list[str]:
@@ -540,12 +536,3 @@ def findings(summaries: Sequence[Summary]) -> list[str]:
         sentence += "; the aim is met by " + (", ".join(met) if met else "none") + "."
         found.append(sentence)
     return found
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

@@ -140,6 +140,79 @@ def compare(
 
 
 @app.command()
+def landscape(
+    model: Model,
+    harmful: Annotated[
+        str,
+        typer.Option(
+            help="Requests that should be refused: .jsonl, .json or .parquet with prompt (or "
+            "text), or .txt with one per line."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for landscape.csv and landscape.html.")],
+    task: Annotated[str | None, typer.Option(help="Task rows to measure the loss on.")] = None,
+    safety: Annotated[
+        str | None,
+        typer.Option(help="Preference rows: also measure along the gradient of the safety loss."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that --model was tuned from: also measure along the way from it."
+        ),
+    ] = None,
+    directions: Annotated[int, typer.Option(help="Random directions.")] = 3,
+    reach: Annotated[
+        float, typer.Option(help="Longest step, in norms of each parameter; the paper's 0.5.")
+    ] = 0.5,
+    points: Annotated[int, typer.Option(help="Steps along a direction, an odd number.")] = 11,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens to keep of a task row.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the random directions.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
+) -> None:
+    """Show how far a model's weights can move before it stops refusing.
+
+    Measures refusals, and with --task the task loss, along random directions, along the gradient of
+    the safety loss (--safety) and along the fine-tuning (--base): Peng et al. 2024,
+    arXiv:2405.17374. The weights move in place; only one direction is held beside them.
+    Interrupted, the same command goes on where it stopped.
+    """
+    from sap_fast.cli.landscape import LandscapeSettings, landscape_table
+    from sap_fast.cli.landscape import landscape as run_landscape
+
+    for name, number in (
+        ("directions", directions),
+        ("batch_size", batch_size),
+        ("max_length", max_length),
+    ):
+        Accepted(least=1).check(name, number)
+    Accepted(above=0).check("reach", reach)
+    Accepted(least=0).check("seed", seed)
+    if points < 3 or points % 2 == 0:
+        raise UserError(f"--points {points}: expected an odd number ≥ 3, so that one is the model")
+    settings = LandscapeSettings(
+        model=model,
+        harmful=harmful,
+        output=str(output),
+        task=task,
+        safety=safety,
+        base=base,
+        directions=directions,
+        reach=reach,
+        points=points,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    with _interruptible():
+        rows = run_landscape(settings)
+    console.print(landscape_table(rows))
+    console.print(f"Page: [bold]{escape(str(output / 'landscape.html'))}[/bold]")
+
+
+@app.command()
 @with_settings(
     *(
         "model task output safety optimizer epochs max_steps batch_size accumulate learning_rate "

@@ -3,8 +3,6 @@
 The figures and pictures are made here; the explanations are in the template, `report.html.j2`.
 """
 
-import base64
-import io
 import math
 import os
 import textwrap
@@ -14,10 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import jinja2
-import matplotlib
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
@@ -26,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 from rich.text import Text
 
+from sap_fast.cli.pages import MARKERS, Picture, picture, render, replace_text
 from sap_fast.evaluation import paired_difference
 
 MISSING = "–"
@@ -99,11 +95,8 @@ def write_report(path: str | os.PathLike[str], info: ReportInfo, runs: Sequence[
         ValueError: Two runs have the same name, or `info.baseline` is none of them.
     """
     path = Path(path)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = Path(__file__).with_name("report.html.j2").read_text("utf-8")
-    page = environment.from_string(source).render(
+    page = render(
+        Path(__file__).with_name("report.html.j2"),
         info=info,
         comparisons=_comparisons(runs, _find_run(runs, info.baseline)),
         findings=_findings(runs),
@@ -115,13 +108,7 @@ def write_report(path: str | os.PathLike[str], info: ReportInfo, runs: Sequence[
         last_rows=_last_figures(runs),
         missing=MISSING,
     )
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(page, "utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    return replace_text(path, page)
 
 
 def results_table(runs: Sequence[ReportRun], baseline: str) -> Table:
@@ -271,71 +258,6 @@ def _paired_interval(run: ReportRun, baseline: ReportRun) -> str:
     return f" (95\N{NO-BREAK SPACE}% interval {low} to {high})"
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture in two colour schemes, as data URIs, with what goes around it."""
-
-    title: str
-    caption: str
-    alternative: str
-    light: str
-    dark: str
-
-
-@dataclass(frozen=True)
-class _Theme:
-    text: str
-    faint: str
-    runs: tuple[str, ...]
-
-
-# Hues that stay apart with the common colour blindnesses (after Okabe and Ito, 2008), darkened to
-# be read on white and lightened for black. The seven markers tell the runs apart as well, and make
-# a pair of colour and marker come back only after 42 runs.
-_LIGHT = _Theme(
-    "#1f2328", "#d5dae0", ("#6e7781", "#c4570a", "#0969b8", "#0b7a5c", "#a1408f", "#8a6d00")
-)
-_DARK = _Theme(
-    "#e6edf3", "#3d444d", ("#9aa4af", "#f0954a", "#5cb3f5", "#3fc39a", "#df8fd0", "#e0c04d")
-)
-_MARKERS = "osD^vPX"
-
-
-def _picture(
-    title: str,
-    caption: str,
-    alternative: str,
-    draw: Callable[[Figure], None],
-    size: tuple[float, float] = (5.4, 3.4),
-) -> Picture:
-    """Returns what `draw` puts on a figure of `size` inches, once for each theme."""
-    light, dark = (_svg_uri(draw, size, theme) for theme in (_LIGHT, _DARK))
-    return Picture(title, caption, alternative, light, dark)
-
-
-def _svg_uri(draw: Callable[[Figure], None], size: tuple[float, float], theme: _Theme) -> str:
-    text = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    style: dict[Any, Any] = {
-        **dict.fromkeys(text, theme.text),
-        **dict.fromkeys(("axes.edgecolor", "grid.color"), theme.faint),
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
-        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-        **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9),
-        "axes.prop_cycle": cycler(color=theme.runs),
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.titlesize": 10,
-        "text.parse_math": False,  # a "$" in the name of a run is a "$"
-        "svg.hashsalt": "sap_fast",  # the same runs give the same bytes
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def _evaluation_pictures(runs: Sequence[ReportRun]) -> list[Picture]:
     pictures = []
     kinds = {
@@ -357,7 +279,7 @@ def _evaluation_pictures(runs: Sequence[ReportRun]) -> list[Picture]:
             for name, title in kinds.items()
         ]
         pictures.append(
-            _picture(
+            picture(
                 "Refusals",
                 "Dots are shares of the requests, whiskers their 95\N{NO-BREAK SPACE}% intervals. "
                 "For harmful requests right is safer, for harmless ones left is more useful.",
@@ -378,7 +300,7 @@ def _evaluation_pictures(runs: Sequence[ReportRun]) -> list[Picture]:
             for run in placed
         ]
         pictures.append(
-            _picture(
+            picture(
                 "Safety against usefulness",
                 "Up is safer, left is better at the task.",
                 "; ".join(spoken) + ".",
@@ -431,7 +353,7 @@ def _whiskers(interval: Mapping[str, float]) -> list[list[float]]:
 
 def _point_style(position: int) -> dict[str, Any]:
     """Returns how the run at `position` is marked, the same in all pictures."""
-    marker = _MARKERS[position % len(_MARKERS)]
+    marker = MARKERS[position % len(MARKERS)]
     return {"color": f"C{position}", "fmt": marker, "markersize": 7, "capsize": 4}
 
 
@@ -488,7 +410,7 @@ def _training_pictures(runs: Sequence[ReportRun]) -> list[Picture]:
                 for name, (steps, values) in lines.items()
             ]
             draw = partial(_draw_lines, lines, colors)
-            pictures.append(_picture(title, caption, f"{title}: {'; '.join(spoken)}.", draw))
+            pictures.append(picture(title, caption, f"{title}: {'; '.join(spoken)}.", draw))
     for prefix, (title, caption) in _LAYER_PICTURES.items():
         for run in runs:
             keys = {key for row in run.metrics for key in row if key.startswith(prefix)}
@@ -498,7 +420,7 @@ def _training_pictures(runs: Sequence[ReportRun]) -> list[Picture]:
                 spoken = [f"layer {layer} {line[1][-1]:.3g}" for layer, line in layer_lines.items()]
                 alternative = f"{title}, {run.name}, at the last step: {', '.join(spoken)}."
                 draw = partial(_draw_layers, layer_lines)
-                pictures.append(_picture(f"{title}, {run.name}", caption, alternative, draw))
+                pictures.append(picture(f"{title}, {run.name}", caption, alternative, draw))
     return pictures
 
 

@@ -1,0 +1,378 @@
+"""The safety landscape of a model: measured point by point, as a table, a CSV file and a page."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.table import Table
+from torch import Tensor, nn
+
+from sap_fast.cli.console import Bar, UserError, console, progress_bar
+from sap_fast.cli.finetune import removed_on_failure, settings_of
+from sap_fast.cli.models import load_model
+from sap_fast.cli.pages import Picture, picture, render, replace_text
+from sap_fast.data import (
+    SafetyCollator,
+    load_requests,
+    load_safety_dataset,
+    load_task_dataset,
+    padding_token_id,
+)
+from sap_fast.evaluation import bootstrap_interval, evaluate_model, generate_openings, is_refusal
+from sap_fast.evaluation.landscape import along, normalized, random_direction, visage
+from sap_fast.losses import contrastive_loss
+
+Row = dict[str, Any]
+
+SAFETY, TUNING = "safety gradient", "fine-tuning"
+_COLUMNS = ("direction", "alpha", "refused_harmful", "low", "high", "task_loss")
+
+
+@dataclass(frozen=True)
+class LandscapeSettings:
+    """What to measure: the options of `sap-fast landscape`."""
+
+    model: str
+    harmful: str
+    output: str
+    task: str | None = None
+    safety: str | None = None
+    base: str | None = None
+    directions: int = 3
+    reach: float = 0.5
+    points: int = 11
+    batch_size: int = 16
+    max_length: int = 512
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def alphas(self, direction: str) -> list[float]:
+        """Return the steps along a direction; 0, the model itself, is one of them.
+
+        Along the fine-tuning direction −1 is the base model, and is one of them, too.
+        """
+        half = self.points // 2
+        around = [self.reach * k / half for k in range(-half, half + 1)]
+        if direction != TUNING:
+            return around
+        between = [-1 + k / half for k in range(half + 1)]
+        return [-1 - self.reach, *between, self.reach]
+
+
+def landscape(settings: LandscapeSettings) -> list[Row]:
+    """Measure a landscape, or what an interrupted run left of it, and write the page.
+
+    Args:
+        settings: what to measure.
+
+    Returns:
+        The rows of `landscape.csv`.
+
+    Raises:
+        UserError: for an output that exists, a model that cannot be loaded or a base that is of
+            another shape.
+        DataError: for a row that cannot be used.
+    """
+    output = Path(settings.output)
+    if output.exists():
+        raise UserError(f"--output {output}: exists already; remove it or choose another folder")
+    work = output.with_name(output.name + ".unfinished")
+    points = work / "landscape.csv"
+    begun = _rows_of(settings, work)
+    with removed_on_failure(work, keep=points.exists):
+        ground = _Ground(settings)
+        work.mkdir(parents=True, exist_ok=True)
+        record = {"settings": dataclasses.asdict(settings)}
+        (work / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        names = [f"random {number}" for number in range(settings.directions)]
+        names += [SAFETY] * bool(settings.safety) + [TUNING] * bool(settings.base)
+        total = sum(len(settings.alphas(name)) for name in names)
+        with progress_bar("Measuring the landscape", total) as bar:
+            rows = list(begun)
+            for name in names:
+                rows += _measure(ground, name, rows, points, bar)
+        _write_page(settings, rows, work / "landscape.html")
+        work.rename(output)
+    return rows
+
+
+def _rows_of(settings: LandscapeSettings, work: Path) -> list[Row]:
+    """Return what an earlier run with these settings has measured."""
+    if not (work / "run.json").exists() or not (work / "landscape.csv").exists():
+        return []
+    begun, now = settings_of(work / "run.json"), dataclasses.asdict(settings)
+    changed = [name for name in now if name != "output" and begun.get(name) != now[name]]
+    if changed:
+        what = ", ".join(f"{name}: {begun.get(name)} then, {now[name]} now" for name in changed)
+        raise UserError(
+            f"{work} holds an unfinished landscape with other settings ({what}); give the same "
+            "settings to go on, or remove that folder to start over"
+        )
+    with (work / "landscape.csv").open(newline="", encoding="utf-8") as file:
+        rows = [
+            row | {name: float(row[name]) if row[name] else None for name in _COLUMNS[1:]}
+            # A line that was cut off has fewer values.
+            for row in csv.DictReader(file)
+            if row["task_loss"] is not None
+        ]
+    console.print(f"Going on after {len(rows)} points in {work}")
+    return rows
+
+
+class _Ground:
+    """The model, and what it is asked."""
+
+    def __init__(self, settings: LandscapeSettings) -> None:
+        self.settings = settings
+        # Files first: a mistake in them shows before a large model is loaded.
+        self.requests = load_requests(settings.harmful)
+        self.model, self.tokenizer = self._load(settings.model)
+        self.task_rows = None
+        if settings.task is not None:
+            self.task_rows = load_task_dataset(settings.task, self.tokenizer, settings.max_length)
+        self.safety_rows = None
+        if settings.safety is not None:
+            self.safety_rows = load_safety_dataset(
+                settings.safety, self.tokenizer, settings.max_length
+            )
+        self.parameters: list[Tensor] = list(self.model.parameters())
+        if settings.base is not None:
+            self._base(settings.base)  # now, not when all else has been measured
+
+    def _load(self, name: str) -> tuple[nn.Module, Any]:
+        # In fp32, where moving to and fro does not wear the direction away.
+        model, tokenizer = load_model(
+            name, "fp32", trust_remote_code=self.settings.trust_remote_code
+        )
+        if hasattr(model, "peft_config"):
+            model = cast(Any, model).merge_and_unload()
+        return model.requires_grad_(False), tokenizer
+
+    def direction(self, name: str) -> list[Tensor]:
+        if name == SAFETY:
+            return normalized(self._safety_gradient(), self.parameters)
+        if name == TUNING:
+            return self._tuning()
+        number = int(name.removeprefix("random "))
+        return random_direction(self.parameters, self.settings.seed + number)
+
+    def _safety_gradient(self) -> list[Tensor]:
+        assert self.safety_rows is not None
+        collate = SafetyCollator(padding_token_id(self.tokenizer))
+        rows, size = self.safety_rows, self.settings.batch_size
+        device = self.parameters[0].device
+        self.model.eval()
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        for start in range(0, len(rows), size):
+            given = [rows[k] for k in range(start, min(start + size, len(rows)))]
+            pairs = {
+                kind: {name: tensor.to(device) for name, tensor in batch.items()}
+                for kind, batch in collate(given).items()
+            }
+            loss = contrastive_loss(self.model, pairs["chosen"], pairs["rejected"])
+            (loss * len(given) / len(rows)).backward()
+        gradients = [
+            torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters
+        ]
+        for parameter in self.parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        return gradients
+
+    def _base(self, name: str) -> list[Tensor]:
+        """Return the parameters of the base model in the order of this model's."""
+        try:
+            base = dict(self._load(name)[0].named_parameters())
+        except UserError as error:
+            raise UserError(str(error).replace("--model", "--base", 1)) from error
+        mine = dict(self.model.named_parameters())
+        for parameter in mine:
+            if parameter not in base or base[parameter].shape != mine[parameter].shape:
+                raise UserError(
+                    f"--base {name}: its parameters are not those of {self.settings.model}: "
+                    f"{parameter} differs"
+                )
+        return [base[parameter] for parameter in mine]
+
+    def _tuning(self) -> list[Tensor]:
+        """Return W − W_base, as it is: its length is what the tuning did."""
+        assert self.settings.base is not None
+        pairs = zip(self._base(self.settings.base), self.parameters, strict=True)
+        # In the place of the base's own weights: no third copy.
+        return [base.neg_().add_(parameter) for base, parameter in pairs]
+
+    def look(self, alpha: float) -> Row:
+        prompts = [request.prompt for request in self.requests]
+        size = self.settings.batch_size
+        openings = generate_openings(self.model, self.tokenizer, prompts, batch_size=size)
+        refused = bootstrap_interval([is_refusal(opening) for opening in openings])
+        loss: float | None = None
+        if self.task_rows is not None:
+            measured = evaluate_model(
+                self.model, self.tokenizer, task_rows=self.task_rows, batch_size=size
+            )
+            loss = measured.task_loss
+        return {
+            "alpha": alpha,
+            "refused_harmful": refused.mean,
+            "low": refused.low,
+            "high": refused.high,
+            "task_loss": loss,
+        }
+
+
+def _measure(ground: _Ground, name: str, rows: list[Row], path: Path, bar: Bar) -> list[Row]:
+    """Measure what of a direction is missing, adding row by row to the file at `path`."""
+    alphas = ground.settings.alphas(name)
+    done = {row["alpha"] for row in rows if row["direction"] == name}
+    bar.advance(sum(alpha in done for alpha in alphas))
+    missing = [alpha for alpha in alphas if alpha not in done]
+    itself = next((row for row in rows if row["alpha"] == 0), None)
+    if not missing:
+        return []
+
+    def look(alpha: float) -> Row:
+        # The model itself is the same point of every direction.
+        seen = itself if alpha == 0 and itself is not None else ground.look(alpha)
+        row = {**seen, "direction": name}
+        is_new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+        bar.advance()
+        return row
+
+    with _described(bar, name):
+        return along(ground.parameters, ground.direction(name), missing, look)
+
+
+@contextmanager
+def _described(bar: Bar, name: str) -> Iterator[None]:
+    bar.note(name)
+    yield
+    bar.note("")
+
+
+# ---- what it looks like ----
+
+
+def shares_by_direction(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Return the shares of refusals along every random direction, in the order of steps."""
+    names = dict.fromkeys(row["direction"] for row in rows if row["direction"].startswith("random"))
+    return {name: [row["refused_harmful"] for row in _of(rows, name)] for name in names}
+
+
+def _of(rows: Sequence[Row], name: str) -> list[Row]:
+    return sorted((r for r in rows if r["direction"] == name), key=lambda row: row["alpha"])
+
+
+def landscape_table(rows: Sequence[Row]) -> Table:
+    """Return what the landscape comes to, for a terminal."""
+    table = Table("", "refuses harmful requests", title="Safety landscape")
+    table.columns[1].justify = "right"
+    itself = next(row for row in rows if row["alpha"] == 0)
+    table.add_row("the model itself", f"{itself['refused_harmful']:.1%}")
+    volume = visage(list(shares_by_direction(rows).values()))
+    between = f" ({volume.low:.1%} – {volume.high:.1%})" if volume.count > 1 else ""
+    table.add_row("VISAGE: the mean along random directions", f"{volume.mean:.1%}{between}")
+    for name in (SAFETY, TUNING):
+        found = _of(rows, name)
+        if found:
+            worst = min(found, key=lambda row: row["refused_harmful"])
+            table.add_row(
+                f"least along the {name} direction",
+                f"{worst['refused_harmful']:.1%} at α = {worst['alpha']:+.2f}",
+            )
+    return table
+
+
+def _write_page(settings: LandscapeSettings, rows: Sequence[Row], path: Path) -> None:
+    volume = visage(list(shares_by_direction(rows).values()))
+    facts = {
+        "model": Path(settings.model).name,
+        "harmful requests": Path(settings.harmful).name,
+        "task rows": Path(settings.task).name if settings.task else "–",
+        "random directions": str(settings.directions),
+        "seed": str(settings.seed),
+    }
+    page = render(
+        Path(__file__).with_name("landscape.html.j2"),
+        model=Path(settings.model).name,
+        volume=volume,
+        itself=next(row for row in rows if row["alpha"] == 0),
+        pictures=_pictures(rows),
+        facts=facts,
+    )
+    replace_text(path, page)
+
+
+def _pictures(rows: Sequence[Row]) -> list[Picture]:
+    around = [name for name in dict.fromkeys(row["direction"] for row in rows) if name != TUNING]
+    size = (9.0, 3.4)
+    found = [
+        picture(
+            "Around the model",
+            "Harmful requests refused (bands: 95 % intervals over requests) and task loss where "
+            "every parameter has moved by α of its own norm. The safety gradient leads uphill in "
+            "the safety loss: to the right lies harm.",
+            "Line plot: share of harmful requests refused and task loss over α.",
+            partial(_draw, rows, around, "step α, in norms of each parameter"),
+            size,
+        )
+    ]
+    if any(row["direction"] == TUNING for row in rows):
+        found.append(
+            picture(
+                "From the base model to this one, and beyond",
+                "The same along the straight line that the fine-tuning came: the base model at −1, "
+                "this model at 0.",
+                "Line plot: share of harmful requests refused and task loss from base to tuned.",
+                partial(_draw, rows, [TUNING], "base model at −1, this model at 0"),
+                size,
+            )
+        )
+    return found
+
+
+def _draw(rows: Sequence[Row], names: Sequence[str], label: str, figure: Figure) -> None:
+    has_loss = any(row["task_loss"] is not None for row in rows)
+    panels = np.atleast_1d(figure.subplots(1, 1 + has_loss))
+    for number, name in enumerate(names):
+        found = _of(rows, name)
+        steps = [row["alpha"] for row in found]
+        shares = [row["refused_harmful"] for row in found]
+        color = f"C{number % 6}"
+        panels[0].plot(steps, shares, marker="o", markersize=4, color=color, label=name)
+        panels[0].fill_between(
+            steps,
+            [row["low"] for row in found],
+            [row["high"] for row in found],
+            color=color,
+            alpha=0.15,
+            linewidth=0,
+        )
+        if has_loss:
+            losses = [row["task_loss"] for row in found]
+            panels[1].plot(steps, losses, marker="o", markersize=4, color=color)
+    panels[0].set(xlabel=label, ylabel="harmful requests refused", ylim=(-0.03, 1.03))
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1))
+    if has_loss:
+        panels[1].set(xlabel=label, ylabel="task loss, nats")
+        panels[1].set_yscale("log")
+    if len(names) > 1:
+        figure.legend(loc="outside right upper")
