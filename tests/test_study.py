@@ -286,7 +286,7 @@ def reported(method: str, setting: Any, seed: int, task: str, **figures: Any) ->
 def test_a_summary_compares_with_adamw_on_the_same_seeds() -> None:
     sap = {"probe_lr": 1e-2}
     rows = [
-        reported("aligned", {}, 0, "alpaca", answers=share(10)),
+        reported("aligned", {}, 0, "alpaca", answers=share(10), task_loss=1.6),
         reported("adamw", {}, 0, "alpaca", answers=share(4), step_seconds=1.0),
         reported("adamw", {}, 1, "alpaca", answers=share(2), step_seconds=1.0),
         reported("adamw", {}, 2, "alpaca", answers=share(0), step_seconds=9.0),
@@ -301,6 +301,9 @@ def test_a_summary_compares_with_adamw_on_the_same_seeds() -> None:
     assert found["sap"].against_adamw.mean == pytest.approx(0.7)
     assert found["sap"].task_loss_ratio == pytest.approx((1.015, 1.01, 1.02))
     assert found["sap"].step_ratio == 2.5
+    # Of the 0.1 that AdamW took off, 0.07 with seed 0; seed 1 has no aligned model here.
+    assert found["sap"].gain_kept == pytest.approx(0.7)
+    assert found["adamw"].gain_kept == pytest.approx(1.0)
     assert found["adamw"].refused_harmful.mean == pytest.approx(0.2)
     assert found["adamw"].against_adamw is None
 
@@ -350,10 +353,18 @@ def test_the_report_shows_every_method_that_ran(
             if trained:
                 look = {"step": 10, "refused_harmful": 0.7, "margin": 1.0}
                 results.append(results.LOOKS, [runs.described(run) | look])
+    monkeypatch.setattr(results, "LANDSCAPE", tmp_path / "landscape.csv")
+    points = [
+        {"method": method, "direction": direction, "alpha": alpha, "refused_harmful": 0.5}
+        for method in ("aligned", "sap")
+        for direction in ("random 0", "random 1", "safety gradient")
+        for alpha in (-0.1, 0.0, 0.1)
+    ]
+    results.append(results.LANDSCAPE, points)
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
     for name in ("As published", "AdamW", "SAP", "Alpaca, 10 % poisoned", "the aim is met by"):
         assert name in page
-    assert page.count("<figure>") == 4 and "{{" not in page
+    assert page.count("<figure>") == 5 and "{{" not in page
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     summary = results.read(tmp_path / "summary.csv")
     assert {(r["method"], r["task"]) for r in summary} == {

@@ -15,6 +15,7 @@ from benchmarks import assets
 from benchmarks.alignment import aligned_smollm2
 from benchmarks.provenance import provenance
 from benchmarks.study import report, results
+from benchmarks.study.landscapes import run_landscapes
 from benchmarks.study.methods import (
     METHODS,
     SEEDS,
@@ -43,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", help="these seeds: " + ",".join(map(str, SEEDS)))
     parser.add_argument(
         "--stage",
-        choices=("selection", "report", "all", "none"),
+        choices=("selection", "report", "landscape", "all", "none"),
         default="all",
         help="selection: every setting on few tasks and seeds; report: the best of each method on "
-        "all; none: only write report.html of the rows there are",
+        "all; landscape: what lies around the tuned models; none: only write report.html of the rows there are",
     )
     parser.add_argument("--limit", type=int, help="runs to make at most")
     parser.add_argument(
@@ -69,14 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assets.print_licenses()
     for seed in SEEDS:
         aligned_smollm2(seed)
-    if options.stage != "report":
+    if options.stage in ("selection", "all"):
         references = ("shipped", "aligned", "adamw")
         everything = dict.fromkeys(run for run in selection_runs([*references, *methods]))
         run_all("Selection", lambda: filter(wanted, everything), options.jobs, options.limit)
-    if options.stage != "selection":
+    if options.stage in ("report", "all"):
         chosen = results.choose_settings(results.read(results.RESULTS))
         run_all("Report", lambda: filter(wanted, report_runs(chosen)), options.jobs, options.limit)
-    if results.choose_settings(results.read(results.RESULTS)):
+    chosen = results.choose_settings(results.read(results.RESULTS))
+    if options.stage in ("landscape", "all"):
+        run_landscapes(chosen)
+    if chosen:
         print(report.write_report())
 
 

@@ -48,6 +48,8 @@ class Summary:
         margin: mean over seeds, in nats.
         task_loss: mean over seeds.
         task_loss_ratio: to AdamW's, mean over seeds, with the smallest and the largest.
+        gain_kept: the part that is left of what AdamW's tuning took off the aligned model's task
+            loss, mean over seeds: 1 is AdamW's, 0 no gain at all.
         exact_answers: share of problems solved, or None.
         lean: mean over seeds, or None.
         step_seconds: median over seeds, or None.
@@ -65,6 +67,7 @@ class Summary:
     margin: float
     task_loss: float
     task_loss_ratio: tuple[float, float, float] | None
+    gain_kept: float | None
     exact_answers: float | None
     lean: float | None
     step_seconds: float | None
@@ -104,12 +107,18 @@ def summarize(rows: Sequence[Row], settings: dict[str, Setting]) -> list[Summary
             mine = {s: reported[method, task, s] for s in SEEDS if (method, task, s) in reported}
             if mine:
                 adamw = {s: reported.get(("adamw", task, s)) for s in mine}
-                summaries.append(_summary(method, task, settings[method], mine, adamw))
+                aligned = {s: reported.get(("aligned", task, s)) for s in mine}
+                summaries.append(_summary(method, task, settings[method], mine, adamw, aligned))
     return summaries
 
 
 def _summary(
-    method: str, task: str, setting: Setting, mine: dict[int, Row], adamw: dict[int, Row | None]
+    method: str,
+    task: str,
+    setting: Setting,
+    mine: dict[int, Row],
+    adamw: dict[int, Row | None],
+    aligned: dict[int, Row | None],
 ) -> Summary:
     rows = list(mine.values())
     pairs = [(row, other) for row, other in zip(rows, adamw.values(), strict=True) if other]
@@ -138,6 +147,11 @@ def _summary(
             if row["step_seconds"]
         ]
         step_ratio = statistics.median(timed) if timed else None
+    gains = [
+        (start["task_loss"] - row["task_loss"]) / (start["task_loss"] - end["task_loss"])
+        for row, start, end in zip(rows, aligned.values(), adamw.values(), strict=True)
+        if start and end and start["task_loss"] != end["task_loss"]
+    ]
     seconds = [row["step_seconds"] for row in rows if row["step_seconds"]]
     peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"]]
     return Summary(
@@ -151,6 +165,7 @@ def _summary(
         margin=mean("margin") or 0.0,
         task_loss=mean("task_loss") or 0.0,
         task_loss_ratio=loss_ratio,
+        gain_kept=statistics.fmean(gains) if gains else None,
         exact_answers=mean("exact_answers"),
         lean=mean("lean"),
         step_seconds=statistics.median(seconds) if seconds else None,
@@ -203,6 +218,7 @@ def write_summary(summaries: Sequence[Summary], folder: Path = FOLDER) -> Path:
             "margin": round(each.margin, 3),
             "task_loss": round(each.task_loss, 5),
             "task_loss_over_adamw": "" if ratio is None else round(ratio[0], 5),
+            "gain_kept": None if each.gain_kept is None else round(each.gain_kept, 4),
             "exact_answers": each.exact_answers,
             "lean": each.lean,
             "step_seconds": each.step_seconds,
@@ -253,6 +269,19 @@ def pictures(
                 "Dot plots: refusals and task loss for each setting of SAP.",
                 partial(_draw_knobs, _knobs(rows)),
                 (10.5, 0.32 * len(_knobs(rows)) + 1.2),
+            )
+        )
+    grounds = results.read(results.LANDSCAPE)
+    if grounds:
+        found.append(
+            picture(
+                "The landscape around the models",
+                "Harmful requests refused where every parameter has moved by α of its own norm: "
+                "in the mean over random directions (bands: the least and the most of them), and "
+                "along the gradient of the safety loss, uphill to the right. Alpaca, seed 0.",
+                "Line plots: share of harmful requests refused over the step, for each model.",
+                partial(_draw_landscape, grounds),
+                (10.5, 3.8),
             )
         )
     if any(s.step_ratio for s in summaries):
@@ -401,6 +430,28 @@ def _draw_knobs(knobs: Sequence[tuple[str, float, float]], figure: Figure) -> No
     left.set_ylim(len(knobs) - 0.5, -0.5)
 
 
+def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
+    panels = figure.subplots(1, 2, sharey=True)
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        style = {"color": f"C{number % 6}", "marker": MARKERS[number % len(MARKERS)]}
+        mine = [row for row in rows if row["method"] == method]
+        for axes, start in zip(panels, ("random", "safety"), strict=True):
+            shares: dict[float, list[float]] = {}
+            for row in mine:
+                if row["direction"].startswith(start):
+                    shares.setdefault(row["alpha"], []).append(row["refused_harmful"])
+            steps = sorted(shares)
+            means = [statistics.fmean(shares[step]) for step in steps]
+            axes.plot(steps, means, markersize=5, label=METHODS[method].title, **style)
+            low, high = ([end(shares[step]) for step in steps] for end in (min, max))
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    for axes, title in zip(panels, ("random directions", "safety gradient"), strict=True):
+        axes.set(title=title, xlabel="step α, in norms of each parameter", ylim=(-0.03, 1.03))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    panels[0].set_ylabel("harmful requests refused")
+    figure.legend(handles=panels[0].lines, loc="outside right upper")
+
+
 def _draw_cost(summaries: Sequence[Summary], order: Sequence[str], figure: Figure) -> None:
     time, memory = figure.subplots(1, 2, sharey=True)
     shown = [
@@ -455,6 +506,7 @@ def table_of(summaries: Sequence[Summary], task: str) -> list[list[str]]:
                 f"{each.margin:.1f}",
                 f"{each.task_loss:.3f}",
                 MISSING if ratio is None else f"{100 * (ratio[0] - 1):+.1f} %",
+                given(each.gain_kept, ".0f", 100.0),
                 given(each.exact_answers, ".0f", 100.0),
                 given(each.lean, "+.2g"),
                 given(each.step_ratio, ".2f"),
@@ -474,6 +526,7 @@ HEADINGS = (
     "Margin, nats",
     "Task loss",
     "… over AdamW",
+    "Gain kept, %",
     "Exact answers, %",
     "Lean",
     "Step over AdamW",

@@ -17,11 +17,13 @@ Row = dict[str, Any]
 
 RESULTS = ROOT / "benchmarks" / "study" / "results.csv"
 LOOKS = ROOT / "benchmarks" / "study" / "looks.csv"
+LANDSCAPE = ROOT / "benchmarks" / "study" / "landscape.csv"
 
 _NUMBERS = {
     "seed": int,
     "steps": int,
     "step": int,
+    "alpha": float,
     "threads": int,
     "refused_harmful": float,
     "refused_harmless": float,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import (
     PrinterCallback,
@@ -81,12 +82,13 @@ def execute(run: Run, threads: int) -> tuple[list[Row], list[Row]]:
         if method.after == "freeze":
             freeze_layers(model, safety_layers(run.seed, model, tokenizer))
         tuned_as = run_of("adamw", {}, run.seed, run.task) if method.after == "merge" else run
-        adapter = WORK / "adapters" / f"{tuned_as.key}.pt"
+        adapter = adapter_of(tuned_as)
         if method.after == "merge" and adapter.exists():
-            load_adapter(model, adapter)
+            set_peft_model_state_dict(model, load_peft_weights(str(adapter)))
         else:
             figures, looks = tune(run, task, model, tokenizer)
-            save_adapter(model, adapter)
+            if not adapter.exists():
+                save_adapter(model, tokenizer, adapter)
         if method.after == "merge":
             merge_with_aligned(model, None, values["aligned_share"])
         # Quicker to ask without its adapter.
@@ -103,6 +105,11 @@ def execute(run: Run, threads: int) -> tuple[list[Row], list[Row]]:
             row["exact_answers"] = exact_answers(model, tokenizer, held_out)
     seconds = time.perf_counter() - started
     return [row | {"run_seconds": round(seconds, 1), "threads": threads} for row in rows], looks
+
+
+def adapter_of(run: Run) -> Path:
+    """Return the folder of the adapter that a run leaves."""
+    return WORK / "adapters" / run.key
 
 
 def tune(run: Run, task: Task, model: nn.Module, tokenizer: Any) -> tuple[Row, list[Row]]:
@@ -291,21 +298,12 @@ def encoded(name: str, rows: list[Row], tokenizer: Any, max_length: int) -> Any:
     )
 
 
-def save_adapter(model: nn.Module, path: Path) -> None:
-    """Keep what was trained."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trained = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(trained, unfinished)
-    unfinished.rename(path)
-
-
-def load_adapter(model: nn.Module, path: Path) -> None:
-    """Put what was trained into `model`."""
-    trained = torch.load(path, weights_only=True)
-    missing, unexpected = model.load_state_dict(trained, strict=False)
-    if unexpected or any("lora_" in name for name in missing):
-        raise ValueError(f"{path} does not fit the model; remove it")
+def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Keep what was trained, as a PEFT adapter."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 _ANSWER = re.compile(r"####\s*(-?[\d,.]*\d)")

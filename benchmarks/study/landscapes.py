@@ -1,0 +1,54 @@
+"""The safety landscape of the tuned models, by `sap-fast landscape` on the adapters they left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.alignment import aligned_smollm2, write_rows
+from benchmarks.demo import as_prompts
+from benchmarks.provenance import provenance
+from benchmarks.study import results
+from benchmarks.study.data import requests_of, safety_pairs
+from benchmarks.study.methods import Setting, run_of
+from benchmarks.study.runs import WORK, adapter_of
+from sap_fast.cli.console import console
+from sap_fast.cli.landscape import LandscapeSettings, landscape
+
+METHODS = ("aligned", "adamw", "sap", "mixed")
+#: Requests asked and safety pairs used at every point; a point takes seconds.
+ASKED, PAIRS = 40, 16
+
+
+def run_landscapes(settings: dict[str, Setting]) -> None:
+    """Measure what `landscape.csv` has no rows of, for seed 0 of Alpaca.
+
+    Args:
+        settings: chosen for each method.
+    """
+    done = {row["method"] for row in results.read(results.LANDSCAPE)}
+    requests = [request.prompt for request in requests_of("report").harmful]
+    harmful = write_rows(WORK / "landscape" / "harmful.jsonl", as_prompts(requests, ASKED))
+    safety = write_rows(WORK / "landscape" / "pairs.jsonl", safety_pairs(PAIRS))
+    for method in METHODS:
+        if method in done or method not in settings:
+            continue
+        model: Path = aligned_smollm2(0)
+        if method != "aligned":
+            model = adapter_of(run_of(method, settings[method], 0, "alpaca"))
+        if not model.exists():
+            console.print(f"No landscape of {method}: its adapter is no longer in {model.parent}")
+            continue
+        rows = landscape(
+            LandscapeSettings(
+                model=str(model),
+                harmful=harmful,
+                safety=safety,
+                output=str(WORK / "landscape" / model.name),
+                directions=2,
+                reach=0.3,
+                points=7,
+                batch_size=ASKED,
+            )
+        )
+        surroundings = provenance()
+        results.append(results.LANDSCAPE, [{"method": method} | row | surroundings for row in rows])
