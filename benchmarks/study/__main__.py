@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=("selection", "report", "landscape", "all", "none"),
         default="all",
         help="selection: every setting on few tasks and seeds; report: the best of each method on "
-        "all; landscape: what lies around the tuned models; none: only write report.html of the rows there are",
+        "all; landscape: what lies around the tuned models; none: only report.html of what has run",
     )
     parser.add_argument("--limit", type=int, help="runs to make at most")
     parser.add_argument(
