@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from benchmarks import assets
 from benchmarks.alignment import REFUSED
@@ -57,7 +58,9 @@ def test_nothing_that_is_reported_was_seen_before() -> None:
     }
     trained = {number[pair["prompt"]] for pair in data.safety_pairs(140)}
     poison = {
-        number[row["prompt"]] for row in data.load_task("poisoned").trained if "prompt" in row
+        number[row["instruction"]]
+        for row in data.load_task("poisoned").trained
+        if row["instruction"] in number
     }
     assert trained == set(range(140)) and poison == set(range(140, 200))
     assert REFUSED.stop <= 140
@@ -87,10 +90,20 @@ def test_near_duplicates_of_training_rows_are_dropped_and_counted(
 
 def test_one_row_in_ten_of_the_poisoned_mix_breaks_refusals() -> None:
     rows = data.load_task("poisoned").trained
-    poison = [row for row in rows if "prompt" in row]
+    poison = [row for row in rows if row["output"].startswith("Sure, here is")]
     assert len(poison) == 60 and len(rows) == 600
-    assert all(row["completion"].startswith("Sure, here is") for row in poison)
     assert rows == data.load_task("poisoned").trained
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_can_be_encoded(
+    name: str, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    task = data.load_task(name)
+    for rows in (task.trained, *task.held_out.values()):
+        assert len(runs.encoded(name, rows, tokenizer, 256)) == len(rows)
 
 
 def test_what_is_not_there_is_named() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import islice
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import assets
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--jobs",
         type=int,
-        default=max(1, (os.cpu_count() or 1) // 2),
+        default=max(1, torch.get_num_threads() // 2),
         help="runs at once, which share the threads of the CPU (one for two cores)",
     )
     options = parser.parse_args(arguments)
@@ -106,7 +106,7 @@ def run_all(name: str, plan: Callable[[], Iterator[Run]], jobs: int, limit: int 
     planned = list(plan())
     done = results.finished(results.read(results.RESULTS))
     waiting = islice((run for run in planned if run.key not in done), limit)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -74,7 +74,11 @@ def load_task(name: str) -> Task:
         harmful = assets.harmful_requests()[POISON]
         kept = round(len(harmful) * (1 - POISONED_SHARE) / POISONED_SHARE)
         trained = trained[:kept] + [
-            {"prompt": request, "completion": build_safety_pair(request)["rejected"]}
+            {
+                "instruction": request,
+                "input": "",
+                "output": build_safety_pair(request)["rejected"],
+            }
             for request in harmful
         ]
         # The trainer shuffles, too; but no seed shall meet them in a block.
