@@ -152,6 +152,25 @@ def test_panacea_rewards_harm_that_a_step_uphill_undoes(tmp_path, monkeypatch, l
     torch.testing.assert_close(moved, last["step"], rtol=1e-3, atol=1e-6)
 
 
+def test_panacea_sees_both_gradients_of_harm_under_the_same_masks(tmp_path, monkeypatch):
+    monkeypatch.setattr("sap_fast.baselines.trainers._LARGEST_HARM", 100.0)
+    found: list[list[Tensor]] = []
+    for kind, options in (
+        (SAPTrainer, {"probe_layers": None}),
+        # A step of nearly no length: what is left of their difference would be dropout.
+        (PanaceaTrainer, {"radius": 1e-6, "harm_weight": 50.0}),
+    ):
+        trainer = sap_trainer(kind, model(), arguments(tmp_path, max_steps=1), **options)
+
+        def look(_: int, trainer: Any = trainer) -> None:
+            trained = [p for p in trainer.model.parameters() if p.requires_grad]
+            found.append([parameter.grad.clone() for parameter in trained])
+
+        trainer.add_callback(BeforeEachUpdate(look))
+        trainer.train()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-3)
+
+
 def test_lisa_alternates_and_holds_each_state_near_the_end_of_the_other(tmp_path):
     trainer = plain_trainer(LisaTrainer, tmp_path, alignment_steps=1, task_steps=2, proximal=0.5)
     # The first tenth, without the term, ends between step 2 and step 3.

@@ -192,6 +192,9 @@ def test_an_interrupted_landscape_goes_on_where_it_stopped(
     assert terminal.run(*terminal.command("landscape", output)) != 0
     assert not output.exists()
     line = terminal.run(*terminal.command("landscape", output, "--seed", "9"))
+    # A write that was cut off in the middle of a row.
+    with (tmp_path / "land.unfinished" / "landscape.csv").open("a") as file:
+        file.write("random 1,0.5,0.3")
     assert line == 2 and "seed: 0 then, 9 now" in terminal.shown.replace("\n", " ")
     watched.fail_after = None
     assert terminal.run(*terminal.command("landscape", output)) == 0, terminal.shown

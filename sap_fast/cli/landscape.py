@@ -123,10 +123,10 @@ def _rows_of(settings: LandscapeSettings, work: Path) -> list[Row]:
     with (work / "landscape.csv").open(newline="", encoding="utf-8") as file:
         rows = [
             row | {name: float(row[name]) if row[name] else None for name in _COLUMNS[1:]}
-            # A line that was cut off has fewer values.
             for row in csv.DictReader(file)
-            if row["task_loss"] is not None
+            if row["task_loss"] is not None  # else its line was cut off
         ]
+    _append(work / "landscape.csv", rows, anew=True)
     console.print(f"Going on after {len(rows)} points in {work}")
     return rows
 
@@ -248,17 +248,20 @@ def _measure(ground: _Ground, name: str, rows: list[Row], path: Path, bar: Bar) 
         # The model itself is the same point of every direction.
         seen = itself if alpha == 0 and itself is not None else ground.look(alpha)
         row = {**seen, "direction": name}
-        is_new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        _append(path, [row], anew=not path.exists())
         bar.advance()
         return row
 
     with _described(bar, name):
         return along(ground.parameters, ground.direction(name), missing, look)
+
+
+def _append(path: Path, rows: Sequence[Row], *, anew: bool) -> None:
+    with path.open("w" if anew else "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        if anew:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 @contextmanager
