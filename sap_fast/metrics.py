@@ -45,7 +45,8 @@ class SAPMetrics:
         lean: ⟨ĝ, ∇_W L_task(W, V_safe)⟩ − ⟨ĝ, ∇_W L_task(W, 0)⟩: by how much the probe makes the
             update lean away from the harmful direction ĝ. The second term is the finite difference
             of the losses of the probe passes, where these were recorded and the schedule is
-            `"paper"`; otherwise `lean` is the first term alone. Needs `keep_direction`.
+            `"paper"`; otherwise `lean` is the first term alone. Losses curve sooner than h does:
+            for ρ of 0.05 and more, trust `lean_predicted`. Needs `keep_direction`.
         lean_predicted: Σ_j ⟨h_j, v_j⟩, what `lean` would be if L_task were quadratic.
         skipped_steps: how many steps ran as plain AdamW so far, because the direction was zero or
             not finite, or h was not finite.

@@ -359,7 +359,9 @@ def test_the_report_shows_every_method_that_ran(
     for method, setting in ran:
         for task, seed in SELECTION:
             trained = method in ("adamw", "sap")
-            figures = {"step_seconds": 1.5, "peak_bytes": 2**30, "lean": 0.1} if trained else {}
+            figures = (
+                {"step_seconds": 1.5, "peak_bytes": 2**30, "lean_predicted": 0.1} if trained else {}
+            )
             run = run_of(method, setting, seed, task)
             results.append(
                 results.RESULTS,

@@ -51,7 +51,7 @@ class Summary:
         gain_kept: the part that is left of what AdamW's tuning took off the aligned model's task
             loss, mean over seeds: 1 is AdamW's, 0 no gain at all.
         exact_answers: share of problems solved, or None.
-        lean: mean over seeds, or None.
+        lean: predicted, mean over seeds, or None: see `SAPMetrics.lean_predicted`.
         step_seconds: median over seeds, or None.
         step_ratio: of it to AdamW's on the same task, or None.
         peak_bytes: largest over seeds, or None.
@@ -167,7 +167,7 @@ def _summary(
         task_loss_ratio=loss_ratio,
         gain_kept=statistics.fmean(gains) if gains else None,
         exact_answers=mean("exact_answers"),
-        lean=mean("lean"),
+        lean=mean("lean_predicted"),
         step_seconds=statistics.median(seconds) if seconds else None,
         step_ratio=step_ratio,
         peak_bytes=max(peaks, default=None),
@@ -220,7 +220,7 @@ def write_summary(summaries: Sequence[Summary], folder: Path = FOLDER) -> Path:
             "task_loss_over_adamw": "" if ratio is None else round(ratio[0], 5),
             "gain_kept": None if each.gain_kept is None else round(each.gain_kept, 4),
             "exact_answers": each.exact_answers,
-            "lean": each.lean,
+            "lean_predicted": each.lean,
             "step_seconds": each.step_seconds,
             "step_over_adamw": None if each.step_ratio is None else round(each.step_ratio, 3),
             "peak_bytes": each.peak_bytes,
@@ -334,7 +334,7 @@ def _draw_frontier(summaries: Sequence[Summary], order: Sequence[str], figure: F
             )
             axes.set_xlim(left=left)
         axes.set(title=TASK_TITLES[task], xlabel="task loss over AdamW's − 1", ylim=(-0.03, 1.03))
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     panels[0].set_ylabel("harmful requests refused")
     figure.legend(loc="outside right upper")

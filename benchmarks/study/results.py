@@ -30,7 +30,7 @@ _NUMBERS = {
     "margin": float,
     "task_loss": float,
     "exact_answers": float,
-    "lean": float,
+    "lean_predicted": float,
     "step_seconds": float,
     "peak_bytes": float,
     "run_seconds": float,

@@ -163,9 +163,11 @@ def tune(run: Run, task: Task, model: nn.Module, tokenizer: Any) -> tuple[Row, l
     trainer.add_callback(look)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    leans = [entry["sap/lean"] for entry in trainer.state.log_history if "sap/lean" in entry]
+    # From h, not from the losses at W ± ΔW: these are curved where ρ is as large as h allows.
+    name = "sap/lean_predicted"
+    leans = [entry[name] for entry in trainer.state.log_history if name in entry]
     figures = {
-        "lean": statistics.fmean(leans) if leans else None,
+        "lean_predicted": statistics.fmean(leans) if leans else None,
         # The first step also calibrates and warms up.
         "step_seconds": round(statistics.median(look.seconds[1:]), 4),
         "peak_bytes": look.peak_bytes,
@@ -258,7 +260,7 @@ def row_of(run: Run, split: Split, result: EvaluationResult, figures: Row) -> Ro
             "margin": round(statistics.fmean(result.harmful_margins), 3),
             "task_loss": round(result.task_loss, 5),
             "exact_answers": None,
-            "lean": None,
+            "lean_predicted": None,
             "step_seconds": None,
             "peak_bytes": None,
         }
