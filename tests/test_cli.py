@@ -471,7 +471,8 @@ def test_nothing_is_unpickled_and_no_remote_code_runs_unasked() -> None:
             assert given.get("weights_only") == "True", place
         # Nothing but the user's own word: the default of every function that takes it is False.
         assert given.get("trust_remote_code", "False") in (
-            *("False", "trust_remote_code", "settings.trust_remote_code"),
+            *("False", "trust_remote_code"),
+            *("settings.trust_remote_code", "self.settings.trust_remote_code"),
         ), place
         if name == "from_pretrained" and place.startswith("sap_fast"):
             if "Tokenizer" not in function and "Config" not in function:

@@ -17,7 +17,7 @@ from sap_fast.integrations.trainer import SAPTrainer
 from sap_fast.losses import contrastive_loss, task_loss
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
-from tests.ranks import RANKS, on_ranks
+from tests.ranks import EPSILON, RANKS, on_ranks
 from tests.test_trainer import encoded
 from tests.tiny import Batch, problem, random_batch
 
@@ -70,11 +70,9 @@ def sap_step(
 def train(model: nn.Module, inner: nn.Module, rank: int | None, options: dict[str, Any]) -> Any:
     """Five steps; the parameters and V."""
     trained = [p for p in inner.parameters() if p.requires_grad]
-    optimizer = FusedSAP(
-        trained,
-        ProbeSet(model, layers=[1, 2]),
-        **({"lr": 1e-3, "rho": 1e-2, "probe_lr": 0.02, "backend": "reference"} | options),
-    )
+    settings: dict[str, Any] = {"lr": 1e-3, "eps": EPSILON, "rho": 1e-2, "probe_lr": 0.02}
+    settings |= {"backend": "reference"} | options
+    optimizer = FusedSAP(trained, ProbeSet(model, layers=[1, 2]), **settings)
     for step in range(STEPS):
         sap_step(optimizer, model, step, rank)
     assert optimizer.probes is not None
@@ -257,6 +255,7 @@ def run_trainer(rank: int, folder: str, lora: bool, accumulate: int) -> list[Ten
             per_device_train_batch_size=4 // ranks,
             gradient_accumulation_steps=accumulate,
             learning_rate=1e-3,
+            adam_epsilon=EPSILON,
             logging_strategy="no",
             save_strategy="no",
             report_to="none",

@@ -421,7 +421,10 @@ def test_a_lagged_step_without_a_direction_does_not_use_the_probe_of_the_step_be
     assert optimizer.probes is not None and optimizer.probes.offsets[1].norm() > 0
     theirs = ours.copy()
     adamw = plain_adamw(groups(theirs.trained), **SETTINGS)
+    fused = adamw.defaults["fused"]
     adamw.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in adamw.param_groups:
+        group["fused"] = fused  # a group of FusedSAP has no word on it, and was loaded so
 
     def flat() -> Tensor:
         loss = safety(ours)
