@@ -172,10 +172,12 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     rows = [row("sap", {"probe_lr": 1e-2}, "alpaca", split=split) for split in data.SPLITS]
     results.append(path, rows[:1])
-    assert results.finished(results.read(path)) == set()
+    first, second = data.SPLITS
+    assert results.finished(results.read(path), first) == {rows[0]["key"]}
+    assert results.finished(results.read(path), second) == set()
     results.append(path, rows[1:])
     assert results.read(path) == rows
-    assert results.finished(results.read(path)) == {rows[0]["key"]}
+    assert results.finished(results.read(path), second) == {rows[0]["key"]}
     with pytest.raises(ValueError, match="has the columns"):
         results.append(path, [{"other": 1}])
     assert results.read(tmp_path / "none.csv") == []
@@ -235,31 +237,34 @@ def test_an_interrupted_study_goes_on_and_runs_nothing_twice(
 
         def __exit__(self, *_: Any) -> None: ...
 
-        def submit(self, _: Any, run: Any, threads: int) -> Any:
+        def submit(self, _: Any, run: Any, split: Any, threads: int) -> Any:
             from concurrent.futures import Future
 
-            executed.append(run)
+            executed.append((split, run))
             future: Any = Future()
             if failing and run == failing[0]:
                 future.set_exception(RuntimeError("out of luck"))
             else:
-                rows = [row("adamw", {}, "alpaca", run.seed, split=split) for split in data.SPLITS]
                 looks = [runs.described(run) | {"step": 10, "refused_harmful": 0.5, "margin": 1.0}]
-                future.set_result((rows, looks))
+                future.set_result((row("adamw", {}, "alpaca", run.seed, split=split), looks))
             return future
 
     monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
     failing = [plan[1]]
     with pytest.raises(RuntimeError, match="out of luck"):
-        study.run_all("Test", lambda: iter(plan), 1, None)
+        study.run_all("selection", plan, 1, None)
     failing.clear()
-    study.run_all("Test", lambda: iter(plan), 1, 1)
-    study.run_all("Test", lambda: iter(plan), 2, None)
-    study.run_all("Test", lambda: iter(plan), 2, None)
-    assert executed == [plan[0], plan[1], plan[1], plan[2]]
+    study.run_all("selection", plan, 1, 1)
+    study.run_all("selection", plan, 2, None)
+    study.run_all("selection", plan, 2, None)
+    assert executed == [("selection", plan[k]) for k in (0, 1, 1, 2)]
+    # What was asked for one split says nothing of the other.
+    study.run_all("report", plan[:1], 1, None)
+    assert executed[4:] == [("report", plan[0])]
     rows = results.read(tmp_path / "results.csv")
-    assert results.finished(rows) == {run.key for run in plan}
-    assert len(results.read(tmp_path / "looks.csv")) == 3
+    assert results.finished(rows, "selection") == {run.key for run in plan}
+    assert results.finished(rows, "report") == {plan[0].key}
+    assert len(results.read(tmp_path / "looks.csv")) == 4
     assert {"commit", "device", "torch"} <= set(rows[0])
 
 

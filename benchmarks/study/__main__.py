@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import islice
 
@@ -15,6 +15,7 @@ from benchmarks import assets
 from benchmarks.alignment import aligned_smollm2
 from benchmarks.provenance import provenance
 from benchmarks.study import report, results
+from benchmarks.study.data import Split
 from benchmarks.study.landscapes import run_landscapes
 from benchmarks.study.methods import (
     METHODS,
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="selection: every setting on few tasks and seeds; report: the best of each method on "
         "all; landscape: what lies around the tuned models; none: only report.html of what has run",
     )
-    parser.add_argument("--limit", type=int, help="runs to make at most")
+    parser.add_argument("--limit", type=int, help="runs to make at most, in each stage")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     methods = _chosen(parser, "--only", options.only, list(METHODS))
     tasks = set(_chosen(parser, "--tasks", options.tasks, list(TASKS)))
-    seeds = set(_chosen(parser, "--seeds", options.seeds, [str(seed) for seed in SEEDS]))
+    seeds = _chosen(parser, "--seeds", options.seeds, [str(seed) for seed in SEEDS])
 
     def wanted(run: Run) -> bool:
         return run.method in methods and run.task in tasks and str(run.seed) in seeds
@@ -68,15 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(report.write_report())
         return
     assets.print_licenses()
-    for seed in SEEDS:
+    for seed in map(int, seeds):
         aligned_smollm2(seed)
     if options.stage in ("selection", "all"):
         references = ("shipped", "aligned", "adamw")
         everything = dict.fromkeys(run for run in selection_runs([*references, *methods]))
-        run_all("Selection", lambda: filter(wanted, everything), options.jobs, options.limit)
+        run_all("selection", filter(wanted, everything), options.jobs, options.limit)
     if options.stage in ("report", "all"):
         chosen = results.choose_settings(results.read(results.RESULTS))
-        run_all("Report", lambda: filter(wanted, report_runs(chosen)), options.jobs, options.limit)
+        run_all("report", filter(wanted, report_runs(chosen)), options.jobs, options.limit)
     chosen = results.choose_settings(results.read(results.RESULTS))
     if options.stage in ("landscape", "all"):
         run_landscapes(chosen)
@@ -94,18 +95,18 @@ def _chosen(
     return names
 
 
-def run_all(name: str, plan: Callable[[], Iterator[Run]], jobs: int, limit: int | None) -> None:
-    """Run what of a plan has no rows yet, `jobs` at a time.
+def run_all(split: Split, plan: Iterable[Run], jobs: int, limit: int | None) -> None:
+    """Run what of a plan has no row of a split yet, `jobs` at a time.
 
     Args:
-        name: of the plan, for the progress bar.
-        plan: yields the runs.
+        split: what the tuned models are asked.
+        plan: the runs.
         jobs: processes at once. Each run has a process of its own, for its peak of memory.
         limit: runs at most.
     """
-    planned = list(plan())
-    done = results.finished(results.read(results.RESULTS))
-    waiting = islice((run for run in planned if run.key not in done), limit)
+    done = results.finished(results.read(results.RESULTS), split)
+    missing = [run for run in plan if run.key not in done][:limit]
+    waiting = iter(missing)
     threads = max(1, torch.get_num_threads() // jobs)
     columns = (
         TextColumn("{task.description}"),
@@ -119,12 +120,12 @@ def run_all(name: str, plan: Callable[[], Iterator[Run]], jobs: int, limit: int 
         jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     )
     with Progress(*columns, speed_estimate_period=3600) as progress, pool:
-        total = sum(run.key not in done for run in planned)
-        bar = progress.add_task(name, total=min(total, limit or total))
-        running: dict[Future[tuple[list[Row], list[Row]]], Run] = {}
+        name = split.capitalize()
+        bar = progress.add_task(name, total=len(missing))
+        running: dict[Future[tuple[Row, list[Row]]], Run] = {}
         while True:
             for run in islice(waiting, jobs - len(running)):
-                running[pool.submit(execute, run, threads)] = run
+                running[pool.submit(execute, run, split, threads)] = run
             if not running:
                 break
             progress.update(
@@ -132,15 +133,14 @@ def run_all(name: str, plan: Callable[[], Iterator[Run]], jobs: int, limit: int 
             )
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
-                rows, looks = future.result()
+                row, looks = future.result()
                 surroundings = provenance()
                 results.append(results.LOOKS, [look | surroundings for look in looks])
-                results.append(results.RESULTS, [row | surroundings for row in rows])
-                first = next(row for row in rows if row["split"] == "selection")
+                results.append(results.RESULTS, [row | surroundings])
                 progress.console.print(
-                    f"{_title(run)}: refuses {first['refused_harmful']:.0%} of harmful and "
-                    f"{first['refused_harmless']:.0%} of harmless requests, task loss "
-                    f"{first['task_loss']:.3f} (selection split; {first['run_seconds']:.0f} s)",
+                    f"{_title(run)}: refuses {row['refused_harmful']:.0%} of harmful and "
+                    f"{row['refused_harmless']:.0%} of harmless requests, task loss "
+                    f"{row['task_loss']:.3f} ({split} split; {row['run_seconds']:.0f} s)",
                     soft_wrap=True,
                 )
                 progress.advance(bar)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import ROOT
-from benchmarks.study.data import SPLITS
+from benchmarks.study.data import Split
 from benchmarks.study.methods import METHODS, SELECTION, Run, Setting
 
 Row = dict[str, Any]
@@ -78,12 +78,9 @@ def _value(name: str, text: str) -> Any:
     return _NUMBERS[name](text) if text else None
 
 
-def finished(rows: Iterable[Row]) -> set[str]:
-    """Return the keys of the runs that have a row for every split."""
-    splits = defaultdict(set)
-    for row in rows:
-        splits[row["key"]].add(row["split"])
-    return {key for key, found in splits.items() if found == set(SPLITS)}
+def finished(rows: Iterable[Row], split: Split) -> set[str]:
+    """Return the keys of the runs that have a row for a split."""
+    return {row["key"] for row in rows if row["split"] == split}
 
 
 def of_runs(rows: Iterable[Row], runs: Iterable[Run], split: str) -> list[Row]:

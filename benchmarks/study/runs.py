@@ -1,7 +1,8 @@
-"""One run of the study: tune a model, ask it everything, return a row per split."""
+"""One run of the study: tune a model, ask it what a split asks, return a row."""
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import time
@@ -24,7 +25,7 @@ from transformers.trainer_utils import SaveStrategy
 from benchmarks import assets
 from benchmarks.alignment import aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
-from benchmarks.study.data import SPLITS, Split, Task, load_task, requests_of, safety_pairs
+from benchmarks.study.data import Split, Task, load_task, requests_of, safety_pairs
 from benchmarks.study.methods import METHODS, TRAINER_OPTIONS, TRAINING, Run, run_of
 from sap_fast.baselines import find_safety_layers, freeze_layers, merge_with_aligned
 from sap_fast.cli.finetune import peak_bytes
@@ -42,25 +43,28 @@ from sap_fast.evaluation.batching import evaluation_mode
 
 Row = dict[str, Any]
 
-#: Adapters that later runs start from, and encoded files.
+#: Adapters, which other splits and methods start from, and encoded files.
 WORK = ROOT / "runs" / "study"
+FIGURES = "figures.json"
 #: Few large batches: at this size of model, decoding costs by the batch.
 EVALUATION_BATCH = 64
 #: Steps between looks at the refusals of a model that is being tuned.
-LOOK_EVERY = 10
+LOOK_EVERY = 20
 #: Enough for the solutions of GSM8K, which have 100 tokens in the mean.
 MAX_ANSWER_TOKENS = 200
 
 
-def execute(run: Run, threads: int) -> tuple[list[Row], list[Row]]:
-    """Tune and measure one model.
+def execute(run: Run, split: Split, threads: int) -> tuple[Row, list[Row]]:
+    """Tune one model, unless its adapter is there already, and measure it on a split.
 
     Args:
         run: what to do.
+        split: what to ask; half of the time of a run goes into this.
         threads: of the CPU.
 
     Returns:
-        A row for every split, and a row for every look during the tuning.
+        The row of the split, and a row for every look during the tuning: the model is looked at
+        for the selection split only.
     """
     torch.set_num_threads(threads)
     started = time.perf_counter()
@@ -83,28 +87,23 @@ def execute(run: Run, threads: int) -> tuple[list[Row], list[Row]]:
             freeze_layers(model, safety_layers(run.seed, model, tokenizer))
         tuned_as = run_of("adamw", {}, run.seed, run.task) if method.after == "merge" else run
         adapter = adapter_of(tuned_as)
-        if method.after == "merge" and adapter.exists():
+        if adapter.exists():
             set_peft_model_state_dict(model, load_peft_weights(str(adapter)))
+            figures = json.loads((adapter / FIGURES).read_text())
         else:
-            figures, looks = tune(run, task, model, tokenizer)
-            if not adapter.exists():
-                save_adapter(model, tokenizer, adapter)
+            figures, looks = tune(tuned_as, task, model, tokenizer, split == "selection")
+            save_adapter(model, tokenizer, figures, adapter)
         if method.after == "merge":
             merge_with_aligned(model, None, values["aligned_share"])
         # Quicker to ask without its adapter.
         model = cast(Any, model).merge_and_unload()
     # As a chat model is served; it also halves the time of the evaluation.
     model.to(torch.bfloat16)
-    rows = [
-        row_of(run, split, measure(task, split, model, tokenizer, run.task), figures)
-        for split in SPLITS
-    ]
+    row = row_of(run, split, measure(task, split, model, tokenizer, run.task), figures)
     if task.has_answers:
-        for row in rows:
-            held_out = task.held_out[row["split"]]
-            row["exact_answers"] = exact_answers(model, tokenizer, held_out)
+        row["exact_answers"] = exact_answers(model, tokenizer, task.held_out[split])
     seconds = time.perf_counter() - started
-    return [row | {"run_seconds": round(seconds, 1), "threads": threads} for row in rows], looks
+    return row | {"run_seconds": round(seconds, 1), "threads": threads}, looks
 
 
 def adapter_of(run: Run) -> Path:
@@ -112,7 +111,9 @@ def adapter_of(run: Run) -> Path:
     return WORK / "adapters" / run.key
 
 
-def tune(run: Run, task: Task, model: nn.Module, tokenizer: Any) -> tuple[Row, list[Row]]:
+def tune(
+    run: Run, task: Task, model: nn.Module, tokenizer: Any, looked_at: bool
+) -> tuple[Row, list[Row]]:
     """Fine-tune `model` in place, and return the figures of it and the looks at it."""
     method, training, values = METHODS[run.method], run.training, run.values
     assert method.trainer is not None
@@ -159,7 +160,7 @@ def tune(run: Run, task: Task, model: nn.Module, tokenizer: Any) -> tuple[Row, l
         sap_options={name: values[name] for name in sorted(others)},
         **options,
     )
-    look = _Look(run, model, tokenizer)
+    look = _Look(run, model, tokenizer, looked_at)
     trainer.add_callback(look)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -178,8 +179,9 @@ def tune(run: Run, task: Task, model: nn.Module, tokenizer: Any) -> tuple[Row, l
 class _Look(TrainerCallback):
     """Times the steps, and asks the model half of the selection split every few of them."""
 
-    def __init__(self, run: Run, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, run: Run, model: nn.Module, tokenizer: Any, looked_at: bool) -> None:
         self._run, self._model, self._tokenizer = run, model, tokenizer
+        self._looked_at = looked_at
         self._started = 0.0
         self._requests = requests_of("selection").harmful[::2]
         self.seconds: list[float] = []
@@ -196,9 +198,10 @@ class _Look(TrainerCallback):
     ) -> None:
         self.seconds.append(time.perf_counter() - self._started)
         if not self.rows:
-            self.peak_bytes = peak_bytes()  # before an evaluation could raise it
+            self.peak_bytes = peak_bytes()  # an evaluation could raise it
         # What the end holds is measured with everything else.
-        if state.global_step % LOOK_EVERY == 0 and state.global_step < state.max_steps:
+        due = state.global_step % LOOK_EVERY == 0 and state.global_step < state.max_steps
+        if self._looked_at and due:
             random_state = torch.get_rng_state()
             with torch.autocast("cpu", torch.bfloat16):
                 result = evaluate_model(
@@ -300,11 +303,12 @@ def encoded(name: str, rows: list[Row], tokenizer: Any, max_length: int) -> Any:
     )
 
 
-def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Keep what was trained, as a PEFT adapter."""
+def save_adapter(model: Any, tokenizer: Any, figures: Row, folder: Path) -> None:
+    """Keep what was trained, as a PEFT adapter, and the figures of the tuning."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    (unfinished / FIGURES).write_text(json.dumps(figures))
     unfinished.rename(folder)
 
 
