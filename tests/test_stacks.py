@@ -30,6 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from sap_fast import FusedSAP, ProbeSet, SAPTrainer, SAPTrainerMixin, contrastive_loss, task_loss
 from sap_fast.data import SafetyCollator, TaskCollator
 from sap_fast.metrics import Calibration
+from tests.ranks import on_ranks
 from tests.test_distributed import distance
 from tests.test_resume import assert_equal
 from tests.test_trainer import (
@@ -83,6 +84,7 @@ def build(
     tuned: nn.Module,
     rows: list[Any] = TASK_ROWS,
     safety_rows: list[Any] = SAFETY_ROWS,
+    safety_batch_size: int = 4,
     **settings: Any,
 ) -> Any:
     defaults = {"max_steps": 2, "logging_steps": 1, "bf16": False, "learning_rate": LR}
@@ -104,6 +106,7 @@ def build(
         processing_class=processing,
         safety_dataset=safety_rows,
         safety_collator=SafetyCollator(0),
+        safety_batch_size=safety_batch_size,
         sap_options={"rho": RHO, "probe_lr": PROBE_LR},
     )
 
@@ -227,6 +230,25 @@ def test_trl_resumes_with_the_same_bits(tmp_path: Path, lora: bool) -> None:
     resumed = build(SAPSFTTrainer, tmp_path / "b", model(lora), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert_same_bits(weights(straight.model), weights(resumed.model))
+
+
+def run_trl(rank: int, folder: str, lora: bool) -> list[Tensor]:
+    """Train with TRL's trainer on the rows of a rank; on all if there is no process group."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    shares = dict.fromkeys(("per_device_train_batch_size", "safety_batch_size"), 4 // ranks)
+    trainer = build(SAPSFTTrainer, Path(folder) / f"trl-{rank}-of-{ranks}", small(lora), **shares)
+    trainer.train()
+    assert trainer.accelerator.num_processes == ranks
+    return weights(trainer.model)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_two_ranks_of_trl_equal_one(tmp_path: Path, lora: bool) -> None:
+    first, second = on_ranks(tmp_path, run_trl, str(tmp_path), lora)
+    assert_same_bits(first, second)
+    alone = run_trl(0, str(tmp_path), lora)
+    assert distance(first, alone) <= 1e-6
+    assert distance(alone, weights(small(lora))) > 1e-4
 
 
 # ---- Accelerate ----
