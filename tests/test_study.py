@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from benchmarks import assets
@@ -282,6 +283,41 @@ def test_what_is_not_in_the_plan_is_named(
     with pytest.raises(SystemExit):
         study.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_model_is_tuned_once_and_asked_for_each_split(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
+    monkeypatch.setattr(runs, "LOOK_EVERY", 1)
+    monkeypatch.setitem(TRAINING, "steps", 2)
+    monkeypatch.setitem(TRAINING, "learning_rate", 0.1)
+    threads = torch.get_num_threads()
+    adamw = run_of("adamw", {}, 0, "alpaca")
+    try:
+        selection, looks = runs.execute(adamw, "selection", 1)
+        monkeypatch.delattr(runs, "tune")
+        reported, unseen = runs.execute(adamw, "report", 1)
+        found = [
+            runs.execute(run_of(*given, 0, "alpaca"), "selection", 1)[0]["task_loss"]
+            for given in (
+                ("aligned", {}),
+                ("merge", {"aligned_share": 0.0}),
+                ("merge", {"aligned_share": 1.0}),
+            )
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert [look["step"] for look in looks] == [1] and unseen == []
+    assert list(selection) == list(reported)
+    for name in ("key", "steps", "step_seconds", "peak_bytes", "lean_predicted"):
+        assert selection[name] == reported[name], name
+    assert (selection["split"], reported["split"]) == ("selection", "report")
+    assert len(selection["harmful_refusals"]) == 100 and len(reported["harmful_refusals"]) == 220
+    aligned, untouched, merged = found
+    assert untouched == selection["task_loss"] != aligned
+    assert merged == pytest.approx(aligned, abs=1e-3)
 
 
 # ---- answers ----

@@ -92,7 +92,12 @@ METHODS: dict[str, Method] = {
     "blend": Method(
         "γ-blending",
         SAPTrainer,
-        tuple({"safety_weight": weight} for weight in (0.1, 0.03, 0.3)),
+        (
+            {"safety_weight": 0.1},
+            {"safety_weight": 0.03},
+            {"safety_weight": 0.1, "direction_every": 5},
+            {"safety_weight": 0.3},
+        ),
     ),
     "sap+blend": Method(
         "SAP and γ-blending",

@@ -264,8 +264,8 @@ def pictures(
         found.append(
             picture(
                 "The effect of each knob of SAP",
-                "Settings of SAP on the selection split, one seed, in the mean over its tasks; "
-                "the dashed lines are the defaults.",
+                f"Settings of SAP on the selection split of {TASK_TITLES[SELECTION[0][0]]}, one "
+                "seed; the dashed lines are the defaults.",
                 "Dot plots: refusals and task loss for each setting of SAP.",
                 partial(_draw_knobs, _knobs(rows)),
                 (10.5, 0.32 * len(_knobs(rows)) + 1.2),
@@ -390,26 +390,22 @@ def _draw_looks(
 
 
 def _knobs(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """Return the settings of SAP that ran everywhere: name, refusals, task loss over AdamW's."""
+    """Return the settings of SAP on the first task they ran on: name, refusals, task loss.
+
+    The task loss is that over AdamW's, minus 1.
+    """
     table = {
-        (row["method"], row["setting"], row["task"], row["seed"]): row
+        (row["method"], row["setting"]): row
         for row in rows
-        if row["split"] == "selection"
+        if row["split"] == "selection" and (row["task"], row["seed"]) == SELECTION[0]
     }
+    adamw = table.get(("adamw", "{}"))
     knobs = []
     for setting in METHODS["sap"].settings:
-        text = json.dumps(setting, sort_keys=True)
-        pairs = [
-            (table.get(("sap", text, *place)), table.get(("adamw", "{}", *place)))
-            for place in SELECTION
-        ]
-        complete = [(row, adamw) for row, adamw in pairs if row and adamw]
-        if len(complete) == len(SELECTION):
-            refused = statistics.fmean(row["refused_harmful"] for row, _ in complete)
-            loss = statistics.fmean(
-                row["task_loss"] / adamw["task_loss"] for row, adamw in complete
-            )
-            knobs.append((described(setting), refused, loss - 1))
+        row = table.get(("sap", json.dumps(setting, sort_keys=True)))
+        if row and adamw:
+            loss = row["task_loss"] / adamw["task_loss"] - 1
+            knobs.append((described(setting), row["refused_harmful"], loss))
     return knobs
 
 
