@@ -95,8 +95,8 @@ METHODS: dict[str, Method] = {
         SAPTrainer,
         (
             {"safety_weight": 0.1},
-            {"safety_weight": 0.03},
             {"safety_weight": 0.1, "direction_every": 5},
+            {"safety_weight": 0.03},
             {"safety_weight": 0.3},
         ),
     ),
