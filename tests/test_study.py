@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from benchmarks import assets
 from benchmarks.alignment import REFUSED
 from benchmarks.study import __main__ as study
-from benchmarks.study import data, report, results, runs
+from benchmarks.study import data, report, results, runs, why
 from benchmarks.study.methods import (
     METHODS,
     SEEDS,
@@ -318,6 +318,28 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
     aligned, untouched, merged = found
     assert untouched == selection["task_loss"] != aligned
     assert merged == pytest.approx(aligned, abs=1e-3)
+
+
+def test_the_probe_leans_away_from_harm_and_a_random_one_does_not(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(why, "WORK", tmp_path)
+    monkeypatch.setattr(why, "aligned_smollm2", lambda: chat_model)
+    monkeypatch.setattr(why, "LOOK_EVERY", 1)
+    monkeypatch.setattr(why, "SIZES", (1e-5, 1e-4))  # where it acts in proportion to its size
+    rows = why.measure(2)
+    assert len(rows) == 8
+    for step in range(2):
+        mine = {
+            kind: [row for row in rows if (row["step"], row["probe"]) == (step, kind)]
+            for kind in ("sap", "random")
+        }
+        small, large = (row["lean"] for row in mine["sap"])
+        assert small > 0 and large == pytest.approx(10 * small, rel=0.1)
+        assert mine["sap"][0]["cosine"] > 3 * abs(mine["random"][0]["cosine"])
+        for row in (*mine["sap"], *mine["random"]):
+            assert row["cosine"] == pytest.approx(row["lean"] / row["change"])
+            assert 0 < row["change"] and row["slope"] == rows[4 * step]["slope"]
 
 
 # ---- answers ----

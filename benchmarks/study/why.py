@@ -4,7 +4,7 @@ Both make the update lean away from the harmful direction ĝ: ⟨ĝ, g⟩ rises.
 of ĝ, the smallest change Δg that does so. The probe changes g by M·V, M the mixed second
 derivative, which has parts in other directions as well. Along plain fine-tuning this measures the
 lean ⟨ĝ, Δg⟩, the size ‖Δg‖ and their ratio, the cosine of Δg and ĝ, for several sizes of the probe
-and for a random probe.
+and for a random probe. There is no dropout: gradients differ by the probe alone.
 
 `python -m benchmarks.study.why` writes `why.csv`.
 """
@@ -55,7 +55,7 @@ def measure(steps: int) -> list[Row]:
         model,
         r=TRAINING["lora_r"],
         alpha=TRAINING["lora_alpha"],
-        dropout=TRAINING["lora_dropout"],
+        dropout=0.0,
         targets=None,
     ).train()
     task, pad = load_task("alpaca"), padding_token_id(tokenizer)
@@ -85,10 +85,8 @@ def measure(steps: int) -> list[Row]:
             loss.backward()
             return loss.detach()
 
-        masks = torch.get_rng_state()
         if step % LOOK_EVERY == LOOK_EVERY - 1:
             found += look(step, sap, probes, trained, task_backward, safety_backward)
-        torch.set_rng_state(masks)
         plain.zero_grad()
         task_backward()
         torch.nn.utils.clip_grad_norm_(trained, TRAINING["max_grad_norm"])
@@ -104,11 +102,9 @@ def look(
     task: Callable[[], Tensor],
     safety: Callable[[], Tensor],
 ) -> list[Row]:
-    """Return a row for each probe. All gradients are taken under the same dropout masks."""
-    masks = torch.get_rng_state()
+    """Return a row for each probe."""
 
     def gradient(backward: Callable[[], Tensor]) -> list[Tensor]:
-        torch.set_rng_state(masks)
         sap.zero_grad()
         backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
@@ -118,7 +114,6 @@ def look(
     direction = [g / length for g in uphill]
     start = gradient(task)
     sap.zero_grad()
-    torch.set_rng_state(masks)
     sap.calibrate_rho(task, safety)
     with sap.safety_pass():
         safety()
@@ -137,7 +132,6 @@ def look(
                     for v, n in zip(calls, drawn, strict=True)
                 ]
             probes.replace_offsets(offsets)
-            torch.set_rng_state(masks)
             sap.zero_grad()
             with sap.task_pass():
                 task()
