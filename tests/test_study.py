@@ -336,7 +336,7 @@ def test_the_probe_leans_away_from_harm_and_a_random_one_does_not(
         }
         small, large = (row["lean"] for row in mine["sap"])
         assert small > 0 and large == pytest.approx(10 * small, rel=0.1)
-        assert mine["sap"][0]["cosine"] > 3 * abs(mine["random"][0]["cosine"])
+        assert mine["sap"][0]["cosine"] > 0.2 > abs(mine["random"][0]["cosine"])
         for row in (*mine["sap"], *mine["random"]):
             assert row["cosine"] == pytest.approx(row["lean"] / row["change"])
             assert 0 < row["change"] and row["slope"] == rows[4 * step]["slope"]
