@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from benchmarks.provenance import ROOT, write_rows
 from benchmarks.study import results
@@ -330,10 +330,11 @@ def _draw_frontier(summaries: Sequence[Summary], order: Sequence[str], figure: F
             floor = aligned[0].refused_harmful.mean - FEWER_REFUSED
             left = axes.get_xlim()[0]
             axes.fill_between(
-                [left, WORST_TASK_LOSS - 1], floor, 1.03, color="C3", alpha=0.15, linewidth=0
+                [left, WORST_TASK_LOSS - 1], floor, 1.03, color="0.5", alpha=0.2, linewidth=0
             )
             axes.set_xlim(left=left)
         axes.set(title=TASK_TITLES[task], xlabel="task loss over AdamW's − 1", ylim=(-0.03, 1.03))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     panels[0].set_ylabel("harmful requests refused")
