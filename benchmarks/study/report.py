@@ -575,7 +575,8 @@ def findings(summaries: Sequence[Summary]) -> list[str]:
         if "aligned" not in mine or "adamw" not in mine:
             continue
         aligned, adamw = mine["aligned"], mine["adamw"]
-        met = [s.title for s in mine.values() if meets_the_aim(s, aligned)]
+        tuned = [s for s in mine.values() if s.method not in _REFERENCES]
+        met = [s.title for s in tuned if meets_the_aim(s, aligned)]
         sentence = (
             f"{TASK_TITLES[task]}: the aligned model refuses "
             f"{aligned.refused_harmful.mean:.0%} of harmful requests, after AdamW "
