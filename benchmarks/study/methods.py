@@ -68,6 +68,7 @@ TRAINER_OPTIONS = frozenset(
 
 _SAP: tuple[Setting, ...] = (
     {},  # what the package does by default: the settings below say what differs
+    {"probe_lr": 2e-3},
     {"probe_lr": 1e-3},
     {"probe_lr": 1e-2},
     {"preset": "balanced"},
@@ -94,8 +95,8 @@ METHODS: dict[str, Method] = {
         SAPTrainer,
         (
             {"safety_weight": 0.1},
-            {"safety_weight": 0.03},
             {"safety_weight": 0.1, "direction_every": 5},
+            {"safety_weight": 0.03},
             {"safety_weight": 0.3},
         ),
     ),
