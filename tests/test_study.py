@@ -218,6 +218,22 @@ def test_where_no_setting_is_within_the_limits_the_nearest_is_chosen() -> None:
     assert results.choose_settings(rows)["mixed"] == second
 
 
+def test_what_was_tried_is_in_the_order_of_its_task_loss() -> None:
+    rows = (
+        everywhere("adamw", {}, answers=share(3))
+        + everywhere("blend", {"safety_weight": 0.3}, answers=share(9), task_loss=1.65)
+        + everywhere("blend", {"safety_weight": 0.1}, answers=share(8), task_loss=1.53)
+        + [row("blend", {"safety_weight": 0.2}, "alpaca", split="report")]
+    )
+    for methods in report.tried(rows).values():
+        assert set(methods) == {"adamw", "blend"}
+        assert methods["adamw"] == [(0.0, 0.3)]
+        assert [point[1] for point in methods["blend"]] == [0.8, 0.9]
+        assert [point[0] for point in methods["blend"]] == pytest.approx([0.02, 0.1])
+    assert len(report.tried(rows)) == len(SELECTION)
+    assert report.tried(rows[2:]) == {}
+
+
 # ---- one interrupted study ----
 
 
@@ -447,7 +463,7 @@ def test_the_report_shows_every_method_that_ran(
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
     for name in ("As published", "AdamW", "SAP", "Alpaca, 10 % poisoned", "the aim is met by"):
         assert name in page
-    assert page.count("<figure>") == 5 and "{{" not in page
+    assert page.count("<figure>") == 6 and "{{" not in page
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     summary = results.read(tmp_path / "summary.csv")
     assert {(r["method"], r["task"]) for r in summary} == {
