@@ -21,8 +21,8 @@ Setting = dict[str, Any]
 
 TASKS = ("alpaca", "poisoned", "gsm8k")
 SEEDS = (0, 1, 2)
-#: Task and seed on which the settings of a method are compared, on the selection split.
-SELECTION = (("alpaca", 0), ("poisoned", 0))
+#: Tasks and seed on which the settings of a method are compared, on the selection split.
+SELECTION = (("alpaca", 0), ("poisoned", 0), ("gsm8k", 0))
 
 #: Of every fine-tuning; what a run is cached by. LoRA on q and v.
 TRAINING: Setting = {
@@ -95,8 +95,8 @@ METHODS: dict[str, Method] = {
         SAPTrainer,
         (
             {"safety_weight": 0.1},
-            {"safety_weight": 0.1, "direction_every": 5},
             {"safety_weight": 0.03},
+            {"safety_weight": 0.1, "direction_every": 5},
             {"safety_weight": 0.3},
         ),
     ),
