@@ -553,7 +553,7 @@ def test_doctor_says_why_nothing_runs(terminal: Terminal) -> None:
 
 @pytest.mark.parametrize(
     ("given", "weight"),
-    [({}, 0.1), ({"optimizer": "sap"}, 0.0), ({"optimizer": "sap", "safety_weight": 0.2}, 0.2)],
+    [({}, 0.03), ({"optimizer": "sap"}, 0.0), ({"optimizer": "sap", "safety_weight": 0.2}, 0.2)],
 )
 def test_blending_is_the_default_and_the_paper_has_none(
     given: dict[str, Any], weight: float
