@@ -15,8 +15,8 @@ from sap_fast.cli.console import UserError
 
 _DATA, _MODEL, _TRAINING, _SAP, _RUN = "Data", "Model", "Training", "SAP", "Run"
 
-#: γ of `--optimizer blend`: the study's choice (docs/study.md). 0.1 keeps more refusals, but after a
-#: narrow task it refuses harmless requests as well.
+#: γ of `--optimizer blend`: the study's choice (docs/study.md). 0.1 keeps more refusals, but after
+#: a narrow task it refuses harmless requests as well.
 BLENDING_WEIGHT = 0.03
 
 #: The largest seed that transformers takes; no count needs more either.
