@@ -486,6 +486,8 @@ def test_the_report_shows_every_method_that_ran(
     assert page.count("<figure>") == 6 and "{{" not in page
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     summary = results.read(tmp_path / "summary.csv")
+    settings = [(r["setting"], r["chosen"]) for r in summary if r["method"] == "sap"]
+    assert settings == [("{}", "1"), ('{"probe_lr": 0.01}', "0")] * len(SELECTION)
     assert {(r["method"], r["task"]) for r in summary} == {
         (method, task) for method, _ in ran for task, _ in SELECTION
     }

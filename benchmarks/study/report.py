@@ -199,14 +199,37 @@ def described(setting: Setting) -> str:
     return ", ".join(f"{k} {value(v)}" for k, v in setting.items()) or "defaults"
 
 
-def write_summary(summaries: Sequence[Summary], folder: Path = FOLDER) -> Path:
-    """Write `summary.csv`: what README and docs quote."""
+def summarize_every_setting(rows: Sequence[Row]) -> list[Summary]:
+    """Return a summary of every method, setting and task that has a row on the report split."""
+    reported = [row for row in rows if row["split"] == "report"]
+    tried = dict.fromkeys((row["method"], row["setting"]) for row in reported)
+    found = [
+        summary
+        for method, setting in tried
+        for summary in summarize(rows, {"aligned": {}, "adamw": {}, method: json.loads(setting)})
+        if summary.method == method
+    ]
+    methods = list(METHODS)
+    return sorted(found, key=lambda each: (TASKS.index(each.task), methods.index(each.method)))
+
+
+def write_summary(
+    summaries: Sequence[Summary], chosen: dict[str, Setting], folder: Path = FOLDER
+) -> Path:
+    """Write `summary.csv`: what README and docs quote.
+
+    Args:
+        summaries: of every setting.
+        chosen: the setting of each method that was chosen on the selection split.
+        folder: where to write.
+    """
     rows = []
     for each in summaries:
         row: Row = {
             "task": each.task,
             "method": each.method,
             "setting": json.dumps(each.setting, sort_keys=True),
+            "chosen": int(chosen.get(each.method) == each.setting),
             "seeds": " ".join(map(str, each.seeds)),
         }
         for name in ("refused_harmful", "refused_harmless", "against_adamw"):
@@ -597,7 +620,7 @@ def write_report(folder: Path = FOLDER) -> Path:
     summaries = summarize(rows, settings)
     if not summaries:
         raise ValueError("no method has run everywhere that settings are chosen on: run make study")
-    write_summary(summaries, folder)
+    write_summary(summarize_every_setting(rows), settings, folder)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     _draw_frontier(summaries, figure)
     figure.savefig(folder / "frontier.png", dpi=110)
