@@ -1,8 +1,8 @@
-"""The main job on a real model: what benign fine-tuning does to safety, with AdamW and with SAP.
+"""The main job on a real model: what benign fine-tuning does to safety, and what keeps it.
 
-SmolLM2-135M-Instruct is aligned, fine-tuned on Alpaca rows with AdamW and with FusedSAP, and every
-model is asked harmful requests that none was trained on. `make demo` runs it; interrupted, it goes
-on where it stopped.
+SmolLM2-135M-Instruct is aligned, fine-tuned on Alpaca rows with AdamW, with blending and with
+FusedSAP, and every model is asked harmful requests that none was trained on. `make demo` runs it;
+interrupted, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sap_fast.cli.compare import compare
 from sap_fast.cli.console import show_warnings
 from sap_fast.cli.evaluate import EvaluationFiles
 from sap_fast.cli.report import ReportRun, results_table
-from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.cli.settings import BLENDING_WEIGHT, FinetuneSettings
 from sap_fast.data import build_safety_pair
 
 #: Alpaca rows: the first 200 were used for alignment.
@@ -42,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the fine-tuning (0)")
     parser.add_argument("--harmful", type=int, default=80, help="harmful requests to ask (80)")
     parser.add_argument("--harmless", type=int, default=40, help="harmless requests to ask (40)")
-    parser.add_argument("--blend", type=float, help="also run gradient blending with this weight")
+    parser.add_argument(
+        "--blend",
+        type=float,
+        default=BLENDING_WEIGHT,
+        help=f"weight of the gradient blending ({BLENDING_WEIGHT})",
+    )
     parser.add_argument("--precision", default="fp32", help="fp32, bf16-mixed or bf16 (fp32)")
     parser.add_argument("--output", type=Path, help="folder (runs/demo-STEPS-SEED)")
     parser.add_argument("--csv", type=Path, help="also append the results to this CSV file")

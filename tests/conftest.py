@@ -132,7 +132,7 @@ class Terminal:
         evaluated = ["--harmful", self.files["harmful"], "--harmless", self.files["harmless"]]
         arguments = {
             "finetune": self.finetuning(output),
-            "compare": ["compare", *self.finetuning(output)[1:], *evaluated],
+            "compare": ["compare", *self._training(output), *evaluated],
             "evaluate": [
                 *("evaluate", "--model", str(self.chat_model), "--output", str(output)),
                 *("--task", self.files["task"], *evaluated),
@@ -147,12 +147,15 @@ class Terminal:
         return [*arguments[name], *more]
 
     def finetuning(self, output: Path, *more: str, model: Path | None = None) -> list[str]:
-        """Arguments of a short fine-tuning."""
+        """Arguments of a short fine-tuning, with SAP unless `more` says otherwise."""
+        return ["finetune", "--optimizer", "sap", *self._training(output, model), *more]
+
+    def _training(self, output: Path, model: Path | None = None) -> list[str]:
         return [
-            *("finetune", "--model", str(model or self.chat_model), "--task", self.files["task"]),
+            *("--model", str(model or self.chat_model), "--task", self.files["task"]),
             *("--safety", self.files["safety"], "--output", str(output)),
             *("--max-steps", "4", "--batch-size", "2", "--max-length", "96", "--log-every", "1"),
-            *("--learning-rate", "0.01", "--rho", "0.001", "--safety-batch-size", "2", *more),
+            *("--learning-rate", "0.01", "--rho", "0.001", "--safety-batch-size", "2"),
         ]
 
 

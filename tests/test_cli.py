@@ -190,13 +190,13 @@ def test_a_bad_parquet_file_is_one_line(terminal: Terminal, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--optimizer", "sgd"], "--optimizer sgd: expected sap or adamw or blend"),
+        (["--optimizer", "sgd"], "--optimizer sgd: expected blend or sap or adamw"),
         (["--rho", "big"], "--rho big: expected auto or a number"),
         (["--rho", "nan"], "rho=nan is out of range"),
         (["--probe-layers", "high"], "--probe-layers high: expected middle"),
         (["--probe-layers", "7"], "7 is out of range for a model of 3 layers"),
         (["--lora-target", "w_q"], "--lora-target w_q: does not fit the model"),
-        (["--optimizer", "blend"], "--safety-weight 0"),
+        (["--optimizer", "blend", "--safety-weight", "0"], "--safety-weight 0"),
         (["--lr-schedule", "steep"], "--lr-schedule steep: expected linear or cosine"),
         (["--max-length", "1"], "no answer left within max_length=1 tokens"),
         (["--output", ""], "--output .: exists already"),
@@ -501,21 +501,19 @@ def test_evaluate_prints_and_writes_every_measure(
     assert "nothing to measure" in terminal.shown
 
 
-def test_compare_runs_both_and_reports_and_goes_on_where_it_stopped(
+def test_compare_runs_all_and_reports_and_goes_on_where_it_stopped(
     terminal: Terminal,
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "compared"
-    arguments = ["compare", *terminal.finetuning(output)[1:]]
-    arguments += ["--harmful", terminal.files["harmful"], "--harmless", terminal.files["harmless"]]
-    arguments += ["--held-out", terminal.files["task"]]
+    arguments = terminal.command("compare", output, "--held-out", terminal.files["task"])
     assert terminal.run(*arguments) == 0
     results = json.loads((output / "results.json").read_text())
-    assert [run["name"] for run in results["runs"]] == ["Start", "AdamW", "FusedSAP"]
+    assert [run["name"] for run in results["runs"]] == ["Start", "AdamW", "Blending", "FusedSAP"]
     for run in results["runs"][1:]:
         assert run["step_seconds"] > 0 and run["evaluation"]["task_loss"] > 0
     losses = [run["metrics"][0]["loss"] for run in results["runs"][1:]]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # the same first batch
+    assert losses == pytest.approx([losses[0]] * 3, rel=0.05)  # the same first batch
     page = (output / "report.html").read_text()
     assert "FusedSAP" in page and "<table" in page
     assert "FusedSAP" in terminal.shown
@@ -551,6 +549,18 @@ def test_doctor_says_why_nothing_runs(terminal: Terminal) -> None:
         terminal.monkeypatch.setenv(name, value)
         assert terminal.run("doctor") == 0
         assert message in terminal.shown
+
+
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [({}, 0.03), ({"optimizer": "sap"}, 0.0), ({"optimizer": "sap", "safety_weight": 0.2}, 0.2)],
+)
+def test_blending_is_the_default_and_the_paper_has_none(
+    given: dict[str, Any], weight: float
+) -> None:
+    settings = FinetuneSettings(model="m", task="t", output="o", **given)
+    assert settings.optimizer == given.get("optimizer", "blend")
+    assert settings.sap_options()["safety_weight"] == weight
 
 
 def test_settings_become_the_arguments_that_make_them(chat_model: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from benchmarks import assets
 from benchmarks.alignment import REFUSED
 from benchmarks.study import __main__ as study
-from benchmarks.study import data, report, results, runs
+from benchmarks.study import data, report, results, runs, why
 from benchmarks.study.methods import (
     METHODS,
     SEEDS,
@@ -218,6 +218,22 @@ def test_where_no_setting_is_within_the_limits_the_nearest_is_chosen() -> None:
     assert results.choose_settings(rows)["mixed"] == second
 
 
+def test_what_was_tried_is_in_the_order_of_its_task_loss() -> None:
+    rows = (
+        everywhere("adamw", {}, answers=share(3))
+        + everywhere("blend", {"safety_weight": 0.3}, answers=share(9), task_loss=1.65)
+        + everywhere("blend", {"safety_weight": 0.1}, answers=share(8), task_loss=1.53)
+        + [row("blend", {"safety_weight": 0.2}, "alpaca", split="report")]
+    )
+    for methods in report.tried(rows).values():
+        assert set(methods) == {"adamw", "blend"}
+        assert methods["adamw"] == [(0.0, 0.3)]
+        assert [point[1] for point in methods["blend"]] == [0.8, 0.9]
+        assert [point[0] for point in methods["blend"]] == pytest.approx([0.02, 0.1])
+    assert len(report.tried(rows)) == len(SELECTION)
+    assert report.tried(rows[len(SELECTION) :]) == {}
+
+
 # ---- one interrupted study ----
 
 
@@ -320,6 +336,48 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
     assert merged == pytest.approx(aligned, abs=1e-3)
 
 
+def test_the_probe_leans_away_from_harm_and_a_random_one_does_not(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(why, "WORK", tmp_path)
+    monkeypatch.setattr(why, "aligned_smollm2", lambda: chat_model)
+    monkeypatch.setattr(why, "LOOK_EVERY", 2)
+    monkeypatch.setattr(why, "SIZES", (1e-5, 1e-4))  # where it acts in proportion to its size
+    rows = why.measure(4)
+    assert len(rows) == 8
+    for step in (1, 3):
+        mine = {
+            kind: [row for row in rows if (row["step"], row["probe"]) == (step, kind)]
+            for kind in ("sap", "random")
+        }
+        small, large = (row["lean"] for row in mine["sap"])
+        assert small > 0 and large == pytest.approx(10 * small, rel=0.1)
+        assert mine["sap"][0]["cosine"] > 0.2 > abs(mine["random"][0]["cosine"])
+        for row in (*mine["sap"], *mine["random"]):
+            assert row["cosine"] == pytest.approx(row["lean"] / row["change"])
+            assert 0 < row["change"] and row["slope"] == mine["sap"][0]["slope"]
+
+
+def test_what_adamw_and_other_pairs_leave_of_blending_is_all_of_it() -> None:
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(5))
+    optimizer = torch.optim.AdamW([parameter], lr=0.0)
+    gradients = torch.rand(3, 5)
+    for gradient in gradients:
+        parameter.grad = gradient
+        optimizer.step()
+    weights = 0.999 ** torch.arange(2, -1, -1.0)
+    root = ((weights @ gradients**2) / weights.sum()).sqrt() + 1e-8
+    torch.testing.assert_close(why.moment_root(optimizer, parameter), root)
+    direction, other = (torch.nn.functional.normalize(torch.rand(5), dim=0) for _ in range(2))
+    shares = why.shares_of_blending([0.3 * direction], [direction], [other], [root])
+    assert shares == pytest.approx((1.0, 1.0))
+    # A change where AdamW divides by more leaves less.
+    change = torch.zeros(5)
+    change[root.argmax()] = 1.0
+    assert why.shares_of_blending([change], [direction], [other], [root])[0] < 1
+
+
 # ---- answers ----
 
 
@@ -346,17 +404,20 @@ def test_a_summary_compares_with_adamw_on_the_same_seeds() -> None:
         reported("adamw", {}, 2, "alpaca", answers=share(0), step_seconds=9.0),
         reported("sap", sap, 0, "alpaca", answers=share(10), task_loss=1.53, step_seconds=3.0),
         reported("sap", sap, 1, "alpaca", answers=share(10), task_loss=1.515, step_seconds=2.0),
+        reported("lisa", {}, 0, "alpaca", step_seconds=1.5) | {"threads": 2},
         reported("sap", {}, 2, "alpaca", answers=share(0)),
         # Settings were chosen by these: they have no place in what is reported.
         row("sap", sap, "alpaca", 0, answers=share(0)),
     ]
-    found = {s.method: s for s in report.summarize(rows, {"aligned": {}, "adamw": {}, "sap": sap})}
+    settings = {"aligned": {}, "adamw": {}, "sap": sap, "lisa": {}}
+    found = {s.method: s for s in report.summarize(rows, settings)}
     assert found["sap"].seeds == (0, 1)
     assert found["sap"].refused_harmful.mean == 1.0
     assert found["sap"].against_adamw is not None
     assert found["sap"].against_adamw.mean == pytest.approx(0.7)
     assert found["sap"].task_loss_ratio == pytest.approx((1.015, 1.01, 1.02))
     assert found["sap"].step_ratio == 2.5
+    assert found["lisa"].step_ratio is None and found["lisa"].step_seconds == 1.5
     # Of the 0.1 that AdamW took off, 0.07 with seed 0; seed 1 has no aligned model here.
     assert found["sap"].gain_kept == pytest.approx(0.7)
     assert found["adamw"].gain_kept == pytest.approx(1.0)
@@ -422,9 +483,11 @@ def test_the_report_shows_every_method_that_ran(
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
     for name in ("As published", "AdamW", "SAP", "Alpaca, 10 % poisoned", "the aim is met by"):
         assert name in page
-    assert page.count("<figure>") == 5 and "{{" not in page
+    assert page.count("<figure>") == 6 and "{{" not in page
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     summary = results.read(tmp_path / "summary.csv")
+    settings = [(r["setting"], r["chosen"]) for r in summary if r["method"] == "sap"]
+    assert settings == [("{}", "1"), ('{"probe_lr": 0.01}', "0")] * len(SELECTION)
     assert {(r["method"], r["task"]) for r in summary} == {
         (method, task) for method, _ in ran for task, _ in SELECTION
     }

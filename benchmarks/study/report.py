@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from benchmarks.provenance import ROOT, write_rows
 from benchmarks.study import results
@@ -53,7 +53,7 @@ class Summary:
         exact_answers: share of problems solved, or None.
         lean: predicted, mean over seeds, or None: see `SAPMetrics.lean_predicted`.
         step_seconds: median over seeds, or None.
-        step_ratio: of it to AdamW's on the same task, or None.
+        step_ratio: of it to AdamW's on the same task with as many threads, or None.
         peak_bytes: largest over seeds, or None.
     """
 
@@ -144,7 +144,7 @@ def _summary(
         timed = [
             row["step_seconds"] / other["step_seconds"]
             for row, other in pairs
-            if row["step_seconds"]
+            if row["step_seconds"] and row["threads"] == other["threads"]
         ]
         step_ratio = statistics.median(timed) if timed else None
     gains = [
@@ -199,14 +199,37 @@ def described(setting: Setting) -> str:
     return ", ".join(f"{k} {value(v)}" for k, v in setting.items()) or "defaults"
 
 
-def write_summary(summaries: Sequence[Summary], folder: Path = FOLDER) -> Path:
-    """Write `summary.csv`: what README and docs quote."""
+def summarize_every_setting(rows: Sequence[Row]) -> list[Summary]:
+    """Return a summary of every method, setting and task that has a row on the report split."""
+    reported = [row for row in rows if row["split"] == "report"]
+    tried = dict.fromkeys((row["method"], row["setting"]) for row in reported)
+    found = [
+        summary
+        for method, setting in tried
+        for summary in summarize(rows, {"aligned": {}, "adamw": {}, method: json.loads(setting)})
+        if summary.method == method
+    ]
+    methods = list(METHODS)
+    return sorted(found, key=lambda each: (TASKS.index(each.task), methods.index(each.method)))
+
+
+def write_summary(
+    summaries: Sequence[Summary], chosen: dict[str, Setting], folder: Path = FOLDER
+) -> Path:
+    """Write `summary.csv`: what README and docs quote.
+
+    Args:
+        summaries: of every setting.
+        chosen: the setting of each method that was chosen on the selection split.
+        folder: where to write.
+    """
     rows = []
     for each in summaries:
         row: Row = {
             "task": each.task,
             "method": each.method,
             "setting": json.dumps(each.setting, sort_keys=True),
+            "chosen": int(chosen.get(each.method) == each.setting),
             "seeds": " ".join(map(str, each.seeds)),
         }
         for name in ("refused_harmful", "refused_harmless", "against_adamw"):
@@ -245,10 +268,22 @@ def pictures(
             "the largest task loss of a seed. Shaded: at least the aligned model's share minus 3 "
             "points, within 2 % of AdamW's task loss.",
             "Scatter plot for each task: share of harmful requests refused over task loss.",
-            partial(_draw_frontier, summaries, order),
+            partial(_draw_frontier, summaries),
             (10.5, 4.6),
         )
     ]
+    if tried(rows):
+        found.append(
+            picture(
+                "Every setting that was tried",
+                "Each point is a setting of a method on the selection split, one seed; lines join "
+                "the settings of a method in the order of their task loss. Settings were chosen by "
+                "these.",
+                "Line plot for each task: share of harmful requests refused over task loss.",
+                partial(_draw_settings, tried(rows)),
+                (10.5, 4.6),
+            )
+        )
     if looks:
         found.append(
             picture(
@@ -256,7 +291,7 @@ def pictures(
                 "Share of 34 harmful requests of the selection split refused while the model is "
                 "tuned, in the mean over seeds.",
                 "Line plot for each task: share of harmful requests refused over steps.",
-                partial(_draw_looks, looks, rows, summaries, order),
+                partial(_draw_looks, looks, rows, summaries),
                 (10.5, 3.8),
             )
         )
@@ -298,12 +333,13 @@ def pictures(
     return found
 
 
-def _style(order: Sequence[str], method: str) -> dict[str, Any]:
-    position = order.index(method)
+def _style(method: str) -> dict[str, Any]:
+    """The same in every picture."""
+    position = list(METHODS).index(method)
     return {"color": f"C{position % 6}", "marker": MARKERS[position % len(MARKERS)]}
 
 
-def _draw_frontier(summaries: Sequence[Summary], order: Sequence[str], figure: Figure) -> None:
+def _draw_frontier(summaries: Sequence[Summary], figure: Figure) -> None:
     tasks = [task for task in TASKS if any(s.task == task for s in summaries)]
     panels = np.atleast_1d(figure.subplots(1, len(tasks), sharey=True))
     for axes, task in zip(panels, tasks, strict=True):
@@ -312,7 +348,7 @@ def _draw_frontier(summaries: Sequence[Summary], order: Sequence[str], figure: F
                 continue
             ratio, low, high = each.task_loss_ratio
             share = each.refused_harmful
-            style = _style(order, each.method)
+            style = _style(each.method)
             axes.errorbar(
                 ratio - 1,
                 share.mean,
@@ -330,21 +366,64 @@ def _draw_frontier(summaries: Sequence[Summary], order: Sequence[str], figure: F
             floor = aligned[0].refused_harmful.mean - FEWER_REFUSED
             left = axes.get_xlim()[0]
             axes.fill_between(
-                [left, WORST_TASK_LOSS - 1], floor, 1.03, color="C3", alpha=0.15, linewidth=0
+                [left, WORST_TASK_LOSS - 1], floor, 1.03, color="0.5", alpha=0.2, linewidth=0
             )
             axes.set_xlim(left=left)
         axes.set(title=TASK_TITLES[task], xlabel="task loss over AdamW's − 1", ylim=(-0.03, 1.03))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     panels[0].set_ylabel("harmful requests refused")
     figure.legend(loc="outside right upper")
 
 
+def tried(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return what was tried on the selection split: task loss over AdamW's − 1, and refusals.
+
+    By task and method; the settings of a method in the order of their task loss.
+    """
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for task, seed in SELECTION:
+        mine = [
+            row
+            for row in rows
+            if (row["task"], row["seed"], row["split"]) == (task, seed, "selection")
+        ]
+        adamw = next((row["task_loss"] for row in mine if row["method"] == "adamw"), None)
+        if adamw is None:
+            continue
+        points = {
+            method: sorted(
+                (row["task_loss"] / adamw - 1, row["refused_harmful"])
+                for row in mine
+                if row["method"] == method
+            )
+            for method in METHODS
+            if method != "shipped"
+        }
+        found[task] = {method: values for method, values in points.items() if values}
+    return found
+
+
+def _draw_settings(found: dict[str, dict[str, list[tuple[float, float]]]], figure: Figure) -> None:
+    panels = np.atleast_1d(figure.subplots(1, len(found), sharey=True))
+    shown = {}
+    for axes, (task, methods) in zip(panels, found.items(), strict=True):
+        for method, points in methods.items():
+            style = {"linewidth": 1, "markersize": 6, "alpha": 0.85} | _style(method)
+            (shown[METHODS[method].title],) = axes.plot(*zip(*points, strict=True), **style)
+        axes.set(title=TASK_TITLES[task], xlabel="task loss over AdamW's − 1", ylim=(-0.03, 1.03))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    panels[0].set_ylabel("harmful requests refused")
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper")
+
+
 def _draw_looks(
     looks: Sequence[Row],
     rows: Sequence[Row],
     summaries: Sequence[Summary],
-    order: Sequence[str],
     figure: Figure,
 ) -> None:
     tasks = [task for task in TASKS if any(s.task == task for s in summaries)]
@@ -381,7 +460,7 @@ def _draw_looks(
                 markersize=5,
                 linewidth=1.2,
                 label=each.title if task == tasks[0] else None,
-                **_style(order, each.method),
+                **_style(each.method),
             )
         axes.set(title=TASK_TITLES[task], xlabel="step", ylim=(-0.03, 1.03))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -541,10 +620,9 @@ def write_report(folder: Path = FOLDER) -> Path:
     summaries = summarize(rows, settings)
     if not summaries:
         raise ValueError("no method has run everywhere that settings are chosen on: run make study")
-    write_summary(summaries, folder)
-    order = [name for name in METHODS if any(s.method == name for s in summaries)]
+    write_summary(summarize_every_setting(rows), settings, folder)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    _draw_frontier(summaries, order, figure)
+    _draw_frontier(summaries, figure)
     figure.savefig(folder / "frontier.png", dpi=110)
     return replace_text(
         folder / "report.html",
@@ -574,7 +652,8 @@ def findings(summaries: Sequence[Summary]) -> list[str]:
         if "aligned" not in mine or "adamw" not in mine:
             continue
         aligned, adamw = mine["aligned"], mine["adamw"]
-        met = [s.title for s in mine.values() if meets_the_aim(s, aligned)]
+        tuned = [s for s in mine.values() if s.method not in _REFERENCES]
+        met = [s.title for s in tuned if meets_the_aim(s, aligned)]
         sentence = (
             f"{TASK_TITLES[task]}: the aligned model refuses "
             f"{aligned.refused_harmful.mean:.0%} of harmful requests, after AdamW "

@@ -4,7 +4,13 @@ Both make the update lean away from the harmful direction ĝ: ⟨ĝ, g⟩ rises.
 of ĝ, the smallest change Δg that does so. The probe changes g by M·V, M the mixed second
 derivative, which has parts in other directions as well. Along plain fine-tuning this measures the
 lean ⟨ĝ, Δg⟩, the size ‖Δg‖ and their ratio, the cosine of Δg and ĝ, for several sizes of the probe
-and for a random probe.
+and for a random probe; and what is left of the lean in an update, and on other safety pairs, beside
+what is left of a blending's that leans as much:
+
+    after_adamw = ⟨ĝ, D⁻¹Δg⟩ / (⟨ĝ, Δg⟩·⟨ĝ, D⁻¹ĝ⟩), D the root of AdamW's second moment
+    other_pairs = ⟨ĝ′, Δg⟩ / (⟨ĝ, Δg⟩·⟨ĝ′, ĝ⟩), ĝ′ the direction of other pairs
+
+There is no dropout: gradients differ by the probe alone.
 
 `python -m benchmarks.study.why` writes `why.csv`.
 """
@@ -35,6 +41,8 @@ Row = dict[str, Any]
 
 SIZES = (3e-4, 1e-3, 3e-3, 1e-2)
 LOOK_EVERY = 8
+#: Safety pairs of a direction.
+PAIRS = 16
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
@@ -55,7 +63,7 @@ def measure(steps: int) -> list[Row]:
         model,
         r=TRAINING["lora_r"],
         alpha=TRAINING["lora_alpha"],
-        dropout=TRAINING["lora_dropout"],
+        dropout=0.0,
         targets=None,
     ).train()
     task, pad = load_task("alpaca"), padding_token_id(tokenizer)
@@ -72,8 +80,10 @@ def measure(steps: int) -> list[Row]:
     for step in track(range(steps), "Looking at gradients"):
         picked = torch.randint(len(rows), (TRAINING["batch_size"],), generator=generator).tolist()
         batch = collate([rows[k] for k in picked])
-        picked = torch.randint(len(pairs), (16,), generator=generator).tolist()
-        safety = pair([pairs[k] for k in picked])
+        shuffled = torch.randperm(len(pairs), generator=generator).tolist()
+        safety, other = (
+            pair([pairs[k] for k in shuffled[first : first + PAIRS]]) for first in (0, PAIRS)
+        )
 
         def task_backward(batch: dict[str, Tensor] = batch) -> Tensor:
             loss = task_loss(model, batch)
@@ -85,10 +95,13 @@ def measure(steps: int) -> list[Row]:
             loss.backward()
             return loss.detach()
 
-        masks = torch.get_rng_state()
+        def other_backward(other: Any = other) -> Tensor:
+            return safety_backward(other)
+
         if step % LOOK_EVERY == LOOK_EVERY - 1:
-            found += look(step, sap, probes, trained, task_backward, safety_backward)
-        torch.set_rng_state(masks)
+            roots = [moment_root(plain, parameter) for parameter in trained]
+            passes = (task_backward, safety_backward, other_backward)
+            found += look(step, sap, probes, trained, roots, *passes)
         plain.zero_grad()
         task_backward()
         torch.nn.utils.clip_grad_norm_(trained, TRAINING["max_grad_norm"])
@@ -96,30 +109,61 @@ def measure(steps: int) -> list[Row]:
     return found
 
 
+def moment_root(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> Tensor:
+    """Return what AdamW divides the gradient of a parameter by: √v̂ + ε."""
+    state, group = optimizer.state[parameter], optimizer.param_groups[0]
+    unbiased = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
+    return unbiased.sqrt() + group["eps"]
+
+
+def shares_of_blending(
+    change: list[Tensor], direction: list[Tensor], elsewhere: list[Tensor], roots: list[Tensor]
+) -> tuple[float, float]:
+    """Return `after_adamw` and `other_pairs` of a change of the gradient: 1 is blending's.
+
+    Args:
+        change: Δg.
+        direction: ĝ.
+        elsewhere: ĝ′.
+        roots: the diagonal of D.
+    """
+    lean = inner(direction, change)
+    scaled_change, scaled_direction = (
+        [value / root for value, root in zip(values, roots, strict=True)]
+        for values in (change, direction)
+    )
+    after_adamw = inner(direction, scaled_change) / inner(direction, scaled_direction)
+    other_pairs = inner(elsewhere, change) / inner(elsewhere, direction)
+    return after_adamw / lean, other_pairs / lean
+
+
 def look(
     step: int,
     sap: FusedSAP,
     probes: ProbeSet,
     trained: list[torch.nn.Parameter],
+    roots: list[Tensor],
     task: Callable[[], Tensor],
     safety: Callable[[], Tensor],
+    other: Callable[[], Tensor],
 ) -> list[Row]:
-    """Return a row for each probe. All gradients are taken under the same dropout masks."""
-    masks = torch.get_rng_state()
+    """Return a row for each probe."""
 
     def gradient(backward: Callable[[], Tensor]) -> list[Tensor]:
-        torch.set_rng_state(masks)
         sap.zero_grad()
         backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
 
-    uphill = gradient(safety)
-    length = norm(uphill)
-    direction = [g / length for g in uphill]
+    def unit_gradient(backward: Callable[[], Tensor]) -> list[Tensor]:
+        uphill = gradient(backward)
+        length = norm(uphill)
+        return [g / length for g in uphill]
+
+    direction, elsewhere = unit_gradient(safety), unit_gradient(other)
     start = gradient(task)
     sap.zero_grad()
-    torch.set_rng_state(masks)
-    sap.calibrate_rho(task, safety)
+    if sap.needs_calibration:
+        sap.calibrate_rho(task, safety)
     with sap.safety_pass():
         safety()
     for _ in sap.probe_passes():
@@ -137,12 +181,15 @@ def look(
                     for v, n in zip(calls, drawn, strict=True)
                 ]
             probes.replace_offsets(offsets)
-            torch.set_rng_state(masks)
             sap.zero_grad()
             with sap.task_pass():
                 task()
-            change = [p.grad - g for p, g in zip(trained, start, strict=True) if p.grad is not None]
+            change = [
+                (torch.zeros_like(g) if p.grad is None else p.grad) - g
+                for p, g in zip(trained, start, strict=True)
+            ]
             lean, moved = inner(direction, change), norm(change)
+            after_adamw, other_pairs = shares_of_blending(change, direction, elsewhere, roots)
             rows.append(
                 {
                     "step": step,
@@ -153,6 +200,8 @@ def look(
                     "lean": lean,
                     "change": moved,
                     "cosine": lean / moved,
+                    "after_adamw": after_adamw,
+                    "other_pairs": other_pairs,
                     "rho": sap.current_rho,
                 }
             )
@@ -172,7 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = measure(options.steps)
     path = write_csv("why.csv", rows, ROOT / "benchmarks" / "study")
-    table = Table("probe", "probe_lr", "⟨ĝ, g⟩ without", "lean", "‖Δg‖/‖g‖", "cosine of Δg and ĝ")
+    table = Table("probe", "probe_lr", "⟨ĝ, g⟩/‖g‖", "lean/‖g‖", "‖Δg‖/‖g‖", "cosine of Δg and ĝ")
+    table.add_column("lean after AdamW ÷ blending's")
+    table.add_column("lean on other pairs ÷ blending's")
     for kind in ("sap", "random"):
         for size in SIZES:
             mine = [row for row in rows if (row["probe"], row["probe_lr"]) == (kind, size)]
@@ -183,10 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table.add_row(
                 kind,
                 f"{size:g}",
-                f"{mean(lambda row: row['slope']):+.3f}",
-                f"{mean(lambda row: row['lean']):+.3f}",
+                f"{mean(lambda row: row['slope'] / row['gradient_norm']):+.3f}",
+                f"{mean(lambda row: row['lean'] / row['gradient_norm']):+.3f}",
                 f"{mean(lambda row: row['change'] / row['gradient_norm']):.2f}",
                 f"{mean(lambda row: row['cosine']):+.3f}",
+                f"{mean(lambda row: row['after_adamw']):.2f}",
+                f"{mean(lambda row: row['other_pairs']):.2f}",
             )
     Console().print(table)
     Console().print(f"Written: {path.relative_to(ROOT)}")

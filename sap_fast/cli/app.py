@@ -13,7 +13,13 @@ import typer
 from rich.markup import escape
 
 from sap_fast.cli.console import UserError, console, show_warnings
-from sap_fast.cli.settings import TRUST_HELP, Accepted, FinetuneSettings, with_settings
+from sap_fast.cli.settings import (
+    BLENDING_WEIGHT,
+    TRUST_HELP,
+    Accepted,
+    FinetuneSettings,
+    with_settings,
+)
 
 app = typer.Typer(
     name="sap-fast",
@@ -43,7 +49,9 @@ Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
 @app.command()
 @with_settings()
 def finetune(settings: FinetuneSettings) -> None:
-    """Fine-tune a chat model with SAP: a LoRA adapter, or with --full every parameter.
+    """Fine-tune a chat model and keep it safe: a LoRA adapter, or with --full every parameter.
+
+    --optimizer says how: blend, what did best in the study (docs/study.md), or sap, the paper's.
 
     Writes --output when it is complete: the adapter or model with its tokenizer, metrics.jsonl and
     run.json. Interrupted, the same command goes on from the last checkpoint (--save-every).
@@ -115,18 +123,16 @@ def compare(
         ),
     ] = None,
     blend: Annotated[
-        float | None,
+        float,
         typer.Option(
-            help="Also run gradient blending without a probe, with this --safety-weight: the cheap "
-            "rival of SAP.",
-            rich_help_panel="Evaluation",
+            help="--safety-weight of the blending without a probe.", rich_help_panel="Evaluation"
         ),
-    ] = None,
+    ] = BLENDING_WEIGHT,
 ) -> None:
-    """Fine-tune with AdamW and with SAP on the same data and seed, and write a report.
+    """Fine-tune with AdamW, with blending and with SAP on the same data, and write a report.
 
-    --output becomes a folder with adamw/, sap/, report.html and results.json. Interrupted, the same
-    command goes on where it stopped.
+    --output becomes a folder with adamw/, blend/, sap/, report.html and results.json. Interrupted,
+    the same command goes on where it stopped.
     """
     from sap_fast.cli.compare import compare as run_compare
     from sap_fast.cli.evaluate import EvaluationFiles

@@ -1,4 +1,4 @@
-"""The same fine-tuning with AdamW and with SAP, measured, and a report of both."""
+"""The same fine-tuning with AdamW, with blending and with SAP, measured, and a report of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sap_fast.cli.console import UserError, console
 from sap_fast.cli.evaluate import EvaluationFiles, as_json, evaluate
 from sap_fast.cli.finetune import prepare, removed_on_failure, settings_of
 from sap_fast.cli.report import ReportInfo, ReportRun, write_report
-from sap_fast.cli.settings import Accepted, FinetuneSettings
+from sap_fast.cli.settings import BLENDING_WEIGHT, Accepted, FinetuneSettings
 from sap_fast.data import load_requests, load_task_dataset
 
 METHODS = {
@@ -28,7 +28,7 @@ def compare(
     settings: FinetuneSettings,
     files: EvaluationFiles,
     *,
-    blend: float | None = None,
+    blend: float = BLENDING_WEIGHT,
     others: dict[str, tuple[str, str]] | None = None,
 ) -> tuple[ReportInfo, list[ReportRun]]:
     """Fine-tune with each method, evaluate every model, write `report.html` and `results.json`.
@@ -39,7 +39,7 @@ def compare(
     Args:
         settings: of the runs; `optimizer` is set per method, `output` is the folder of everything.
         files: what to evaluate on.
-        blend: also run gradient blending alone, with this weight.
+        blend: weight of the gradient blending without a probe.
         others: further models to evaluate first: name → (description, folder).
 
     Returns:
@@ -61,15 +61,13 @@ def _compare(
     settings: FinetuneSettings,
     files: EvaluationFiles,
     folder: Path,
-    blend: float | None,
+    blend: float,
     others: dict[str, tuple[str, str]] | None,
 ) -> tuple[ReportInfo, list[ReportRun]]:
     planned = {}
     for method in METHODS:
         changes: dict[str, Any] = {"optimizer": method, "output": str(folder / method)}
         if method == "blend":
-            if blend is None:
-                continue
             changes["safety_weight"] = blend
         planned[method] = dataclasses.replace(settings, **changes)
     # Every mistake shows before the first hour of work, not after it.
@@ -183,7 +181,7 @@ def _info(settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, 
     rows |= record.get("environment", {})
     summary = [
         f"{rows['model']} was fine-tuned on {rows['task rows']} ({how}), on the same data in the "
-        "same order, with plain AdamW and with Safety-Aware Probing (FusedSAP). Every model was "
-        "then asked the same requests."
+        "same order, with plain AdamW, with gradient blending and with Safety-Aware Probing "
+        "(FusedSAP). Every model was then asked the same requests."
     ]
     return ReportInfo("Fine-tuning with and without SAP", summary, rows, baseline="AdamW")

@@ -86,8 +86,8 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
             f"--safety is missing: --optimizer {settings.optimizer} needs preference rows; see "
             "sap-fast finetune --help"
         )
-    if settings.optimizer == "blend" and settings.safety_weight == 0:
-        raise UserError("--safety-weight 0: --optimizer blend needs a number > 0, such as 0.1")
+    if settings.optimizer == "blend" and settings.blending_weight == 0:
+        raise UserError("--safety-weight 0: --optimizer blend needs a number > 0, such as 0.03")
     set_seed(settings.seed)  # for the first values of the adapter
     model, tokenizer = load_trained_model(settings)
     task_rows = load_task_dataset(settings.task, tokenizer, settings.max_length)

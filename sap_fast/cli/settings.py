@@ -15,6 +15,10 @@ from sap_fast.cli.console import UserError
 
 _DATA, _MODEL, _TRAINING, _SAP, _RUN = "Data", "Model", "Training", "SAP", "Run"
 
+#: γ of `--optimizer blend`: the study's choice (docs/study.md). 0.1 keeps more refusals, but after
+#: a narrow task it refuses harmless requests as well.
+BLENDING_WEIGHT = 0.03
+
 #: The largest seed that transformers takes; no count needs more either.
 _LARGEST = 2**32 - 1
 
@@ -90,10 +94,11 @@ class FinetuneSettings:
         "opening suffices with rejected_is_opening: true).",
     )
     optimizer: str = _option(
-        "sap",
+        "blend",
         _TRAINING,
-        "sap; adamw: plain fine-tuning; blend: no probe, only --safety-weight.",
-        choices=("sap", "adamw", "blend"),
+        "blend: AdamW that also goes down the safety loss, by --safety-weight; sap: the paper's "
+        "probe, at two to three times the cost; adamw: plain fine-tuning.",
+        choices=("blend", "sap", "adamw"),
     )
     full: bool = _option(False, _MODEL, "Train every parameter instead of a LoRA adapter.")
     lora_r: int = _option(8, _MODEL, "Rank of the LoRA adapter.", least=1)
@@ -188,10 +193,11 @@ class FinetuneSettings:
         "How the probe gradient is differenced in rho.",
         choices=("central", "forward"),
     )
-    safety_weight: float = _option(
-        0.0,
+    safety_weight: float | None = _option(
+        None,
         _SAP,
-        "Blend so much of the safety direction into the gradient; 0: none, as the paper.",
+        "Blend so much of the safety direction into the gradient. By default "
+        f"{BLENDING_WEIGHT} with --optimizer blend, and 0 with sap, as the paper.",
         least=0,
     )
     log_every: int = _option(10, _RUN, "Steps between rows of metrics.jsonl.", least=1)
@@ -215,6 +221,13 @@ class FinetuneSettings:
                 arguments += [flag(item.name)] if value is True else [flag(item.name), str(value)]
         return arguments
 
+    @property
+    def blending_weight(self) -> float:
+        """γ: what was given, or the optimizer's own."""
+        if self.safety_weight is not None:
+            return self.safety_weight
+        return BLENDING_WEIGHT if self.optimizer == "blend" else 0.0
+
     def sap_options(self) -> dict[str, Any]:
         """Return the keyword arguments for `FusedSAP`.
 
@@ -232,7 +245,7 @@ class FinetuneSettings:
             "probe_rule": self.probe_rule,
             "schedule": self.schedule,
             "difference": self.difference,
-            "safety_weight": self.safety_weight,
+            "safety_weight": self.blending_weight,
             "preset": self.preset,
             "direction_every": self.direction_every,
             "probe_every": self.probe_every,
