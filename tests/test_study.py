@@ -425,6 +425,21 @@ def test_a_summary_compares_with_adamw_on_the_same_seeds() -> None:
     assert found["adamw"].against_adamw is None
 
 
+def test_methods_are_shown_on_the_seeds_that_all_have() -> None:
+    rows = [
+        reported("adamw", {}, 0, "alpaca", answers=share(4)),
+        reported("adamw", {}, 1, "alpaca", answers=share(9)),
+        reported("sap", {}, 0, "alpaca", answers=share(6)),
+        reported("adamw", {}, 1, "gsm8k", answers=share(9)),
+    ]
+    found = report.on_common_seeds(rows, {"adamw": {}, "sap": {}})
+    assert [(s.task, s.method, s.seeds, s.refused_harmful.mean) for s in found] == [
+        ("alpaca", "adamw", (0,), 0.4),
+        ("alpaca", "sap", (0,), 0.6),
+        ("gsm8k", "adamw", (1,), 0.9),
+    ]
+
+
 @pytest.mark.parametrize(
     ("figures", "met"),
     [
