@@ -24,6 +24,14 @@ from tests.tiny import Batch, problem, random_batch
 STEPS = 5
 ROWS = 4  # of each rank
 
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-3,
+    "eps": EPSILON,
+    "rho": 1e-2,
+    "probe_lr": 0.02,
+    "backend": "reference",
+}
+
 # Per-token means are averaged over ranks, so every row has as many scored tokens.
 OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -70,9 +78,7 @@ def sap_step(
 def train(model: nn.Module, inner: nn.Module, rank: int | None, options: dict[str, Any]) -> Any:
     """Five steps; the parameters and V."""
     trained = [p for p in inner.parameters() if p.requires_grad]
-    settings: dict[str, Any] = {"lr": 1e-3, "eps": EPSILON, "rho": 1e-2, "probe_lr": 0.02}
-    settings |= {"backend": "reference"} | options
-    optimizer = FusedSAP(trained, ProbeSet(model, layers=[1, 2]), **settings)
+    optimizer = FusedSAP(trained, ProbeSet(model, layers=[1, 2]), **(SETTINGS | options))
     for step in range(STEPS):
         sap_step(optimizer, model, step, rank)
     assert optimizer.probes is not None

@@ -24,9 +24,10 @@ from sap_fast.losses import task_loss
 from sap_fast.optimizer import FusedSAP
 from sap_fast.passes import Perturbation
 from sap_fast.probes import ProbeSet, find_decoder_layers
-from tests.ranks import EPSILON, RANKS, on_ranks
+from tests.ranks import RANKS, on_ranks
 from tests.test_distributed import (
     OPTIONS,
+    SETTINGS,
     assert_as_one_rank,
     distance,
     sap_step,
@@ -49,10 +50,8 @@ def whole(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def build(model: nn.Module, **options: Any) -> FusedSAP:
-    settings: dict[str, Any] = {"lr": 1e-3, "eps": EPSILON, "rho": 1e-2, "probe_lr": 0.02}
-    settings |= {"backend": "reference"} | options
     trained = [p for p in model.parameters() if p.requires_grad]
-    return FusedSAP(trained, ProbeSet(model, layers=[1, 2]), **settings)
+    return FusedSAP(trained, ProbeSet(model, layers=[1, 2]), **(SETTINGS | options))
 
 
 def run_fsdp(rank: int, lora: bool, options: dict[str, dict[str, Any]]) -> dict[str, Any]:

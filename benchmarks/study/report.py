@@ -85,31 +85,50 @@ def digits(text: str) -> list[float]:
     return [float(digit) for digit in text]
 
 
-def summarize(rows: Sequence[Row], settings: dict[str, Setting]) -> list[Summary]:
+def _reported(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[int, Row]]:
+    """Return the rows on the report split: task, method and setting → seed → row."""
+    found: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in rows:
+        if row["split"] == "report" and row["steps"] in (0, TRAINING["steps"]):
+            found.setdefault((row["task"], row["method"], row["setting"]), {})[row["seed"]] = row
+    return found
+
+
+def summarize(rows: Sequence[Row], settings: dict[str, Setting] | None = None) -> list[Summary]:
     """Return a summary of every method and task that has a row on the report split.
 
     Args:
         rows: of `results.csv`.
-        settings: of each method; methods that are not in it are left out.
+        settings: of each method; methods that are not in it are left out. None: every setting.
     """
-    reported = {
-        (row["method"], row["task"], row["seed"]): row
-        for row in rows
-        if row["split"] == "report"
-        and row["method"] in settings
-        and json.loads(row["setting"]) == settings[row["method"]]
-        and row["steps"] in (0, TRAINING["steps"])
-    }
+    reported = _reported(rows)
     summaries = []
     for task in TASKS:
+        adamw = reported.get((task, "adamw", "{}"), {})
+        aligned = reported.get((task, "aligned", "{}"), {})
         for method in METHODS:
-            # What is not tuned differs between tasks by the task loss alone.
-            mine = {s: reported[method, task, s] for s in SEEDS if (method, task, s) in reported}
-            if mine:
-                adamw = {s: reported.get(("adamw", task, s)) for s in mine}
-                aligned = {s: reported.get(("aligned", task, s)) for s in mine}
-                summaries.append(_summary(method, task, settings[method], mine, adamw, aligned))
+            for key, by_seed in reported.items():
+                setting = json.loads(key[2])
+                wanted = settings is None or settings.get(method) == setting
+                if key[:2] == (task, method) and wanted:
+                    # What is not tuned differs between tasks by the task loss alone.
+                    mine = {s: by_seed[s] for s in SEEDS if s in by_seed}
+                    others = ({s: each.get(s) for s in mine} for each in (adamw, aligned))
+                    summaries.append(_summary(method, task, setting, mine, *others))
     return summaries
+
+
+def on_common_seeds(rows: Sequence[Row], settings: dict[str, Setting]) -> list[Summary]:
+    """Return `summarize` over the seeds that every method of a task has run with.
+
+    Models of different seeds erode by different amounts: a study that is not complete would set
+    one method's three seeds beside another's first.
+    """
+    seeds: dict[str, set[int]] = {}
+    for (task, method, setting), by_seed in _reported(rows).items():
+        if settings.get(method) == json.loads(setting):
+            seeds[task] = seeds.get(task, set(SEEDS)) & set(by_seed)
+    return summarize([row for row in rows if row["seed"] in seeds.get(row["task"], ())], settings)
 
 
 def _summary(
@@ -197,36 +216,6 @@ def described(setting: Setting) -> str:
         return str(given)
 
     return ", ".join(f"{k} {value(v)}" for k, v in setting.items()) or "defaults"
-
-
-def summarize_every_setting(rows: Sequence[Row]) -> list[Summary]:
-    """Return a summary of every method, setting and task that has a row on the report split."""
-    reported = [row for row in rows if row["split"] == "report"]
-    tried = dict.fromkeys((row["method"], row["setting"]) for row in reported)
-    found = [
-        summary
-        for method, setting in tried
-        for summary in summarize(rows, {"aligned": {}, "adamw": {}, method: json.loads(setting)})
-        if summary.method == method
-    ]
-    methods = list(METHODS)
-    return sorted(found, key=lambda each: (TASKS.index(each.task), methods.index(each.method)))
-
-
-def on_common_seeds(rows: Sequence[Row], settings: dict[str, Setting]) -> list[Summary]:
-    """Return `summarize` over the seeds that every method of a task has run with.
-
-    Models of different seeds erode by different amounts: a study that is not complete would set
-    one method's three seeds beside another's first.
-    """
-    found = []
-    for task in TASKS:
-        mine = [row for row in rows if row["task"] == task]
-        seeds = [set(each.seeds) for each in summarize(mine, settings)]
-        if seeds:
-            common = set.intersection(*seeds)
-            found += summarize([row for row in mine if row["seed"] in common], settings)
-    return found
 
 
 def write_summary(
@@ -355,6 +344,13 @@ def _style(method: str) -> dict[str, Any]:
     return {"color": f"C{position % 6}", "marker": MARKERS[position % len(MARKERS)]}
 
 
+def _label_frontier(axes: Any, task: str) -> None:
+    axes.set(title=TASK_TITLES[task], xlabel="task loss over AdamW's − 1", ylim=(-0.03, 1.03))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
 def _draw_frontier(summaries: Sequence[Summary], figure: Figure) -> None:
     tasks = [task for task in TASKS if any(s.task == task for s in summaries)]
     panels = np.atleast_1d(figure.subplots(1, len(tasks), sharey=True))
@@ -385,10 +381,7 @@ def _draw_frontier(summaries: Sequence[Summary], figure: Figure) -> None:
                 [left, WORST_TASK_LOSS - 1], floor, 1.03, color="0.5", alpha=0.2, linewidth=0
             )
             axes.set_xlim(left=left)
-        axes.set(title=TASK_TITLES[task], xlabel="task loss over AdamW's − 1", ylim=(-0.03, 1.03))
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _label_frontier(axes, task)
     panels[0].set_ylabel("harmful requests refused")
     figure.legend(loc="outside right upper")
 
@@ -428,10 +421,7 @@ def _draw_settings(found: dict[str, dict[str, list[tuple[float, float]]]], figur
         for method, points in methods.items():
             style = {"linewidth": 1, "markersize": 6, "alpha": 0.85} | _style(method)
             (shown[METHODS[method].title],) = axes.plot(*zip(*points, strict=True), **style)
-        axes.set(title=TASK_TITLES[task], xlabel="task loss over AdamW's − 1", ylim=(-0.03, 1.03))
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _label_frontier(axes, task)
     panels[0].set_ylabel("harmful requests refused")
     figure.legend(shown.values(), shown.keys(), loc="outside right upper")
 
@@ -636,7 +626,7 @@ def write_report(folder: Path = FOLDER) -> Path:
     summaries = on_common_seeds(rows, settings)
     if not summaries:
         raise ValueError("no method has run everywhere that settings are chosen on: run make study")
-    write_summary(summarize_every_setting(rows), settings, folder)
+    write_summary(summarize(rows), settings, folder)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     _draw_frontier(summaries, figure)
     figure.savefig(folder / "frontier.png", dpi=110)

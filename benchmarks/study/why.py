@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,18 +91,15 @@ def measure(steps: int) -> list[Row]:
             loss.backward()
             return loss.detach()
 
-        def safety_backward(safety: Any = safety) -> Tensor:
+        def safety_backward(safety: dict[str, Any]) -> Tensor:
             loss = contrastive_loss(model, safety["chosen"], safety["rejected"])
             loss.backward()
             return loss.detach()
 
-        def other_backward(other: Any = other) -> Tensor:
-            return safety_backward(other)
-
         if step % LOOK_EVERY == LOOK_EVERY - 1:
             roots = [moment_root(plain, parameter) for parameter in trained]
-            passes = (task_backward, safety_backward, other_backward)
-            found += look(step, sap, probes, trained, roots, *passes)
+            directions = partial(safety_backward, safety), partial(safety_backward, other)
+            found += look(step, sap, probes, trained, roots, task_backward, *directions)
         plain.zero_grad()
         task_backward()
         torch.nn.utils.clip_grad_norm_(trained, TRAINING["max_grad_norm"])
@@ -159,6 +157,10 @@ def look(
         length = norm(uphill)
         return [g / length for g in uphill]
 
+    def probed() -> Tensor:
+        with sap.task_pass():
+            return task()
+
     direction, elsewhere = unit_gradient(safety), unit_gradient(other)
     start = gradient(task)
     sap.zero_grad()
@@ -181,13 +183,7 @@ def look(
                     for v, n in zip(calls, drawn, strict=True)
                 ]
             probes.replace_offsets(offsets)
-            sap.zero_grad()
-            with sap.task_pass():
-                task()
-            change = [
-                (torch.zeros_like(g) if p.grad is None else p.grad) - g
-                for p, g in zip(trained, start, strict=True)
-            ]
+            change = [g - before for g, before in zip(gradient(probed), start, strict=True)]
             lean, moved = inner(direction, change), norm(change)
             after_adamw, other_pairs = shares_of_blending(change, direction, elsewhere, roots)
             rows.append(
