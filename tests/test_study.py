@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from benchmarks import assets
 from benchmarks.alignment import REFUSED
 from benchmarks.study import __main__ as study
-from benchmarks.study import data, report, results, runs, why
+from benchmarks.study import data, report, results, runs, tables, why
 from benchmarks.study.methods import (
     METHODS,
     SEEDS,
@@ -508,3 +508,35 @@ def test_the_report_shows_every_method_that_ran(
     }
     # Again over what is there.
     assert report.write_report(tmp_path).read_text(encoding="utf-8") == page
+
+
+@pytest.mark.parametrize("page", list(tables.PAGES), ids=lambda page: page.name)
+def test_pages_hold_the_table_of_the_summary(page: Path) -> None:
+    table = tables.markdown_table(results.read(report.FOLDER / "summary.csv"), tables.PAGES[page])
+    text = page.read_text(encoding="utf-8")
+    assert tables.with_table(text, table, page) == text, (
+        "run python -m benchmarks.study --stage none"
+    )
+    assert "| AdamW |" in table
+    with pytest.raises(ValueError, match="has no lines"):
+        tables.with_table(text.replace(tables.END, ""), table, page)
+
+
+def test_a_cell_gives_share_difference_loss_and_seeds() -> None:
+    row = {
+        "task": "gsm8k",
+        "method": "sap",
+        "setting": '{"probe_lr": 0.002}',
+        "chosen": "1",
+        "seeds": "0 1",
+        "refused_harmful_mean": "0.661",
+        "against_adamw_mean": "-0.02",
+        "against_adamw_low": "-0.05",
+        "against_adamw_high": "0.01",
+        "refused_harmless_mean": "0.013",
+        "task_loss_over_adamw": "0.99999",
+    }
+    line = tables.markdown_table([row], lambda tasks: tasks == 1).splitlines()[-1]
+    cell = "66 %, −2 (−5 to +1) · 1 % · +0.0 % [2]"
+    assert line == f"| SAP, probe_lr 0.002 * | – | – | {cell} |"
+    assert tables.markdown_table([row], lambda tasks: tasks > 1).count("\n") == 2

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import assets
 from benchmarks.alignment import aligned_smollm2
 from benchmarks.provenance import provenance
-from benchmarks.study import report, results
+from benchmarks.study import report, results, tables
 from benchmarks.study.data import Split
 from benchmarks.study.landscapes import run_landscapes
 from benchmarks.study.methods import (
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=("selection", "report", "landscape", "all", "none"),
         default="all",
         help="selection: every setting on few tasks and seeds; report: the best of each method on "
-        "all; landscape: what lies around the tuned models; none: only report.html of what has run",
+        "all; landscape: what lies around the tuned models; none: only report.html, and the tables "
+        "of README and docs, from what has run",
     )
     parser.add_argument("--limit", type=int, help="runs to make at most, in each stage")
     parser.add_argument(
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return run.method in methods and run.task in tasks and str(run.seed) in seeds
 
     if options.stage == "none":
-        print(report.write_report())
+        write_pages()
         return
     assets.print_licenses()
     for seed in map(int, seeds):
@@ -82,7 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.stage in ("landscape", "all"):
         run_landscapes(chosen)
     if chosen:
-        print(report.write_report())
+        write_pages()
+
+
+def write_pages() -> None:
+    """Write the report and the tables of README and docs from the rows there are."""
+    print(report.write_report())
+    tables.write_tables()
 
 
 def _chosen(
