@@ -126,6 +126,18 @@ class Ranks:
                 "before FusedSAP is constructed, or optimizer.runs_in(model) once after it"
             )
 
+    def refuse_unknown_ranks(self, setting: str) -> None:
+        """Raise if there are other ranks whose figures would be needed, but no known wrapper.
+
+        Raises:
+            RuntimeError: saying how to make it known.
+        """
+        if not self and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"{setting} decides by the mean loss over ranks, but FusedSAP does not know what "
+                "spreads the model over them: call optimizer.runs_in(wrapped_model) once"
+            )
+
     def refuse_unknown_replica(self) -> None:
         """Raise inside the forward of a `DistributedDataParallel` if none is known.
 

@@ -33,6 +33,7 @@ class SAPMetrics:
 
     Attributes:
         safety_loss: L_safe at W.
+        safety_level: the L_safe above which steps blend, once it is known.
         task_loss: L_task at W under the probe V_safe, as trained on.
         rho: ρ.
         rho_agreement: the calibration's agreement, if ρ was calibrated.
@@ -53,6 +54,7 @@ class SAPMetrics:
     """
 
     safety_loss: float | None = None
+    safety_level: float | None = None
     task_loss: float | None = None
     rho: float | None = None
     rho_agreement: float | None = None

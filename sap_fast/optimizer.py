@@ -32,6 +32,10 @@ Closure = Callable[[], Tensor]
 # fp32, and of LoRA in bf16. Calibration does better, in bf16 by much.
 _UNCALIBRATED_RHO = 1e-2
 
+# Safety passes whose mean L_safe is the level that `safety_level="auto"` holds: one batch of pairs
+# says little, and after a few steps the loss is no longer that of the model as it came.
+_LEVEL_PASSES = 3
+
 # Candidates for ρ: 0.1·2⁻ᵏ. Larger ones are outside the linear range of every model measured,
 # smaller ones below the rounding of every dtype but fp64.
 RHO_GRID = tuple(0.1 * 2.0**-k for k in range(11))
@@ -99,6 +103,11 @@ class FusedSAP(Optimizer):
             0.88 to 0.98 (benchmarks/fidelity.py, tests/test_oracle.py).
         safety_weight: γ of gradient blending, g ← g + γ‖g‖ĝ, so that W also descends L_safe. 0 is
             the paper. Keeps the direction: one parameter-sized buffer until `step`.
+        safety_level: blend only while the last safety pass found L_safe above this level, so that
+            blending undoes what the tuning does to L_safe and goes no further: further down lie
+            refusals of harmless requests (docs/study.md). `"auto"`: the mean over the first three
+            safety passes, whose steps all blend. None: blend in every step. The safety pass has to
+            record its loss; over ranks, their mean counts.
         max_grad_norm: clip the (blended) gradient to this global norm.
         maximize: ascend the task objective. L_safe is descended all the same.
         backend: whose operations to use, `"auto"` for the fastest that can run; see `sap_fast.ops`.
@@ -150,6 +159,7 @@ class FusedSAP(Optimizer):
         schedule: Literal["paper", "lagged"] = "paper",
         difference: Literal["central", "forward"] = "central",
         safety_weight: float = 0.0,
+        safety_level: float | Literal["auto"] | None = None,
         max_grad_norm: float | None = None,
         maximize: bool = False,
         backend: str = "auto",
@@ -179,6 +189,7 @@ class FusedSAP(Optimizer):
             if isinstance(rho, str):
                 raise ValueError(f'rho={rho!r} is not known; give "auto" or a number ≥ 0')
             _check_at_least_zero("rho", rho)
+        _check_level(safety_level, safety_weight)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm!r} is out of range; give a number > 0")
         if calibrate_every is not None and calibrate_every < 1:
@@ -216,6 +227,7 @@ class FusedSAP(Optimizer):
         self.schedule = schedule
         self.difference = difference
         self.safety_weight = safety_weight
+        self.safety_level = safety_level
         self.max_grad_norm = max_grad_norm
         self.backend = backend
         self.calibrate_every = calibrate_every
@@ -231,6 +243,10 @@ class FusedSAP(Optimizer):
         #: 0-d bool: the V in use came of a sound direction and a finite h.
         self._sound: Tensor | None = None
         self._directions_taken = 0
+        #: Sum and number of the L_safe whose mean is the level, with `safety_level="auto"`.
+        self._level_losses = torch.zeros(2)
+        #: 0-d bool: L_safe was above the level in the safety pass whose direction is in use.
+        self._above_level: Tensor | None = None
         self._skipped_steps = torch.zeros((), dtype=torch.int64)
         self._start_session()
         self.grad_scaler = grad_scaler
@@ -446,6 +462,7 @@ class FusedSAP(Optimizer):
         if passes.safety_pass_ran:
             self._directions_taken += 1
             self._keep_direction()
+            self._keep_level(record)
         if passes.probe_passes_ran:
             self._probe_step = self._steps
         self._steps += 1
@@ -484,6 +501,36 @@ class FusedSAP(Optimizer):
         self._direction_norm = self._passes.record.direction_norm
         self._direction_step = self._steps
 
+    @property
+    def holds_level(self) -> bool:
+        """Whether the safety pass has to record its loss, for `safety_level`."""
+        return self.safety_weight != 0 and self.safety_level is not None
+
+    def _level(self) -> Tensor | float:
+        """Return the L_safe to hold; −∞ before it is found."""
+        if self.safety_level != "auto":
+            return -math.inf if self.safety_level is None else self.safety_level
+        total, count = self._level_losses
+        return torch.where(count < _LEVEL_PASSES, -math.inf, total / count.clamp(min=1))
+
+    def _find_above_level(self, record: StepRecord) -> Tensor | None:
+        """Return whether the direction in use is to be blended, 0-d bool; None: it is."""
+        if not self.holds_level:
+            return None
+        if record.level_loss is None:
+            return self._above_level
+        self._level_losses = self._level_losses.to(record.level_loss.device)
+        return record.level_loss > self._level()
+
+    def _keep_level(self, record: StepRecord) -> None:
+        """Remember for later steps what the safety pass of this one found."""
+        if record.level_loss is None:
+            return
+        self._above_level = record.above_level
+        counts = record.level_loss.isfinite() & (self._level_losses[1] < _LEVEL_PASSES)
+        found = torch.stack([record.level_loss, torch.ones_like(record.level_loss)])
+        self._level_losses = self._level_losses + torch.where(counts, found, 0.0)
+
     def kept_direction(self) -> tuple[list[nn.Parameter], list[Tensor], Tensor] | None:
         """Return parameters, direction and its norm, if an earlier step's direction is in use."""
         if self._direction_norm is None or not self._direction_outlives_step:
@@ -510,7 +557,9 @@ class FusedSAP(Optimizer):
             assert passes.direction is not None and norm_of_direction is not None
             assert valid is not None
             directions = dict(zip(passes.perturbed, passes.direction, strict=True))
-            blend = torch.where(valid, self.safety_weight * square.sqrt() / norm_of_direction, 0.0)
+            above = self._passes.record.above_level = self._find_above_level(passes.record)
+            blends = valid if above is None else valid & above.to(valid.device)
+            blend = torch.where(blends, self.safety_weight * square.sqrt() / norm_of_direction, 0.0)
             pairs = [(p.grad, directions[p]) for p in trained if p in directions]
             if pairs:
                 # ‖±g + b·d‖² from its parts: no buffer holds the sum before the update.
@@ -630,8 +679,8 @@ class FusedSAP(Optimizer):
         estimates: list[Tensor] = []
         try:
             with torch.enable_grad():
-                with self.safety_pass():
-                    safety_closure()
+                with self.safety_pass() as record:
+                    record(safety_closure())
                 for rho in RHO_GRID:
                     self._passes.record.rho = rho
                     for _ in self._passes.estimate(
@@ -674,6 +723,7 @@ class FusedSAP(Optimizer):
         figures: dict[str, Any] = {
             "safety_loss": _number(record.safety_loss.total),
             "task_loss": _number(record.task_loss.total),
+            "safety_level": self._known_level(),
             "parameter_norm": _number(record.parameter_norm),
             "skipped_steps": int(self._skipped_steps),
         }
@@ -694,6 +744,10 @@ class FusedSAP(Optimizer):
                 torch.sum(h * offsets[j]).item() for j, h in probes.estimates.items()
             )
         return SAPMetrics(**figures)
+
+    def _known_level(self) -> float | None:
+        level = float(self._level()) if self.holds_level else -math.inf
+        return None if level == -math.inf else level
 
     def _lean(self, record: StepRecord) -> float | None:
         sign = -1.0 if self.defaults["maximize"] else 1.0
@@ -757,6 +811,8 @@ class FusedSAP(Optimizer):
             "direction_step": self._direction_step,
             "direction_norm": self._direction_norm,
             "directions_taken": self._directions_taken,
+            "level_losses": self._level_losses,
+            "above_level": self._above_level,
             "probe_step": self._probe_step,
             "sound": self._sound,
         }
@@ -794,6 +850,8 @@ class FusedSAP(Optimizer):
         self._direction_step = sap["direction_step"]
         self._direction_norm = sap["direction_norm"]
         self._directions_taken = sap["directions_taken"]
+        self._level_losses = sap["level_losses"]
+        self._above_level = sap["above_level"]
         # Saved by an optimizer that finds V at every step, it comes without.
         self._probe_step = sap["probe_step"] if sap["offsets"] else None
         self._sound = sap["sound"]
@@ -851,6 +909,7 @@ _PICKLED = (
     "schedule",
     "difference",
     "safety_weight",
+    "safety_level",
     "max_grad_norm",
     "backend",
     "calibrate_every",
@@ -863,6 +922,8 @@ _PICKLED = (
     "_direction_step",
     "_direction_norm",
     "_directions_taken",
+    "_level_losses",
+    "_above_level",
     "_probe_step",
     "_sound",
     "_steps",
@@ -898,6 +959,19 @@ def _refuse_for_tokens(schedule: str, probe_every: int, probe_fraction: float) -
                 f"{name}={value!r} uses the probe of one batch in another, but a probe with "
                 f'shape="token" fits its own batch only; use shape="hidden" or {name}={needed!r}'
             )
+
+
+def _check_level(level: float | str | None, weight: float) -> None:
+    """Raise if a level is none, or has nothing to bound."""
+    if level is None:
+        return
+    if level != "auto" and (isinstance(level, str) or not math.isfinite(level)):
+        raise ValueError(f'safety_level={level!r} is not known; give "auto", a number or None')
+    if weight == 0:
+        raise ValueError(
+            f"safety_level={level!r} bounds γ-blending, which safety_weight=0 leaves out; give "
+            "safety_weight > 0, or safety_level=None"
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -68,6 +68,9 @@ class StepRecord:
     perturbation_applied: Tensor | None = None
     direction_valid: Tensor | None = None
     direction_slope: Tensor | None = None
+    #: L_safe, over ranks in the mean, and whether it was above the level; for `safety_level`.
+    level_loss: Tensor | None = None
+    above_level: Tensor | None = None
     estimate_finite: Tensor | None = None
     #: What the losses were multiplied by before backward; None: by nothing.
     loss_scale: Tensor | None = None
@@ -330,8 +333,25 @@ class Passes:
             # The next pass with gradients writes to the buckets again.
             direction = [gradient.clone() for gradient in direction]
         norm = ops.sum_squares(direction, backend=self._optimizer.backend).sqrt()
+        self._measure_level()
         self._set_direction(perturbed, direction, norm)
         self.safety_pass_ran = True
+
+    def _measure_level(self) -> None:
+        """Record the mean L_safe over ranks, where the optimizer holds a level of it."""
+        if not self._optimizer.holds_level:
+            return
+        loss = self.record.safety_loss.total
+        if loss is None:
+            raise RuntimeError(
+                f"safety_level={self._optimizer.safety_level!r} needs L_safe: record it, as in "
+                "`with optimizer.safety_pass() as record: …; record(loss)`"
+            )
+        self.record.level_loss = loss.float().clone()
+        if self.ranks:
+            self.ranks.average_([self.record.level_loss])
+        else:
+            self.ranks.refuse_unknown_ranks(f"safety_level={self._optimizer.safety_level!r}")
 
     @torch.no_grad()
     def _recall_direction(self) -> None:

@@ -192,6 +192,7 @@ def test_a_bad_parquet_file_is_one_line(terminal: Terminal, tmp_path: Path) -> N
     [
         (["--optimizer", "sgd"], "--optimizer sgd: expected blend or sap or adamw"),
         (["--rho", "big"], "--rho big: expected auto or a number"),
+        (["--safety-level", "low"], "--safety-level low: expected auto, always or a number"),
         (["--rho", "nan"], "rho=nan is out of range"),
         (["--probe-layers", "high"], "--probe-layers high: expected middle"),
         (["--probe-layers", "7"], "7 is out of range for a model of 3 layers"),
@@ -552,15 +553,23 @@ def test_doctor_says_why_nothing_runs(terminal: Terminal) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "weight"),
-    [({}, 0.03), ({"optimizer": "sap"}, 0.0), ({"optimizer": "sap", "safety_weight": 0.2}, 0.2)],
+    ("given", "weight", "level"),
+    [
+        ({}, 0.1, "auto"),
+        ({"safety_level": "always"}, 0.1, None),
+        ({"safety_level": "0.7"}, 0.1, 0.7),
+        ({"optimizer": "sap"}, 0.0, None),
+        ({"optimizer": "sap", "safety_weight": 0.2}, 0.2, "auto"),
+    ],
 )
 def test_blending_is_the_default_and_the_paper_has_none(
-    given: dict[str, Any], weight: float
+    given: dict[str, Any], weight: float, level: float | str | None
 ) -> None:
     settings = FinetuneSettings(model="m", task="t", output="o", **given)
     assert settings.optimizer == given.get("optimizer", "blend")
-    assert settings.sap_options()["safety_weight"] == weight
+    options = settings.sap_options()
+    assert options["safety_weight"] == weight
+    assert options.get("safety_level") == level
 
 
 def test_settings_become_the_arguments_that_make_them(chat_model: Path) -> None:

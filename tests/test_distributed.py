@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced", "probe_fraction": 1.0},
     "economical": {"preset": "economical", "probe_fraction": 1.0},
     "blended": {"safety_weight": 0.5},
+    "held": {"safety_weight": 0.5, "safety_level": "auto"},
 }
 
 
@@ -63,8 +64,10 @@ def sap_step(
 ) -> None:
     batch, chosen, rejected = (share(whole_batch(step, kind), rank) for kind in range(3))
     if optimizer.needs_direction:
-        with optimizer.safety_pass():
-            contrastive_loss(model, chosen, rejected).backward()
+        with optimizer.safety_pass() as record:
+            loss = contrastive_loss(model, chosen, rejected)
+            loss.backward()
+            record(loss)
     if optimizer.needs_probe:
         for _ in optimizer.probe_passes():
             task_loss(model, batch).backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from typing import Any
@@ -180,6 +181,72 @@ def test_gradient_blending_adds_gamma_times_the_norm_along_the_direction() -> No
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+# L_safe of the safety passes. "auto" takes the mean of the first three finite ones, 2.
+LOSSES = [1.0, math.nan, 2.0, 3.0, 1.9, 2.1, 1.0]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("level", "blends"),
+    [
+        (None, [True] * 7),
+        (2.0625, [False, False, False, True, False, True, False]),
+        # Not where L_safe is not known, whatever the gradient.
+        ("auto", [True, False, True, True, False, True, False]),
+    ],
+    ids=str,
+)
+def test_a_level_leaves_out_the_blending_at_and_below_it(
+    level: float | str | None, blends: list[bool], every: int
+) -> None:
+    case = problem()
+    settings: dict[str, Any] = {"lr": 0.0, "safety_weight": 0.5, "direction_every": every}
+    optimizer = FusedSAP(case.trained, safety_level=level, **settings)
+    # Under lr=0 the moments show what a step was taken with.
+    task(case)
+    plain = [p.grad.clone() for p in case.trained if p.grad is not None]
+    for step in range(len(LOSSES) * every):
+        if step == 4 * every + 1:  # goes on from a checkpoint
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = FusedSAP(case.trained, safety_level=level, **settings)
+            optimizer.load_state_dict(saved)
+        optimizer.zero_grad()
+        assert optimizer.needs_direction == (step % every == 0)
+        if optimizer.needs_direction:
+            with optimizer.safety_pass() as record:
+                safety(case)
+                record(torch.tensor(LOSSES[step // every]))
+        with optimizer.task_pass():
+            task(case)
+        before = [optimizer.state[p].get("exp_avg", torch.zeros_like(p)) for p in case.trained]
+        before = [moment.clone() for moment in before]
+        optimizer.step()
+        used = [
+            (optimizer.state[p]["exp_avg"] - 0.9 * moment) / 0.1
+            for p, moment in zip(case.trained, before, strict=True)
+        ]
+        is_plain = all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(used, plain, strict=True)
+        )
+        assert is_plain != blends[step // every], step
+        found = 2.0 if step // every >= 3 else None
+        assert optimizer.metrics.safety_level == (found if level == "auto" else level)
+
+
+def test_a_level_needs_the_loss_of_the_safety_pass() -> None:
+    case = problem()
+    optimizer = FusedSAP(case.trained, safety_weight=0.5, safety_level="auto")
+    with pytest.raises(RuntimeError, match="safety_level='auto' needs L_safe"):
+        with optimizer.safety_pass():
+            safety(case)
+    assert optimizer.step(lambda: task(case), lambda: safety(case)) is not None
+
+
+def test_a_level_without_blending_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"safety_level='auto'.*safety_weight=0"):
+        FusedSAP([nn.Parameter(torch.ones(1))], safety_level="auto")
+
+
 def test_maximize_is_the_descent_of_the_negated_objective() -> None:
     ours, theirs = problem(), problem()
     up = sap(ours, maximize=True, safety_weight=0.2, max_grad_norm=0.5, keep_direction=True)
@@ -333,6 +400,8 @@ def test_step_hooks_run_once_per_step() -> None:
         ("schedule", "fast"),
         ("difference", "backward"),
         ("safety_weight", -0.5),
+        ("safety_level", "low"),
+        ("safety_level", float("nan")),
         ("max_grad_norm", 0.0),
         ("backend", "cuda"),
         ("calibrate_every", 0),

@@ -224,7 +224,8 @@ def landscape(
         "model task output safety optimizer epochs max_steps batch_size accumulate learning_rate "
         "weight_decay warmup_steps lr_schedule max_grad_norm max_length checkpointing seed "
         "safety_batch_size safety_loss rho probe_lr probe_rule probe_layers schedule difference "
-        "safety_weight preset direction_every probe_every probe_fraction log_every save_every"
+        "safety_weight safety_level preset direction_every probe_every probe_fraction log_every "
+        "save_every"
     ).split()
 )
 def doctor(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -15,9 +16,8 @@ from sap_fast.cli.console import UserError
 
 _DATA, _MODEL, _TRAINING, _SAP, _RUN = "Data", "Model", "Training", "SAP", "Run"
 
-#: γ of `--optimizer blend`: the study's choice (docs/study.md). 0.1 keeps more refusals, but after
-#: a narrow task it refuses harmless requests as well.
-BLENDING_WEIGHT = 0.03
+#: γ of `--optimizer blend`, with the level held: the study's choice (docs/study.md).
+BLENDING_WEIGHT = 0.1
 
 #: The largest seed that transformers takes; no count needs more either.
 _LARGEST = 2**32 - 1
@@ -200,6 +200,12 @@ class FinetuneSettings:
         f"{BLENDING_WEIGHT} with --optimizer blend, and 0 with sap, as the paper.",
         least=0,
     )
+    safety_level: str = _option(
+        "auto",
+        _SAP,
+        "Blend only while the safety loss is above this: auto: where it was before the tuning; "
+        "always: blend at every step, which ends in refusals of harmless requests; or a number.",
+    )
     log_every: int = _option(10, _RUN, "Steps between rows of metrics.jsonl.", least=1)
     save_every: int | None = _option(
         None,
@@ -232,15 +238,11 @@ class FinetuneSettings:
         """Return the keyword arguments for `FusedSAP`.
 
         Raises:
-            UserError: if ρ is no number.
+            UserError: if ρ or the level is no number.
         """
-        try:
-            rho: float | str = self.rho if self.rho == "auto" else float(self.rho)
-        except ValueError:
-            raise UserError(f"--rho {self.rho}: expected auto or a number") from None
-        return {
+        options = {
             "weight_decay": self.weight_decay,
-            "rho": rho,
+            "rho": _number_or("rho", self.rho, {"auto": "auto"}),
             "probe_lr": self.probe_lr,
             "probe_rule": self.probe_rule,
             "schedule": self.schedule,
@@ -252,6 +254,10 @@ class FinetuneSettings:
             "probe_fraction": self.probe_fraction,
             "checkpointing": self.checkpointing if self.optimizer == "sap" else "none",
         }
+        level = _number_or("safety_level", self.safety_level, {"auto": "auto", "always": None})
+        if self.blending_weight != 0:
+            options["safety_level"] = level
+        return options
 
     def lora_targets(self) -> list[str] | None:
         """Return the layers to adapt, None for PEFT's choice."""
@@ -272,6 +278,19 @@ class FinetuneSettings:
                 f"--probe-layers {self.probe_layers}: expected middle, or layer indices such as "
                 "10,11,12"
             ) from None
+
+
+def _number_or(name: str, value: str, words: dict[str, str | None]) -> float | str | None:
+    """Return the number that an option was given, or what the word means that it was given."""
+    if value in words:
+        return words[value]
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{flag(name)} {value}: expected {', '.join(words)} or a number")
+    return number
 
 
 def flag(name: str) -> str:
