@@ -94,7 +94,9 @@ METHODS: dict[str, Method] = {
         "γ-blending",
         SAPTrainer,
         (
+            {"safety_weight": 0.1, "safety_level": "auto"},
             {"safety_weight": 0.1},
+            {"safety_weight": 0.3, "safety_level": "auto"},
             {"safety_weight": 0.03},
             {"safety_weight": 0.1, "direction_every": 5},
             {"safety_weight": 0.3},
@@ -105,6 +107,7 @@ METHODS: dict[str, Method] = {
         SAPTrainer,
         (
             {"safety_weight": 0.1},
+            {"safety_weight": 0.1, "safety_level": "auto", "probe_lr": 1e-3},
             {"safety_weight": 0.03},
             {"safety_weight": 0.1, "probe_lr": 1e-3},
         ),
