@@ -193,7 +193,7 @@ def test_a_bad_parquet_file_is_one_line(terminal: Terminal, tmp_path: Path) -> N
         (["--optimizer", "sgd"], "--optimizer sgd: expected blend or sap or adamw"),
         (["--rho", "big"], "--rho big: expected auto or a number"),
         (["--safety-level", "low"], "--safety-level low: expected auto, always or a number"),
-        (["--rho", "nan"], "rho=nan is out of range"),
+        (["--rho", "nan"], "--rho nan: expected auto or a number"),
         (["--probe-layers", "high"], "--probe-layers high: expected middle"),
         (["--probe-layers", "7"], "7 is out of range for a model of 3 layers"),
         (["--lora-target", "w_q"], "--lora-target w_q: does not fit the model"),
