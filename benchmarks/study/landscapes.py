@@ -14,7 +14,7 @@ from benchmarks.study.runs import WORK, adapter_of, execute
 from sap_fast.cli.console import console
 from sap_fast.cli.landscape import LandscapeSettings, landscape
 
-METHODS = ("aligned", "adamw", "sap", "blend")
+METHODS = ("aligned", "adamw", "blend", "sap")
 #: Requests asked and safety pairs used at every point; a point takes seconds.
 ASKED, PAIRS = 40, 16
 
