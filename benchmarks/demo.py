@@ -48,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=BLENDING_WEIGHT,
         help=f"weight of the gradient blending ({BLENDING_WEIGHT})",
     )
+    parser.add_argument(
+        "--safety-level",
+        default="auto",
+        help="of the blending: auto, always (blend at every step) or a number (auto)",
+    )
     parser.add_argument("--precision", default="fp32", help="fp32, bf16-mixed or bf16 (fp32)")
     parser.add_argument("--output", type=Path, help="folder (runs/demo-STEPS-SEED)")
     parser.add_argument("--csv", type=Path, help="also append the results to this CSV file")
@@ -90,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lr_schedule="constant",
         max_length=128,
         precision=options.precision,
+        safety_level=options.safety_level,
         log_every=1,
         save_every=10,
         seed=options.seed,

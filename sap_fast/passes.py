@@ -277,6 +277,8 @@ class Passes:
         self.task_pass_ran = False
         self._lagged_estimate_finished = False
         self._task_random_state: RandomState | None = None
+        #: `_every_parameter`, once a pass of this step has asked for it.
+        self._parameters: list[nn.Parameter] | None = None
         #: What `probe_part` was given in this step, and what it returned.
         self._parts: list[tuple[Any, Any]] = []
         if probes is not None:
@@ -664,11 +666,18 @@ class Passes:
         return nullcontext() if checkpointing is None else checkpointing.active(frozen=frozen)
 
     def _every_parameter(self) -> list[nn.Parameter]:
-        """Return the parameters of the optimizer and of the probed model, each once."""
+        """Return the parameters of the optimizer and of the probed model, each once.
+
+        Found once per step: to walk through the modules of a model takes as long as some layers.
+        """
+        if self._parameters is not None:
+            return self._parameters
         optimizer = self._optimizer
         unique = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         if optimizer.probes is not None:
             unique |= {id(p): p for p in optimizer.probes.model.parameters()}
+        if self.open is not None:  # FSDP2 has resharded: these are the parameters themselves
+            self._parameters = list(unique.values())
         return list(unique.values())
 
     def _random_state(self) -> RandomState:

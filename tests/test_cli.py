@@ -555,9 +555,9 @@ def test_doctor_says_why_nothing_runs(terminal: Terminal) -> None:
 @pytest.mark.parametrize(
     ("given", "weight", "level"),
     [
-        ({}, 0.1, "auto"),
-        ({"safety_level": "always"}, 0.1, None),
-        ({"safety_level": "0.7"}, 0.1, 0.7),
+        ({}, 0.3, "auto"),
+        ({"safety_level": "always"}, 0.3, None),
+        ({"safety_level": "0.7"}, 0.3, 0.7),
         ({"optimizer": "sap"}, 0.0, None),
         ({"optimizer": "sap", "safety_weight": 0.2}, 0.2, "auto"),
     ],

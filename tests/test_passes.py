@@ -562,3 +562,29 @@ def test_a_weight_cast_cached_by_autocast_does_not_hide_the_perturbation() -> No
         for _ in optimizer.probe_passes():
             losses.append(task(case).item())
     assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_step_walks_through_the_model_once(
+    variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = problem(layers=2)
+    optimizer = sap(case, **variant)
+    walks, parameters = [], case.model.parameters
+
+    def counted(recurse: bool = True) -> Iterator[nn.Parameter]:
+        walks.append(recurse)
+        return parameters(recurse)
+
+    monkeypatch.setattr(case.model, "parameters", counted)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with optimizer.safety_pass():
+            naive_contrastive_loss(case.model, case.chosen, case.rejected).backward()
+        for _ in optimizer.probe_passes():
+            naive_task_loss(case.model, case.batch).backward()
+        with optimizer.task_pass():
+            naive_task_loss(case.model, case.batch).backward()
+        optimizer.step()
+        assert len(walks) == 1
+        walks.clear()

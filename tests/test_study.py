@@ -343,7 +343,8 @@ def test_the_probe_leans_away_from_harm_and_a_random_one_does_not(
     monkeypatch.setattr(why, "aligned_smollm2", lambda: chat_model)
     monkeypatch.setattr(why, "LOOK_EVERY", 2)
     monkeypatch.setattr(why, "SIZES", (1e-5, 1e-4))  # where it acts in proportion to its size
-    rows = why.measure(4)
+    monkeypatch.setattr(why, "SIZE_OF_ONE", 1e-4)
+    rows, layers = why.measure(4)
     assert len(rows) == 8
     for step in (1, 3):
         mine = {
@@ -356,6 +357,14 @@ def test_the_probe_leans_away_from_harm_and_a_random_one_does_not(
         for row in (*mine["sap"], *mine["random"]):
             assert row["cosine"] == pytest.approx(row["lean"] / row["change"])
             assert 0 < row["change"] and row["slope"] == mine["sap"][0]["slope"]
+    assert [row["layer"] for row in layers] == [0, 1, 2] * 2
+    for row in layers:
+        # The tiny model embeds padding as zeros: there a probe of any size in layer 0 is large.
+        assert row["lean"] > 0 or row["layer"] == 0
+        assert -1 <= row["other_batch"] < 0.99
+    assert len({row["lean"] for row in layers}) == len({row["other_batch"] for row in layers}) == 6
+    why.draw_layers(layers, tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").stat().st_size > 10_000
 
 
 def test_what_adamw_and_other_pairs_leave_of_blending_is_all_of_it() -> None:
@@ -489,9 +498,15 @@ def test_the_report_shows_every_method_that_ran(
                 results.append(results.LOOKS, [runs.described(run) | look])
     monkeypatch.setattr(results, "LANDSCAPE", tmp_path / "landscape.csv")
     points = [
-        {"method": method, "direction": direction, "alpha": alpha, "refused_harmful": 0.5}
+        {
+            "method": method,
+            "direction": direction,
+            "alpha": alpha,
+            "refused_harmful": 0.5,
+            "task_loss": 1.5,
+        }
         for method in ("aligned", "sap")
-        for direction in ("random 0", "random 1", "safety gradient")
+        for direction in ("random 0", "random 1", "safety gradient", "fine-tuning")
         for alpha in (-0.1, 0.0, 0.1)
     ]
     results.append(results.LANDSCAPE, points)
@@ -499,7 +514,8 @@ def test_the_report_shows_every_method_that_ran(
     for name in ("As published", "AdamW", "SAP", "Alpaca, 10 % poisoned", "the aim is met by"):
         assert name in page
     assert page.count("<figure>") == 6 and "{{" not in page
-    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    for name in ("frontier.png", "landscape.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
     summary = results.read(tmp_path / "summary.csv")
     settings = [(r["setting"], r["chosen"]) for r in summary if r["method"] == "sap"]
     assert settings == [("{}", "1"), ('{"probe_lr": 0.01}', "0")] * len(SELECTION)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import torch
 
 from benchmarks.alignment import aligned_smollm2, write_rows
 from benchmarks.demo import as_prompts
 from benchmarks.provenance import provenance
 from benchmarks.study import results
-from benchmarks.study.data import requests_of, safety_pairs
+from benchmarks.study.data import load_task, requests_of, safety_pairs
 from benchmarks.study.methods import Setting, run_of
-from benchmarks.study.runs import WORK, adapter_of
+from benchmarks.study.runs import WORK, adapter_of, execute
 from sap_fast.cli.console import console
 from sap_fast.cli.landscape import LandscapeSettings, landscape
 
-METHODS = ("aligned", "adamw", "sap", "mixed")
+METHODS = ("aligned", "adamw", "blend", "sap")
 #: Requests asked and safety pairs used at every point; a point takes seconds.
 ASKED, PAIRS = 40, 16
 
@@ -29,20 +29,24 @@ def run_landscapes(settings: dict[str, Setting]) -> None:
     requests = [request.prompt for request in requests_of("report").harmful]
     harmful = write_rows(WORK / "landscape" / "harmful.jsonl", as_prompts(requests, ASKED))
     safety = write_rows(WORK / "landscape" / "pairs.jsonl", safety_pairs(PAIRS))
+    task = write_rows(WORK / "landscape" / "task.jsonl", load_task("alpaca").held_out["report"])
     for method in METHODS:
         if method in done or method not in settings:
             continue
-        model: Path = aligned_smollm2(0)
+        aligned = model = aligned_smollm2(0)
         if method != "aligned":
-            model = adapter_of(run_of(method, settings[method], 0, "alpaca"))
-        if not model.exists():
-            console.print(f"No landscape of {method}: its adapter is no longer in {model.parent}")
-            continue
+            run = run_of(method, settings[method], 0, "alpaca")
+            model = adapter_of(run)
+            if not model.exists():
+                console.print(f"{method}: tuned again, its adapter is no longer in {model.parent}")
+                execute(run, "report", torch.get_num_threads())
         rows = landscape(
             LandscapeSettings(
                 model=str(model),
                 harmful=harmful,
                 safety=safety,
+                task=task,
+                base=None if method == "aligned" else str(aligned),
                 output=str(WORK / "landscape" / model.name),
                 directions=2,
                 reach=0.3,

@@ -317,11 +317,14 @@ def pictures(
             picture(
                 "The landscape around the models",
                 "Harmful requests refused where every parameter has moved by α of its own norm: "
-                "in the mean over random directions (bands: the least and the most of them), and "
-                "along the gradient of the safety loss, uphill to the right. Alpaca, seed 0.",
-                "Line plots: share of harmful requests refused over the step, for each model.",
+                "in the mean over random directions (bands: the least and the most of them), "
+                "along the gradient of the safety loss, uphill to the right, and along the "
+                "fine-tuning, from the aligned model at −1 through the tuned one at 0; below, the "
+                "task loss there. Alpaca, seed 0.",
+                "Line plots: share of harmful requests refused, and task loss, over the step, for "
+                "each model.",
                 partial(_draw_landscape, grounds),
-                (10.5, 3.8),
+                (10.5, 6.0),
             )
         )
     if any(s.step_ratio for s in summaries):
@@ -512,25 +515,38 @@ def _draw_knobs(knobs: Sequence[tuple[str, float, float]], figure: Figure) -> No
 
 
 def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(2, 3, sharex="col", sharey="row")
+    columns = {
+        "random": ("random directions", "step α, in norms of each parameter"),
+        "safety": ("safety gradient", "step α, in norms of each parameter"),
+        "fine-tuning": ("fine-tuning", "aligned model at −1, tuned one at 0"),
+    }
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         style = {"color": f"C{number % 6}", "marker": MARKERS[number % len(MARKERS)]}
-        mine = [row for row in rows if row["method"] == method]
-        for axes, start in zip(panels, ("random", "safety"), strict=True):
-            shares: dict[float, list[float]] = {}
-            for row in mine:
-                if row["direction"].startswith(start):
-                    shares.setdefault(row["alpha"], []).append(row["refused_harmful"])
-            steps = sorted(shares)
-            means = [statistics.fmean(shares[step]) for step in steps]
-            axes.plot(steps, means, markersize=5, label=METHODS[method].title, **style)
-            low, high = ([end(shares[step]) for step in steps] for end in (min, max))
-            axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    for axes, title in zip(panels, ("random directions", "safety gradient"), strict=True):
-        axes.set(title=title, xlabel="step α, in norms of each parameter", ylim=(-0.03, 1.03))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    panels[0].set_ylabel("harmful requests refused")
-    figure.legend(handles=panels[0].lines, loc="outside right upper")
+        for column, start in enumerate(columns):
+            mine = [
+                row
+                for row in rows
+                if row["method"] == method and row["direction"].startswith(start)
+            ]
+            for axes, measure in zip(
+                panels[:, column], ("refused_harmful", "task_loss"), strict=True
+            ):
+                values: dict[float, list[float]] = {}
+                for row in mine:
+                    values.setdefault(row["alpha"], []).append(row[measure])
+                steps = sorted(values)
+                means = [statistics.fmean(values[step]) for step in steps]
+                axes.plot(steps, means, markersize=5, label=METHODS[method].title, **style)
+                low, high = ([end(values[step]) for step in steps] for end in (min, max))
+                axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    for (above, below), (title, label) in zip(panels.T, columns.values(), strict=True):
+        above.set(title=title, ylim=(-0.03, 1.03))
+        above.yaxis.set_major_formatter(PercentFormatter(1))
+        below.set(xlabel=label, yscale="log")
+    panels[0, 0].set_ylabel("harmful requests refused")
+    panels[1, 0].set_ylabel("task loss, nats")
+    figure.legend(handles=panels[0, 0].lines, loc="outside right upper")
 
 
 def _draw_cost(summaries: Sequence[Summary], order: Sequence[str], figure: Figure) -> None:
@@ -616,7 +632,7 @@ HEADINGS = (
 
 
 def write_report(folder: Path = FOLDER) -> Path:
-    """Write `report.html`, `summary.csv` and the frontier as a PNG from the rows there are.
+    """Write `report.html`, `summary.csv`, frontier and landscape as PNG from the rows there are.
 
     Raises:
         ValueError: if there is nothing to report yet.
@@ -630,6 +646,11 @@ def write_report(folder: Path = FOLDER) -> Path:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     _draw_frontier(summaries, figure)
     figure.savefig(folder / "frontier.png", dpi=110)
+    grounds = results.read(results.LANDSCAPE)
+    if grounds:
+        figure = Figure(figsize=(11, 6), layout="constrained")
+        _draw_landscape(grounds, figure)
+        figure.savefig(folder / "landscape.png", dpi=110)
     return replace_text(
         folder / "report.html",
         render(

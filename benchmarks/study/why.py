@@ -10,19 +10,25 @@ what is left of a blending's that leans as much:
     after_adamw = ⟨ĝ, D⁻¹Δg⟩ / (⟨ĝ, Δg⟩·⟨ĝ, D⁻¹ĝ⟩), D the root of AdamW's second moment
     other_pairs = ⟨ĝ′, Δg⟩ / (⟨ĝ, Δg⟩·⟨ĝ′, ĝ⟩), ĝ′ the direction of other pairs
 
+A second table has the same of a probe in one layer alone, for every layer, and how much h has in
+common with that of another batch: `other_batch`, their cosine under the same ĝ.
+
 There is no dropout: gradients differ by the probe alone.
 
-`python -m benchmarks.study.why` writes `why.csv`.
+`python -m benchmarks.study.why` writes `why.csv`, `layers.csv` and `layers.png`.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,10 +43,13 @@ from benchmarks.study.runs import WORK, encoded
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, ops, task_loss
 from sap_fast.cli.models import add_lora, load_model
 from sap_fast.data import SafetyCollator, TaskCollator, load_safety_dataset, padding_token_id
+from sap_fast.probes import find_decoder_layers
 
 Row = dict[str, Any]
 
 SIZES = (3e-4, 1e-3, 3e-3, 1e-2)
+#: Size of a probe in one layer alone; lean and change are in proportion to it.
+SIZE_OF_ONE = 3e-3
 LOOK_EVERY = 8
 #: Safety pairs of a direction.
 PAIRS = 16
@@ -56,8 +65,12 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return ops.dot(list(left), list(right)).item()
 
 
-def measure(steps: int) -> list[Row]:
-    """Fine-tune plainly, and look at the gradients with and without a probe now and then."""
+def measure(steps: int) -> tuple[list[Row], list[Row]]:
+    """Fine-tune plainly, and look at the gradients with and without a probe now and then.
+
+    Returns:
+        Rows of `why.csv` and of `layers.csv`.
+    """
     torch.manual_seed(0)
     model, tokenizer = load_model(str(aligned_smollm2()), "fp32", trainable=True)
     model = add_lora(
@@ -73,14 +86,19 @@ def measure(steps: int) -> list[Row]:
     pairs = load_safety_dataset(pairs_file, tokenizer, task.max_length)
     collate, pair = TaskCollator(pad), SafetyCollator(pad)
     trained = [p for p in model.parameters() if p.requires_grad]
-    probes = ProbeSet(model)
-    sap = FusedSAP(trained, probes, lr=0.0, probe_lr=1.0, keep_direction=True)
+    layers = range(len(find_decoder_layers(model)[0]))
+    optimizers = [
+        FusedSAP(trained, ProbeSet(model, layers=chosen), lr=0.0, probe_lr=1.0, keep_direction=True)
+        for chosen in ("middle", list(layers))
+    ]
     plain = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
-    found: list[Row] = []
+    found: tuple[list[Row], list[Row]] = ([], [])
     for step in track(range(steps), "Looking at gradients"):
         picked = torch.randint(len(rows), (TRAINING["batch_size"],), generator=generator).tolist()
-        batch = collate([rows[k] for k in picked])
+        batch, other_batch = (
+            collate([rows[(k + shift) % len(rows)] for k in picked]) for shift in (0, 1)
+        )
         shuffled = torch.randperm(len(pairs), generator=generator).tolist()
         safety, other = (
             pair([pairs[k] for k in shuffled[first : first + PAIRS]]) for first in (0, PAIRS)
@@ -98,8 +116,16 @@ def measure(steps: int) -> list[Row]:
 
         if step % LOOK_EVERY == LOOK_EVERY - 1:
             roots = [moment_root(plain, parameter) for parameter in trained]
-            directions = partial(safety_backward, safety), partial(safety_backward, other)
-            found += look(step, sap, probes, trained, roots, task_backward, *directions)
+            asked = Closures(
+                task_backward,
+                partial(task_backward, other_batch),
+                partial(safety_backward, safety),
+                partial(safety_backward, other),
+            )
+            for rows_of, look, sap in zip(
+                found, (look_at_sizes, look_at_layers), optimizers, strict=True
+            ):
+                rows_of += look(step, sap, trained, roots, asked)
         plain.zero_grad()
         task_backward()
         torch.nn.utils.clip_grad_norm_(trained, TRAINING["max_grad_norm"])
@@ -135,75 +161,186 @@ def shares_of_blending(
     return after_adamw / lean, other_pairs / lean
 
 
-def look(
-    step: int,
-    sap: FusedSAP,
-    probes: ProbeSet,
-    trained: list[torch.nn.Parameter],
-    roots: list[Tensor],
-    task: Callable[[], Tensor],
-    safety: Callable[[], Tensor],
-    other: Callable[[], Tensor],
-) -> list[Row]:
-    """Return a row for each probe."""
+class Closures(NamedTuple):
+    """What can be asked for its gradient: each runs backward and returns its loss."""
 
-    def gradient(backward: Callable[[], Tensor]) -> list[Tensor]:
+    task: Callable[[], Tensor]
+    other_task: Callable[[], Tensor]
+    safety: Callable[[], Tensor]
+    other_safety: Callable[[], Tensor]
+
+
+class Look:
+    """The gradients at one point of the fine-tuning, without a probe and with any.
+
+    Args:
+        sap: at a learning rate of 0; its probe set is where probes go.
+        trained: the parameters.
+        roots: what AdamW divides their gradients by.
+        asked: what is differentiated.
+    """
+
+    def __init__(
+        self,
+        sap: FusedSAP,
+        trained: list[torch.nn.Parameter],
+        roots: list[Tensor],
+        asked: Closures,
+    ) -> None:
+        assert sap.probes is not None
+        self._sap, self._trained, self._roots, self._asked = sap, trained, roots, asked
+        self.probes: ProbeSet = sap.probes
+        self.direction = self._unit_gradient(asked.safety)
+        self.elsewhere = self._unit_gradient(asked.other_safety)
+        self.start = self._gradient(asked.task)
         sap.zero_grad()
-        backward()
-        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
+        if sap.needs_calibration:
+            sap.calibrate_rho(asked.task, asked.safety)
+        with sap.safety_pass():
+            asked.safety()
+        #: h of another batch under the same direction, then V of size 1 for this one, by layer.
+        self.other_estimates = self._estimate(asked.other_task)
+        self.estimates = self._estimate(asked.task)
+        self.unit = self.probes.copy_offsets()
 
-    def unit_gradient(backward: Callable[[], Tensor]) -> list[Tensor]:
-        uphill = gradient(backward)
+    def _estimate(self, task: Callable[[], Tensor]) -> dict[int, Tensor]:
+        for _ in self._sap.probe_passes():
+            task()
+        return {layer: h.clone() for layer, h in self.probes.estimates.items()}
+
+    def _gradient(self, backward: Callable[[], Tensor]) -> list[Tensor]:
+        self._sap.zero_grad()
+        backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._trained]
+
+    def _unit_gradient(self, backward: Callable[[], Tensor]) -> list[Tensor]:
+        uphill = self._gradient(backward)
         length = norm(uphill)
         return [g / length for g in uphill]
 
-    def probed() -> Tensor:
-        with sap.task_pass():
-            return task()
+    def under(self, offsets: dict[int, list[Tensor]]) -> Row:
+        """Return what the probe V makes of the gradient."""
 
-    direction, elsewhere = unit_gradient(safety), unit_gradient(other)
-    start = gradient(task)
-    sap.zero_grad()
-    if sap.needs_calibration:
-        sap.calibrate_rho(task, safety)
-    with sap.safety_pass():
-        safety()
-    for _ in sap.probe_passes():
-        task()
-    unit = probes.copy_offsets()
+        def probed() -> Tensor:
+            with self._sap.task_pass():
+                return self._asked.task()
+
+        self.probes.replace_offsets(offsets)
+        change = [g - before for g, before in zip(self._gradient(probed), self.start, strict=True)]
+        lean, moved = inner(self.direction, change), norm(change)
+        after_adamw, other_pairs = shares_of_blending(
+            change, self.direction, self.elsewhere, self._roots
+        )
+        return {
+            "slope": inner(self.direction, self.start),
+            "gradient_norm": norm(self.start),
+            "lean": lean,
+            "change": moved,
+            "cosine": lean / moved,
+            "after_adamw": after_adamw,
+            "other_pairs": other_pairs,
+            "rho": self._sap.current_rho,
+        }
+
+    def end(self) -> None:
+        """End the step, at a learning rate of 0."""
+        self._sap.zero_grad()
+        self._sap.step()
+
+
+def look_at_sizes(
+    step: int,
+    sap: FusedSAP,
+    trained: list[torch.nn.Parameter],
+    roots: list[Tensor],
+    asked: Closures,
+) -> list[Row]:
+    """Return a row for SAP's probe and one for a random probe, of each size."""
+    look = Look(sap, trained, roots, asked)
     noise = torch.Generator().manual_seed(step)
     rows = []
     for kind in ("sap", "random"):
         for size in SIZES:
             offsets = {}
-            for layer, calls in unit.items():
+            for layer, calls in look.unit.items():
                 drawn = [torch.randn(v.shape, generator=noise) for v in calls]
                 offsets[layer] = [
                     size * (v if kind == "sap" else n * (v.norm() / n.norm()))
                     for v, n in zip(calls, drawn, strict=True)
                 ]
-            probes.replace_offsets(offsets)
-            change = [g - before for g, before in zip(gradient(probed), start, strict=True)]
-            lean, moved = inner(direction, change), norm(change)
-            after_adamw, other_pairs = shares_of_blending(change, direction, elsewhere, roots)
-            rows.append(
-                {
-                    "step": step,
-                    "probe": kind,
-                    "probe_lr": size,
-                    "slope": inner(direction, start),
-                    "gradient_norm": norm(start),
-                    "lean": lean,
-                    "change": moved,
-                    "cosine": lean / moved,
-                    "after_adamw": after_adamw,
-                    "other_pairs": other_pairs,
-                    "rho": sap.current_rho,
-                }
-            )
-    sap.zero_grad()
-    sap.step()  # ends the step, at a learning rate of 0
+            rows.append({"step": step, "probe": kind, "probe_lr": size} | look.under(offsets))
+    look.end()
     return rows
+
+
+def look_at_layers(
+    step: int,
+    sap: FusedSAP,
+    trained: list[torch.nn.Parameter],
+    roots: list[Tensor],
+    asked: Closures,
+) -> list[Row]:
+    """Return a row for every layer, with a probe in it alone."""
+    look = Look(sap, trained, roots, asked)
+    rows = []
+    for layer in look.unit:
+        offsets = {
+            other: [SIZE_OF_ONE * v if other == layer else torch.zeros_like(v) for v in calls]
+            for other, calls in look.unit.items()
+        }
+        h, other_h = look.estimates[layer], look.other_estimates[layer]
+        other_batch = torch.nn.functional.cosine_similarity(h.flatten(), other_h.flatten(), dim=0)
+        rows.append(
+            {"step": step, "layer": layer, "probe_lr": SIZE_OF_ONE}
+            | look.under(offsets)
+            | {"other_batch": other_batch.item()}
+        )
+    look.end()
+    return rows
+
+
+def draw_layers(rows: Sequence[Row], path: Path) -> None:
+    """Draw what a probe in one layer alone does, over the layers; bands reach from look to look."""
+    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    layers = sorted({row["layer"] for row in rows})
+    for panel, label, value in zip(
+        panels,
+        ("÷ length of the gradient", "cosine of Δg and ĝ", "cosine of h with another batch's"),
+        (
+            lambda row: row["lean"] / row["gradient_norm"],
+            lambda row: row["cosine"],
+            lambda row: row["other_batch"],
+        ),
+        strict=True,
+    ):
+        values = {j: [value(row) for row in rows if row["layer"] == j] for j in layers}
+        name = "lean" if panel is panels[0] else None
+        _draw_band(panel, values, "C0", name)
+        panel.set(xlabel="layer with the probe", ylabel=label)
+        panel.axhline(0, color="0.6", linewidth=0.8)
+    change = {
+        j: [row["change"] / row["gradient_norm"] for row in rows if row["layer"] == j]
+        for j in layers
+    }
+    _draw_band(panels[0], change, "C1", "change ‖Δg‖")
+    panels[0].legend(frameon=False)
+    figure.suptitle(f"A probe of β = {SIZE_OF_ONE:g} in one layer alone")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_band(panel: Any, values: dict[int, list[float]], color: str, name: str | None) -> None:
+    layers = list(values)
+    means = [statistics.fmean(of_layer) for of_layer in values.values()]
+    panel.plot(layers, means, color=color, label=name, marker="o", markersize=3)
+    panel.fill_between(
+        layers,
+        [min(of_layer) for of_layer in values.values()],
+        [max(of_layer) for of_layer in values.values()],
+        color=color,
+        alpha=0.15,
+        linewidth=0,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -215,8 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.why", description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="of the fine-tuning (40)")
     options = parser.parse_args(arguments)
-    rows = measure(options.steps)
-    path = write_csv("why.csv", rows, ROOT / "benchmarks" / "study")
+    rows, layers = measure(options.steps)
+    folder = ROOT / "benchmarks" / "study"
+    path = write_csv("why.csv", rows, folder)
+    draw_layers(layers, write_csv("layers.csv", layers, folder).with_suffix(".png"))
     table = Table("probe", "probe_lr", "⟨ĝ, g⟩/‖g‖", "lean/‖g‖", "‖Δg‖/‖g‖", "cosine of Δg and ĝ")
     table.add_column("lean after AdamW ÷ blending's")
     table.add_column("lean on other pairs ÷ blending's")
@@ -238,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{mean(lambda row: row['other_pairs']):.2f}",
             )
     Console().print(table)
-    Console().print(f"Written: {path.relative_to(ROOT)}")
+    Console().print(f"Written: {path.relative_to(ROOT)}, layers.csv and layers.png beside it")
 
 
 if __name__ == "__main__":

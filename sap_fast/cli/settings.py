@@ -17,7 +17,7 @@ from sap_fast.cli.console import UserError
 _DATA, _MODEL, _TRAINING, _SAP, _RUN = "Data", "Model", "Training", "SAP", "Run"
 
 #: γ of `--optimizer blend`, with the level held: the study's choice (docs/study.md).
-BLENDING_WEIGHT = 0.1
+BLENDING_WEIGHT = 0.3
 
 #: The largest seed that transformers takes; no count needs more either.
 _LARGEST = 2**32 - 1
