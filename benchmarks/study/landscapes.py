@@ -29,7 +29,8 @@ def run_landscapes(settings: dict[str, Setting]) -> None:
     requests = [request.prompt for request in requests_of("report").harmful]
     harmful = write_rows(WORK / "landscape" / "harmful.jsonl", as_prompts(requests, ASKED))
     safety = write_rows(WORK / "landscape" / "pairs.jsonl", safety_pairs(PAIRS))
-    task = write_rows(WORK / "landscape" / "task.jsonl", load_task("alpaca").held_out["report"])
+    alpaca = load_task("alpaca")
+    task = write_rows(WORK / "landscape" / "task.jsonl", alpaca.held_out["report"])
     for method in METHODS:
         if method in done or method not in settings:
             continue
@@ -49,9 +50,10 @@ def run_landscapes(settings: dict[str, Setting]) -> None:
                 base=None if method == "aligned" else str(aligned),
                 output=str(WORK / "landscape" / model.name),
                 directions=2,
-                reach=0.3,
+                reach=0.15,
                 points=7,
                 batch_size=ASKED,
+                max_length=alpaca.max_length,
             )
         )
         surroundings = provenance()
