@@ -341,9 +341,13 @@ def pictures(
     return found
 
 
+#: There are six colours: these, which run on every task, share theirs with none of them.
+_COLOURS_OF_THEIR_OWN = ("aligned", "adamw", "sap", "blend", "mixed", "lisa")
+
+
 def _style(method: str) -> dict[str, Any]:
     """The same in every picture."""
-    position = list(METHODS).index(method)
+    position = list(dict.fromkeys((*_COLOURS_OF_THEIR_OWN, *METHODS))).index(method)
     return {"color": f"C{position % 6}", "marker": MARKERS[position % len(MARKERS)]}
 
 
@@ -521,8 +525,8 @@ def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
         "safety": ("safety gradient", "step α, in norms of each parameter"),
         "fine-tuning": ("fine-tuning", "aligned model at −1, tuned one at 0"),
     }
-    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        style = {"color": f"C{number % 6}", "marker": MARKERS[number % len(MARKERS)]}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        style = _style(method)
         for column, start in enumerate(columns):
             mine = [
                 row
