@@ -547,7 +547,8 @@ def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
     for (above, below), (title, label) in zip(panels.T, columns.values(), strict=True):
         above.set(title=title, ylim=(-0.03, 1.03))
         above.yaxis.set_major_formatter(PercentFormatter(1))
-        below.set(xlabel=label, yscale="log")
+        # A step along the safety gradient may end a hundredfold above.
+        below.set(xlabel=label, ylim=(1, 8))
     panels[0, 0].set_ylabel("harmful requests refused")
     panels[1, 0].set_ylabel("task loss, nats")
     figure.legend(handles=panels[0, 0].lines, loc="outside right upper")
