@@ -557,7 +557,7 @@ class FusedSAP(Optimizer):
             assert passes.direction is not None and norm_of_direction is not None
             assert valid is not None
             directions = dict(zip(passes.perturbed, passes.direction, strict=True))
-            above = self._passes.record.above_level = self._find_above_level(passes.record)
+            above = passes.record.above_level = self._find_above_level(passes.record)
             blends = valid if above is None else valid & above.to(valid.device)
             blend = torch.where(blends, self.safety_weight * square.sqrt() / norm_of_direction, 0.0)
             pairs = [(p.grad, directions[p]) for p in trained if p in directions]

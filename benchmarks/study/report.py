@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -261,7 +261,10 @@ def write_summary(
 
 
 def pictures(
-    rows: Sequence[Row], looks: Sequence[Row], summaries: Sequence[Summary]
+    rows: Sequence[Row],
+    looks: Sequence[Row],
+    summaries: Sequence[Summary],
+    grounds: Sequence[Row],
 ) -> list[Picture]:
     """Return every picture that there are rows for."""
     order = [name for name in METHODS if any(s.method == name for s in summaries)]
@@ -311,7 +314,6 @@ def pictures(
                 (10.5, 0.32 * len(_knobs(rows)) + 1.2),
             )
         )
-    grounds = results.read(results.LANDSCAPE)
     if grounds:
         found.append(
             picture(
@@ -349,6 +351,14 @@ def _style(method: str) -> dict[str, Any]:
     """The same in every picture."""
     position = list(dict.fromkeys((*_COLOURS_OF_THEIR_OWN, *METHODS))).index(method)
     return {"color": f"C{position % 6}", "marker": MARKERS[position % len(MARKERS)]}
+
+
+def draw_band(axes: Any, values: Mapping[float, Sequence[float]], **style: Any) -> None:
+    """Draw the means of values over their keys, and a band from the least to the most of them."""
+    places = sorted(values)
+    axes.plot(places, [statistics.fmean(values[place]) for place in places], **style)
+    low, high = ([end(values[place]) for place in places] for end in (min, max))
+    axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
 def _label_frontier(axes: Any, task: str) -> None:
@@ -539,11 +549,7 @@ def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
                 values: dict[float, list[float]] = {}
                 for row in mine:
                     values.setdefault(row["alpha"], []).append(row[measure])
-                steps = sorted(values)
-                means = [statistics.fmean(values[step]) for step in steps]
-                axes.plot(steps, means, markersize=5, label=METHODS[method].title, **style)
-                low, high = ([end(values[step]) for step in steps] for end in (min, max))
-                axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+                draw_band(axes, values, markersize=5, label=METHODS[method].title, **style)
     for (above, below), (title, label) in zip(panels.T, columns.values(), strict=True):
         above.set(title=title, ylim=(-0.03, 1.03))
         above.yaxis.set_major_formatter(PercentFormatter(1))
@@ -660,7 +666,7 @@ def write_report(folder: Path = FOLDER) -> Path:
         folder / "report.html",
         render(
             Path(__file__).with_name("report.html.j2"),
-            pictures=pictures(rows, looks, summaries),
+            pictures=pictures(rows, looks, summaries, grounds),
             tables=[
                 (TASK_TITLES[task], table_of(summaries, task))
                 for task in TASKS

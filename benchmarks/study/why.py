@@ -21,7 +21,6 @@ There is no dropout: gradients differ by the probe alone.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,7 @@ from benchmarks.provenance import ROOT
 from benchmarks.provenance import write_rows as write_csv
 from benchmarks.study.data import load_task, safety_pairs
 from benchmarks.study.methods import TRAINING
+from benchmarks.study.report import draw_band
 from benchmarks.study.runs import WORK, encoded
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, ops, task_loss
 from sap_fast.cli.models import add_lora, load_model
@@ -96,9 +96,7 @@ def measure(steps: int) -> tuple[list[Row], list[Row]]:
     found: tuple[list[Row], list[Row]] = ([], [])
     for step in track(range(steps), "Looking at gradients"):
         picked = torch.randint(len(rows), (TRAINING["batch_size"],), generator=generator).tolist()
-        batch, other_batch = (
-            collate([rows[(k + shift) % len(rows)] for k in picked]) for shift in (0, 1)
-        )
+        batch = collate([rows[k] for k in picked])
         shuffled = torch.randperm(len(pairs), generator=generator).tolist()
         safety, other = (
             pair([pairs[k] for k in shuffled[first : first + PAIRS]]) for first in (0, PAIRS)
@@ -116,16 +114,19 @@ def measure(steps: int) -> tuple[list[Row], list[Row]]:
 
         if step % LOOK_EVERY == LOOK_EVERY - 1:
             roots = [moment_root(plain, parameter) for parameter in trained]
+            other_batch = collate([rows[(k + 1) % len(rows)] for k in picked])
             asked = Closures(
                 task_backward,
                 partial(task_backward, other_batch),
                 partial(safety_backward, safety),
                 partial(safety_backward, other),
             )
-            for rows_of, look, sap in zip(
+            for rows_of, look_at, sap in zip(
                 found, (look_at_sizes, look_at_layers), optimizers, strict=True
             ):
-                rows_of += look(step, sap, trained, roots, asked)
+                look = Look(sap, trained, roots, asked)
+                rows_of += look_at(step, look)
+                look.end()
         plain.zero_grad()
         task_backward()
         torch.nn.utils.clip_grad_norm_(trained, TRAINING["max_grad_norm"])
@@ -188,25 +189,29 @@ class Look:
         asked: Closures,
     ) -> None:
         assert sap.probes is not None
-        self._sap, self._trained, self._roots, self._asked = sap, trained, roots, asked
-        self.probes: ProbeSet = sap.probes
-        self.direction = self._unit_gradient(asked.safety)
-        self.elsewhere = self._unit_gradient(asked.other_safety)
-        self.start = self._gradient(asked.task)
+        self._sap, self._trained, self._roots, self.asked = sap, trained, roots, asked
+        self._probes: ProbeSet = sap.probes
+        self._direction = self._unit_gradient(asked.safety)
+        self._elsewhere = self._unit_gradient(asked.other_safety)
+        self._start = self._gradient(asked.task)
         sap.zero_grad()
         if sap.needs_calibration:
             sap.calibrate_rho(asked.task, asked.safety)
         with sap.safety_pass():
             asked.safety()
-        #: h of another batch under the same direction, then V of size 1 for this one, by layer.
-        self.other_estimates = self._estimate(asked.other_task)
-        self.estimates = self._estimate(asked.task)
-        self.unit = self.probes.copy_offsets()
+        #: h, and V of size 1, by layer.
+        self.estimates = self.estimate(asked.task)
+        self.unit = self._probes.copy_offsets()
+        self._of_all = {
+            "slope": inner(self._direction, self._start),
+            "gradient_norm": norm(self._start),
+        }
 
-    def _estimate(self, task: Callable[[], Tensor]) -> dict[int, Tensor]:
+    def estimate(self, task: Callable[[], Tensor]) -> dict[int, Tensor]:
+        """Return h of a task loss under the direction of this look, by layer."""
         for _ in self._sap.probe_passes():
             task()
-        return {layer: h.clone() for layer, h in self.probes.estimates.items()}
+        return {layer: h.clone() for layer, h in self._probes.estimates.items()}
 
     def _gradient(self, backward: Callable[[], Tensor]) -> list[Tensor]:
         self._sap.zero_grad()
@@ -223,17 +228,15 @@ class Look:
 
         def probed() -> Tensor:
             with self._sap.task_pass():
-                return self._asked.task()
+                return self.asked.task()
 
-        self.probes.replace_offsets(offsets)
-        change = [g - before for g, before in zip(self._gradient(probed), self.start, strict=True)]
-        lean, moved = inner(self.direction, change), norm(change)
+        self._probes.replace_offsets(offsets)
+        change = [g - before for g, before in zip(self._gradient(probed), self._start, strict=True)]
+        lean, moved = inner(self._direction, change), norm(change)
         after_adamw, other_pairs = shares_of_blending(
-            change, self.direction, self.elsewhere, self._roots
+            change, self._direction, self._elsewhere, self._roots
         )
-        return {
-            "slope": inner(self.direction, self.start),
-            "gradient_norm": norm(self.start),
+        return self._of_all | {
             "lean": lean,
             "change": moved,
             "cosine": lean / moved,
@@ -248,15 +251,8 @@ class Look:
         self._sap.step()
 
 
-def look_at_sizes(
-    step: int,
-    sap: FusedSAP,
-    trained: list[torch.nn.Parameter],
-    roots: list[Tensor],
-    asked: Closures,
-) -> list[Row]:
+def look_at_sizes(step: int, look: Look) -> list[Row]:
     """Return a row for SAP's probe and one for a random probe, of each size."""
-    look = Look(sap, trained, roots, asked)
     noise = torch.Generator().manual_seed(step)
     rows = []
     for kind in ("sap", "random"):
@@ -269,33 +265,25 @@ def look_at_sizes(
                     for v, n in zip(calls, drawn, strict=True)
                 ]
             rows.append({"step": step, "probe": kind, "probe_lr": size} | look.under(offsets))
-    look.end()
     return rows
 
 
-def look_at_layers(
-    step: int,
-    sap: FusedSAP,
-    trained: list[torch.nn.Parameter],
-    roots: list[Tensor],
-    asked: Closures,
-) -> list[Row]:
+def look_at_layers(step: int, look: Look) -> list[Row]:
     """Return a row for every layer, with a probe in it alone."""
-    look = Look(sap, trained, roots, asked)
+    other_estimates = look.estimate(look.asked.other_task)
     rows = []
     for layer in look.unit:
         offsets = {
             other: [SIZE_OF_ONE * v if other == layer else torch.zeros_like(v) for v in calls]
             for other, calls in look.unit.items()
         }
-        h, other_h = look.estimates[layer], look.other_estimates[layer]
+        h, other_h = look.estimates[layer], other_estimates[layer]
         other_batch = torch.nn.functional.cosine_similarity(h.flatten(), other_h.flatten(), dim=0)
         rows.append(
             {"step": step, "layer": layer, "probe_lr": SIZE_OF_ONE}
             | look.under(offsets)
             | {"other_batch": other_batch.item()}
         )
-    look.end()
     return rows
 
 
@@ -303,6 +291,7 @@ def draw_layers(rows: Sequence[Row], path: Path) -> None:
     """Draw what a probe in one layer alone does, over the layers; bands reach from look to look."""
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
     panels = figure.subplots(1, 3)
+    style = {"marker": "o", "markersize": 3}
     layers = sorted({row["layer"] for row in rows})
     for panel, label, value in zip(
         panels,
@@ -316,31 +305,17 @@ def draw_layers(rows: Sequence[Row], path: Path) -> None:
     ):
         values = {j: [value(row) for row in rows if row["layer"] == j] for j in layers}
         name = "lean" if panel is panels[0] else None
-        _draw_band(panel, values, "C0", name)
+        draw_band(panel, values, color="C0", label=name, **style)
         panel.set(xlabel="layer with the probe", ylabel=label)
         panel.axhline(0, color="0.6", linewidth=0.8)
     change = {
         j: [row["change"] / row["gradient_norm"] for row in rows if row["layer"] == j]
         for j in layers
     }
-    _draw_band(panels[0], change, "C1", "change ‖Δg‖")
+    draw_band(panels[0], change, color="C1", label="change ‖Δg‖", **style)
     panels[0].legend(frameon=False)
     figure.suptitle(f"A probe of β = {SIZE_OF_ONE:g} in one layer alone")
     figure.savefig(path, dpi=150)
-
-
-def _draw_band(panel: Any, values: dict[int, list[float]], color: str, name: str | None) -> None:
-    layers = list(values)
-    means = [statistics.fmean(of_layer) for of_layer in values.values()]
-    panel.plot(layers, means, color=color, label=name, marker="o", markersize=3)
-    panel.fill_between(
-        layers,
-        [min(of_layer) for of_layer in values.values()],
-        [max(of_layer) for of_layer in values.values()],
-        color=color,
-        alpha=0.15,
-        linewidth=0,
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
