@@ -266,6 +266,11 @@ def test_a_number_out_of_range_names_the_option_and_the_range(
         ("landscape", ["--points", "4"], "--points 4: expected an odd number ≥ 3"),
         ("landscape", ["--directions", "0"], "--directions 0: expected a number ≥ 1"),
         ("landscape", ["--reach", "nan"], "--reach nan: expected a number > 0"),
+        (
+            "landscape",
+            ["--gradient-reach", "0"],
+            "--gradient-reach 0.0: expected a number > 0",
+        ),
         ("landscape", ["--batch-size", "0"], "--batch-size 0: expected a number ≥ 1"),
         ("landscape", ["--base", "."], "--base .: cannot be loaded"),
         ("doctor", ["--precision", "fp8"], "--precision fp8: expected fp32 or bf16-mixed or bf16"),

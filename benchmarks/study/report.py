@@ -532,7 +532,7 @@ def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
     panels = figure.subplots(2, 3, sharex="col", sharey="row")
     columns = {
         "random": ("random directions", "step α, in norms of each parameter"),
-        "safety": ("safety gradient", "step α, in norms of each parameter"),
+        "safety": ("safety gradient", "step α, in norms of all weights"),
         "fine-tuning": ("fine-tuning", "aligned model at −1, tuned one at 0"),
     }
     for method in dict.fromkeys(row["method"] for row in rows):
