@@ -194,7 +194,7 @@ def test_a_bad_parquet_file_is_one_line(terminal: Terminal, tmp_path: Path) -> N
         (["--rho", "big"], "--rho big: expected auto or a number"),
         (["--safety-level", "low"], "--safety-level low: expected auto, always or a number"),
         (["--rho", "nan"], "--rho nan: expected auto or a number"),
-        (["--probe-layers", "high"], "--probe-layers high: expected middle"),
+        (["--probe-layers", "high"], "--probe-layers high: expected early, middle, or"),
         (["--probe-layers", "7"], "7 is out of range for a model of 3 layers"),
         (["--lora-target", "w_q"], "--lora-target w_q: does not fit the model"),
         (["--optimizer", "blend", "--safety-weight", "0"], "--safety-weight 0"),
