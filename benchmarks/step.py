@@ -9,6 +9,8 @@ Every configuration trains a copy of the same model on the same batches:
     paper        `SAPTrainer` with the preset of that name; likewise balanced and economical
     naive        `benchmarks.naive`: published style, every row padded to the maximum length
 
+All probe the paper's layers, in the middle: its step is what the claims are about.
+
 `lora` is SmolLM2-135M-Instruct, aligned, with LoRA (r=8, dropout 0.05) on q and v; `full` a random
 Llama of 4 layers of SmolLM2's shapes and vocabulary whose parameters are all trained. Task batches
 are Alpaca rows, safety batches four pairs on AdvBench. `bf16` is `TrainingArguments(bf16=True)`,
@@ -340,6 +342,7 @@ class TrainerRun:
                 safety_dataset=data.safety,
                 safety_collator=SafetyCollator(data.padding),
                 safety_batch_size=pairs,
+                probe_layers="middle",
                 sap_options={"preset": name, "rho": RHO, "checkpointing": checkpointing},
             )
         else:
@@ -401,8 +404,8 @@ class NaiveRun:
 
 
 def probed_layers(model: Model) -> dict[int, nn.Module]:
-    """Return the layers that `ProbeSet` probes by default."""
-    probes = ProbeSet(model)
+    """Return the layers that the paper probes."""
+    probes = ProbeSet(model, "middle")
     probes.detach()
     return dict(probes.modules)
 
@@ -635,7 +638,7 @@ def probe_gradient_difference(case: Case, *, dropout: bool) -> float:
 
     ours, pack = models[1], not dropout
     trained = [parameter for parameter in ours.parameters() if parameter.requires_grad]
-    probes = ProbeSet(ours)
+    probes = ProbeSet(ours, "middle")
     optimizer = FusedSAP(trained, probes, lr=0.0, rho=RHO, difference="forward")
 
     def task() -> Tensor:

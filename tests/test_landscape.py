@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from sap_fast.cli import landscape as command
 from sap_fast.cli.landscape import LandscapeSettings, landscape_table
 from sap_fast.cli.models import load_model
-from sap_fast.evaluation.landscape import along, normalized, random_direction, visage
+from sap_fast.evaluation.landscape import (
+    along,
+    as_long_as,
+    normalized,
+    random_direction,
+    visage,
+)
 from tests.conftest import Terminal
 from tests.tiny import tiny_llama
 
@@ -47,9 +53,21 @@ def test_a_direction_has_the_norm_of_every_parameter_and_follows_from_its_seed(
     assert torch.cosine_similarity(direction[0].flatten(), other[0].flatten(), dim=0).abs() < 0.1
 
 
-def test_a_tensor_of_zeros_stays_one(parameters: list[Tensor]) -> None:
+@pytest.mark.parametrize("scale", [normalized, as_long_as])
+def test_a_tensor_of_zeros_stays_one(scale: Any, parameters: list[Tensor]) -> None:
     zeros = [torch.zeros_like(parameter) for parameter in parameters]
-    assert not any(moved.any() for moved in normalized(zeros, parameters))
+    assert not any(moved.any() for moved in scale(zeros, parameters))
+
+
+def test_a_gradient_is_scaled_as_a_whole(parameters: list[Tensor]) -> None:
+    gradient = [torch.randn_like(parameter) * k for k, parameter in enumerate(parameters)]
+    scaled = as_long_as(copies(gradient), parameters)
+    one, all_of_it, weights = (
+        torch.cat([tensor.flatten() for tensor in tensors])
+        for tensors in (scaled, gradient, parameters)
+    )
+    torch.testing.assert_close(one.norm(), weights.norm())
+    torch.testing.assert_close(one / one.norm(), all_of_it / all_of_it.norm())
 
 
 # ---- walking ----
@@ -74,9 +92,17 @@ def test_weights_are_where_a_step_leads_and_come_back_bit_for_bit(
     assert_same_bits(parameters, before)
     # In place: nothing that holds the weights has to be told.
     assert [parameter.data_ptr() for parameter in parameters] == addresses
-    # What the docstring says of the direction.
-    drift = sum((a - b).square().sum() for a, b in zip(direction, wanted, strict=True)).sqrt()
-    assert drift < 1e-5 * sum(b.square().sum() for b in wanted).sqrt()
+
+
+@pytest.mark.parametrize(("alpha", "error"), [(1e-2, 1e-5), (1e-4, 1e-3)])
+def test_a_direction_comes_back_to_what_the_docstring_says(
+    parameters: list[Tensor], alpha: float, error: float
+) -> None:
+    direction = random_direction(parameters, seed=0)
+    before = copies(direction)
+    along(parameters, direction, [alpha], lambda _: None)
+    drift = norm_of([a - b for a, b in zip(direction, before, strict=True)])
+    assert 0 < drift < error * norm_of(before)
 
 
 def test_weights_come_back_when_measuring_fails(parameters: list[Tensor]) -> None:
@@ -98,8 +124,9 @@ def test_visage_is_the_mean_over_the_landscape() -> None:
 
 
 def test_steps_hold_the_model_and_the_base() -> None:
-    settings = LandscapeSettings("m", "h", "o", reach=0.4, points=5)
+    settings = LandscapeSettings("m", "h", "o", reach=0.4, gradient_reach=0.02, points=5)
     assert settings.alphas("random 0") == pytest.approx([-0.4, -0.2, 0.0, 0.2, 0.4])
+    assert settings.alphas("safety gradient") == pytest.approx([-0.02, -0.01, 0.0, 0.01, 0.02])
     assert settings.alphas("fine-tuning") == pytest.approx([-1.4, -1.0, -0.5, 0.0, 0.4])
     for name in ("random 0", "fine-tuning"):
         assert 0.0 in LandscapeSettings("m", "h", "o", reach=0.3, points=11).alphas(name)
@@ -112,7 +139,9 @@ class Watched:
     """Answers by how far the weights are from where they started, and remembers it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+        #: What of its own norm the parameter moved that moved most, and how far all went together.
         self.moves: list[float] = []
+        self.lengths: list[float] = []
         self.fail_after: int | None = None
         self.start = weights_of(model)
         monkeypatch.setattr(command, "generate_openings", self)
@@ -122,8 +151,13 @@ class Watched:
             raise KeyboardInterrupt
         weights = [parameter.detach() for parameter in model.parameters()]
         moved = [(w - s).norm() / s.norm() for w, s in zip(weights, self.start, strict=True)]
-        self.moves.append(round(float(torch.stack(moved).max()), 4))
+        self.moves.append(round(float(torch.stack(moved).max()), 5))
+        self.lengths.append(norm_of([w - s for w, s in zip(weights, self.start, strict=True)]))
         return ["I cannot", "Sure", "I cannot" if self.moves[-1] < 0.4 else "Sure"]
+
+
+def norm_of(tensors: list[Tensor]) -> float:
+    return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
 
 
 def weights_of(path: Path) -> list[Tensor]:
@@ -159,15 +193,18 @@ def test_every_direction_is_measured_and_shown(
     steps = {name: 3 for name in ("random 0", "random 1", "safety gradient")} | {"fine-tuning": 4}
     counted = {name: sum(row["direction"] == name for row in rows) for name in steps}
     assert counted == steps and len(rows) == 13
-    # The model itself is asked once; a step α moves parameters by α of their norm.
+    # The model itself is asked once; a step α moves every parameter by α of its norm at random,
+    # and all together by α of theirs along the gradient.
     assert watched.moves.count(0.0) == 1
-    assert watched.moves == [0.5, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.3, 0.2, 0.1]
+    assert watched.moves[:5] + watched.moves[7:] == [0.5, 0.0, 0.5, 0.5, 0.5, 0.3, 0.2, 0.1]
+    assert min(watched.moves[5:7]) > 1.5e-4  # some of them by more
+    assert watched.lengths[5:7] == pytest.approx([1e-4 * norm_of(watched.start)] * 2, rel=1e-2)
     for row in rows:
-        near = float(row["alpha"]) == 0 or row["direction"] == "fine-tuning"
+        near = float(row["alpha"]) == 0 or not row["direction"].startswith("random")
         assert float(row["refused_harmful"]) == pytest.approx(2 / 3 if near else 1 / 3)
         assert float(row["task_loss"]) > 0
     page = (output / "landscape.html").read_text()
-    assert page.count("<figure>") == 2 and "VISAGE" in page
+    assert page.count("<figure>") == 3 and "VISAGE" in page
     assert "VISAGE" in str(landscape_table(command_rows(output)).columns[0]._cells)
     assert not list(tmp_path.glob("*.unfinished"))
 

@@ -77,11 +77,11 @@ def test_a_step_runs_on_every_architecture_plain_and_with_lora(architecture: str
         batches = (random_batch(seed=seed) for seed in (1, 2, 3))
         case = Problem(model.train(), *batches)
         probes = ProbeSet(model)
-        assert probes.layers == (1, 2)
+        assert probes.layers == (0, 1)
         optimizer = FusedSAP(case.trained, probes, lr=1e-3, rho=1e-2)
         optimizer.step(lambda case=case: task(case), lambda case=case: safety(case))
         assert optimizer.metrics.skipped_steps == 0
-        for index in (1, 2):
+        for index in (0, 1):
             assert probes.estimates[index].shape == (HIDDEN,)
             assert probes.estimates[index].norm() > 0
             # Every architecture's mask reaches the measure of ordinary tokens.
@@ -89,17 +89,19 @@ def test_a_step_runs_on_every_architecture_plain_and_with_lora(architecture: str
 
 
 @pytest.mark.parametrize(
-    ("depth", "expected"),
+    ("depth", "early", "middle"),
     [
-        (1, (0,)),
-        (2, (1,)),
-        (12, tuple(range(4, 9))),
-        (30, tuple(range(10, 20))),
-        (32, tuple(range(11, 21))),
+        (1, range(1), range(1)),
+        (2, range(2), range(1, 2)),
+        (12, range(5), range(4, 9)),
+        (30, range(1, 10), range(10, 20)),
+        (32, range(1, 11), range(11, 21)),
     ],
 )
-def test_the_middle_is_layers_11_to_20_of_32_scaled(depth: int, expected: tuple[int, ...]) -> None:
-    assert ProbeSet(tiny_llama(layers=depth)).layers == expected
+def test_named_layers_are_scaled_to_the_depth(depth: int, early: range, middle: range) -> None:
+    model = tiny_llama(layers=depth)
+    assert ProbeSet(model).layers == ProbeSet(model, "early").layers == tuple(early)
+    assert ProbeSet(model, "middle").layers == tuple(middle)
 
 
 def test_layers_by_index_and_by_module() -> None:
@@ -313,7 +315,7 @@ def test_gradient_checkpointing_gives_the_same_h(reentrant: bool) -> None:
         torch.manual_seed(4)
         optimizer.step(lambda case=case: task(case), lambda case=case: safety(case))
         estimates.append((probes.estimates, [p.detach() for p in case.trained]))
-    for index in (1, 2):
+    for index in (0, 1):
         assert torch.equal(estimates[0][0][index], estimates[1][0][index])
     for a, b in zip(estimates[0][1], estimates[1][1], strict=True):
         assert torch.equal(a, b)

@@ -134,6 +134,21 @@ def test_a_run_is_cached_by_everything_that_decides_it(monkeypatch: pytest.Monke
     assert run.key != before
 
 
+def test_a_probe_is_what_the_study_says_and_not_what_is_default_today() -> None:
+    assert run_of("sap", {}, 0, "alpaca").values == {"probe_layers": "middle", "probe_lr": 3e-3}
+    early = {"probe_layers": list(range(1, 10))}
+    assert run_of("random", early, 0, "alpaca").values == early | {"probe_lr": 3e-3}
+    assert run_of("blend", {}, 0, "alpaca").values == {}
+
+
+def test_rows_that_are_committed_are_found_again() -> None:
+    rows = results.read(results.RESULTS)
+    assert rows
+    for row in rows:
+        run = run_of(row["method"], json.loads(row["setting"]), row["seed"], row["task"])
+        assert run.key == row["key"], row
+
+
 def test_every_method_is_tried_before_any_is_tuned() -> None:
     planned = list(selection_runs(METHODS))
     assert len(set(planned)) == len(planned)

@@ -40,6 +40,13 @@ TRAINING: Setting = {
 }
 
 
+#: Of every probe that a setting says nothing else of: the paper's layers. Spelt out, as what a row
+#: means may not follow from defaults, which change with what the study finds.
+PROBE: Setting = {"probe_layers": "middle", "probe_lr": 3e-3}
+#: `ProbeSet(layers="early")` of 30 layers.
+EARLY = list(range(1, 10))
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to fine-tune.
@@ -49,7 +56,7 @@ class Method:
         trainer: of `sap_fast`; None for a model that is not trained.
         settings: what is tried. Keys of `TRAINING` replace it, those in `TRAINER_OPTIONS` go to
             the trainer, the rest to `FusedSAP`.
-        has_probe: whether `SAPTrainer` is to have a probe.
+        has_probe: whether `SAPTrainer` is to have a probe; it is `PROBE` with the setting over it.
         after: what is done with the tuned model, or before the tuning.
     """
 
@@ -67,7 +74,7 @@ TRAINER_OPTIONS = frozenset(
 )
 
 _SAP: tuple[Setting, ...] = (
-    {},  # what the package does by default: the settings below say what differs
+    {},  # the settings below say what differs from `PROBE`
     {"probe_lr": 2e-3},
     {"probe_lr": 1e-3},
     {"probe_lr": 1e-2},
@@ -78,11 +85,17 @@ _SAP: tuple[Setting, ...] = (
     {"probe_rule": "gradient", "probe_lr": 1.0},
     {"probe_shape": "token"},
     {"safety_loss": "difference"},
-    {"probe_layers": list(range(1, 10))},
+    {"probe_layers": EARLY},
     {"probe_layers": list(range(20, 29))},
     {"probe_layers": list(range(30))},
     {"safety_pairs": 8},
     {"safety_batch_size": 16},
+    {"probe_layers": EARLY, "probe_lr": 4e-3},
+    {"probe_layers": EARLY, "probe_lr": 5e-3},
+    {"probe_layers": EARLY, "preset": "balanced"},
+    {"probe_layers": EARLY, "preset": "economical"},
+    {"probe_layers": list(range(5))},
+    {"probe_layers": list(range(5, 15))},
 )
 
 METHODS: dict[str, Method] = {
@@ -156,8 +169,9 @@ class Run:
 
     @property
     def values(self) -> Setting:
-        """The setting as a dict."""
-        return dict(json.loads(self.setting))
+        """The setting as a dict, with what it leaves to `PROBE`."""
+        probe = PROBE if METHODS[self.method].has_probe else {}
+        return probe | json.loads(self.setting)
 
     @property
     def training(self) -> Setting:

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from benchmarks.provenance import ROOT, write_rows
 from benchmarks.study import results
-from benchmarks.study.methods import METHODS, SEEDS, SELECTION, TASKS, TRAINING, Setting
+from benchmarks.study.methods import METHODS, PROBE, SEEDS, SELECTION, TASKS, TRAINING, Setting
 from benchmarks.study.results import MORE_HARMLESS_REFUSED, WORST_TASK_LOSS, Row
 from sap_fast.cli.pages import MARKERS, Picture, picture, render, replace_text
 from sap_fast.evaluation import Interval, crossed_bootstrap_interval
@@ -215,7 +215,7 @@ def described(setting: Setting) -> str:
             return f"{given[0]}–{given[-1]}"
         return str(given)
 
-    return ", ".join(f"{k} {value(v)}" for k, v in setting.items()) or "defaults"
+    return ", ".join(f"{k} {value(v)}" for k, v in setting.items()) or "middle layers"
 
 
 def write_summary(
@@ -308,7 +308,8 @@ def pictures(
             picture(
                 "The effect of each knob of SAP",
                 f"Settings of SAP on the selection split of {TASK_TITLES[SELECTION[0][0]]}, one "
-                "seed; the dashed lines are the defaults.",
+                f"seed; the dashed lines are the paper's layers at β = {PROBE['probe_lr']}, from "
+                "which the others differ in what they name.",
                 "Dot plots: refusals and task loss for each setting of SAP.",
                 partial(_draw_knobs, _knobs(rows)),
                 (10.5, 0.32 * len(_knobs(rows)) + 1.2),
@@ -532,7 +533,7 @@ def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
     panels = figure.subplots(2, 3, sharex="col", sharey="row")
     columns = {
         "random": ("random directions", "step α, in norms of each parameter"),
-        "safety": ("safety gradient", "step α, in norms of each parameter"),
+        "safety": ("safety gradient", "step α, in norms of all weights"),
         "fine-tuning": ("fine-tuning", "aligned model at −1, tuned one at 0"),
     }
     for method in dict.fromkeys(row["method"] for row in rows):

@@ -171,6 +171,10 @@ def landscape(
     reach: Annotated[
         float, typer.Option(help="Longest step, in norms of each parameter; the paper's 0.5.")
     ] = 0.5,
+    gradient_reach: Annotated[
+        float,
+        typer.Option(help="Longest step along the safety gradient, in norms of all weights."),
+    ] = 1e-4,
     points: Annotated[int, typer.Option(help="Steps along a direction, an odd number.")] = 11,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens to keep of a task row.")] = 512,
@@ -194,6 +198,7 @@ def landscape(
     ):
         Accepted(least=1).check(name, number)
     Accepted(above=0).check("reach", reach)
+    Accepted(above=0).check("gradient_reach", gradient_reach)
     Accepted(least=0).check("seed", seed)
     if points < 3 or points % 2 == 0:
         raise UserError(f"--points {points}: expected an odd number ≥ 3, so that one is the model")
@@ -206,6 +211,7 @@ def landscape(
         base=base,
         directions=directions,
         reach=reach,
+        gradient_reach=gradient_reach,
         points=points,
         batch_size=batch_size,
         max_length=max_length,

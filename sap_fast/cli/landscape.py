@@ -31,7 +31,7 @@ from sap_fast.data import (
     padding_token_id,
 )
 from sap_fast.evaluation import bootstrap_interval, evaluate_model, generate_openings, is_refusal
-from sap_fast.evaluation.landscape import along, normalized, random_direction, visage
+from sap_fast.evaluation.landscape import along, as_long_as, random_direction, visage
 from sap_fast.losses import contrastive_loss
 
 Row = dict[str, Any]
@@ -52,6 +52,7 @@ class LandscapeSettings:
     base: str | None = None
     directions: int = 3
     reach: float = 0.5
+    gradient_reach: float = 1e-4
     points: int = 11
     batch_size: int = 16
     max_length: int = 512
@@ -64,7 +65,8 @@ class LandscapeSettings:
         Along the fine-tuning direction −1 is the base model, and is one of them, too.
         """
         half = self.points // 2
-        around = [self.reach * k / half for k in range(-half, half + 1)]
+        reach = self.gradient_reach if direction == SAFETY else self.reach
+        around = [reach * k / half for k in range(-half, half + 1)]
         if direction != TUNING:
             return around
         between = [-1 + k / half for k in range(half + 1)]
@@ -162,7 +164,7 @@ class _Ground:
 
     def direction(self, name: str) -> list[Tensor]:
         if name == SAFETY:
-            return normalized(self._safety_gradient(), self.parameters)
+            return as_long_as(self._safety_gradient(), self.parameters)
         if name == TUNING:
             return self._tuning()
         number = int(name.removeprefix("random "))
@@ -299,7 +301,7 @@ def landscape_table(rows: Sequence[Row]) -> Table:
             worst = min(found, key=lambda row: row["refused_harmful"])
             table.add_row(
                 f"least along the {name} direction",
-                f"{worst['refused_harmful']:.1%} at α = {worst['alpha']:+.2f}",
+                f"{worst['refused_harmful']:.1%} at α = {worst['alpha']:+.3g}",
             )
     return table
 
@@ -325,20 +327,35 @@ def _write_page(settings: LandscapeSettings, rows: Sequence[Row], path: Path) ->
 
 
 def _pictures(rows: Sequence[Row]) -> list[Picture]:
-    around = [name for name in dict.fromkeys(row["direction"] for row in rows) if name != TUNING]
+    names = list(dict.fromkeys(row["direction"] for row in rows))
     size = (9.0, 3.4)
     found = [
         picture(
             "Around the model",
             "Harmful requests refused (bands: 95 % intervals over requests) and task loss where "
-            "every parameter has moved by α of its own norm. The safety gradient leads uphill in "
-            "the safety loss: to the right lies harm.",
+            "every parameter has moved at random by α of its own norm.",
             "Line plot: share of harmful requests refused and task loss over α.",
-            partial(_draw, rows, around, "step α, in norms of each parameter"),
+            partial(
+                _draw,
+                rows,
+                [name for name in names if name not in (SAFETY, TUNING)],
+                "step α, in norms of each parameter",
+            ),
             size,
         )
     ]
-    if any(row["direction"] == TUNING for row in rows):
+    if SAFETY in names:
+        found.append(
+            picture(
+                "Along the gradient of the safety loss",
+                "The same where all weights W have moved by α‖W‖ along it, as SAP moves them with "
+                "ρ = α. It leads uphill in the safety loss: to the right lies harm.",
+                "Line plot: share of harmful requests refused and task loss along the gradient.",
+                partial(_draw, rows, [SAFETY], "step α, in norms of all weights"),
+                size,
+            )
+        )
+    if TUNING in names:
         found.append(
             picture(
                 "From the base model to this one, and beyond",

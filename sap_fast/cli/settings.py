@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import typer
 
 from sap_fast.cli.console import UserError
+from sap_fast.probes import LAYER_RANGES
 
 _DATA, _MODEL, _TRAINING, _SAP, _RUN = "Data", "Model", "Training", "SAP", "Run"
 
@@ -180,7 +181,11 @@ class FinetuneSettings:
         "How the probe follows from its gradient.",
         choices=("normalized", "gradient", "adam"),
     )
-    probe_layers: str = _option("middle", _SAP, "Layers to probe: middle, or indices: 10,11,12.")
+    probe_layers: str = _option(
+        "early",
+        _SAP,
+        "Layers to probe: early (1 to 10 of 32), middle (the paper's 11 to 20), or indices: 4,5,6.",
+    )
     schedule: str = _option(
         "paper",
         _SAP,
@@ -269,14 +274,14 @@ class FinetuneSettings:
         Raises:
             UserError: if it is neither a word nor a list of indices.
         """
-        if self.probe_layers == "middle":
-            return "middle"
+        if self.probe_layers in LAYER_RANGES:
+            return self.probe_layers
         try:
             return [int(index) for index in self.probe_layers.split(",")]
         except ValueError:
             raise UserError(
-                f"--probe-layers {self.probe_layers}: expected middle, or layer indices such as "
-                "10,11,12"
+                f"--probe-layers {self.probe_layers}: expected {', '.join(LAYER_RANGES)}, or layer "
+                "indices such as 4,5,6"
             ) from None
 
 

@@ -48,6 +48,22 @@ def normalized(direction: Sequence[Tensor], parameters: Sequence[Tensor]) -> lis
     return list(direction)
 
 
+@torch.no_grad()
+def as_long_as(direction: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Scale a direction as a whole to the norm of all parameters, in place.
+
+    A step α along a gradient then is the perturbation of SAP with ρ = α. All zeros stay zeros.
+    """
+    norm, wanted = (
+        torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).norm()
+        for tensors in (direction, parameters)
+    )
+    scale = torch.where(norm == 0, 0.0, wanted / norm)
+    for moved in direction:
+        moved.mul_(scale.to(moved.dtype))
+    return list(direction)
+
+
 def along(
     parameters: Sequence[Tensor],
     direction: Sequence[Tensor],
@@ -57,7 +73,8 @@ def along(
     """Measure at W + α·direction for every α; W comes back bit for bit, whatever happens.
 
     The direction comes back to rounding, an error of about ε/α relative to it after each step: in
-    fp32 below 1e-5 for |α| ≥ 0.01; in bf16 far too much for small α, so hold the model in fp32.
+    fp32 below 1e-5 for |α| ≥ 0.01 and below 1e-3 for |α| ≥ 1e-4; in bf16 far too much for small α,
+    so hold the model in fp32.
 
     Args:
         parameters: what is moved, in place.

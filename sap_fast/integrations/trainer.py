@@ -162,7 +162,10 @@ class SAPTrainerMixin(_Base):
         safety_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         safety_batch_size: int = 4,
         safety_loss: str | SafetyLoss = "contrastive",
-        probe_layers: Literal["middle"] | Sequence[int] | Sequence[nn.Module] | None = "middle",
+        probe_layers: Literal["early", "middle"]
+        | Sequence[int]
+        | Sequence[nn.Module]
+        | None = "early",
         probe_shape: Literal["hidden", "token"] = "hidden",
         sap_options: dict[str, Any] | None = None,
         **kwargs: Any,
