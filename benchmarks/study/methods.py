@@ -98,6 +98,8 @@ _SAP: tuple[Setting, ...] = (
     {"probe_layers": list(range(5, 15))},
 )
 
+_CONTROLS: tuple[Setting, ...] = ({}, {"probe_layers": EARLY}, {"probe_lr": 1e-2})
+
 METHODS: dict[str, Method] = {
     "shipped": Method("As published", None),
     "aligned": Method("Aligned, not tuned", None),
@@ -132,8 +134,8 @@ METHODS: dict[str, Method] = {
         MixedTrainer,
         tuple({"refusal_weight": weight} for weight in (0.1, 0.03, 0.5)),
     ),
-    "random": Method("Random probe", ControlTrainer, ({}, {"probe_lr": 1e-2}), has_probe=True),
-    "flipped": Method("Flipped probe", ControlTrainer, ({}, {"probe_lr": 1e-2}), has_probe=True),
+    "random": Method("Random probe", ControlTrainer, _CONTROLS, has_probe=True),
+    "flipped": Method("Flipped probe", ControlTrainer, _CONTROLS, has_probe=True),
     "sam": Method("SAM", SAMTrainer, ({"radius": 0.05}, {"radius": 0.2})),
     "lisa": Method(
         "Lisa",
