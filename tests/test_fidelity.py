@@ -19,7 +19,7 @@ from tests.tiny import Problem, problem, safety, task
 
 
 def naive_of(case: Problem, **options: Any) -> NaiveSAP:
-    probes = ProbeSet(case.model)
+    probes = ProbeSet(case.model, "middle")
     probes.detach()
     return NaiveSAP(case.model, probes.modules, **options)
 
@@ -34,7 +34,7 @@ def test_without_dropout_and_autocast_its_h_is_ours(lora: bool, dtype: torch.dty
     rho = 1e-2
 
     other = case.copy()
-    probes = ProbeSet(other.model)
+    probes = ProbeSet(other.model, "middle")
     optimizer = FusedSAP(other.trained, probes, lr=0.0, rho=rho, difference="forward")
     optimizer.step(lambda: task(other), lambda: safety(other))
 

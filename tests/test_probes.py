@@ -315,7 +315,7 @@ def test_gradient_checkpointing_gives_the_same_h(reentrant: bool) -> None:
         torch.manual_seed(4)
         optimizer.step(lambda case=case: task(case), lambda case=case: safety(case))
         estimates.append((probes.estimates, [p.detach() for p in case.trained]))
-    for index in (0, 1):
+    for index in (1, 2):
         assert torch.equal(estimates[0][0][index], estimates[1][0][index])
     for a, b in zip(estimates[0][1], estimates[1][1], strict=True):
         assert torch.equal(a, b)
