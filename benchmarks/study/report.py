@@ -319,11 +319,11 @@ def pictures(
         found.append(
             picture(
                 "The landscape around the models",
-                "Harmful requests refused where every parameter has moved by α of its own norm: "
-                "in the mean over random directions (bands: the least and the most of them), "
-                "along the gradient of the safety loss, uphill to the right, and along the "
-                "fine-tuning, from the aligned model at −1 through the tuned one at 0; below, the "
-                "task loss there. Alpaca, seed 0.",
+                "Harmful requests refused where every parameter has moved by α of its own norm at "
+                "random (means, and bands from the least to the most of the directions), where all "
+                "weights have moved by α of theirs along the gradient of the safety loss, uphill "
+                "to the right, and along the fine-tuning, from the aligned model at −1 through the "
+                "tuned one at 0; below, the task loss there. Alpaca, seed 0.",
                 "Line plots: share of harmful requests refused, and task loss, over the step, for "
                 "each model.",
                 partial(_draw_landscape, grounds),
@@ -554,8 +554,7 @@ def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
     for (above, below), (title, label) in zip(panels.T, columns.values(), strict=True):
         above.set(title=title, ylim=(-0.03, 1.03))
         above.yaxis.set_major_formatter(PercentFormatter(1))
-        # A step along the safety gradient may end a hundredfold above.
-        below.set(xlabel=label, ylim=(1, 8))
+        below.set_xlabel(label)
     panels[0, 0].set_ylabel("harmful requests refused")
     panels[1, 0].set_ylabel("task loss, nats")
     figure.legend(handles=panels[0, 0].lines, loc="outside right upper")
