@@ -555,6 +555,7 @@ def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
         above.set(title=title, ylim=(-0.03, 1.03))
         above.yaxis.set_major_formatter(PercentFormatter(1))
         below.set_xlabel(label)
+        below.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
     panels[0, 0].set_ylabel("harmful requests refused")
     panels[1, 0].set_ylabel("task loss, nats")
     figure.legend(handles=panels[0, 0].lines, loc="outside right upper")

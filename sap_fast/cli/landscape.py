@@ -394,5 +394,7 @@ def _draw(rows: Sequence[Row], names: Sequence[str], label: str, figure: Figure)
     if has_loss:
         panels[1].set(xlabel=label, ylabel="task loss, nats")
         panels[1].set_yscale("log")
+    for axes in panels:
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
     if len(names) > 1:
         figure.legend(loc="outside right upper")
