@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from benchmarks.provenance import ROOT, write_rows
 from benchmarks.study import results
@@ -555,7 +555,8 @@ def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
         above.set(title=title, ylim=(-0.03, 1.03))
         above.yaxis.set_major_formatter(PercentFormatter(1))
         below.set_xlabel(label)
-        below.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
+        below.xaxis.set_major_locator(MaxNLocator(5))
+        below.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
     panels[0, 0].set_ylabel("harmful requests refused")
     panels[1, 0].set_ylabel("task loss, nats")
     figure.legend(handles=panels[0, 0].lines, loc="outside right upper")

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -395,6 +395,7 @@ def _draw(rows: Sequence[Row], names: Sequence[str], label: str, figure: Figure)
         panels[1].set(xlabel=label, ylabel="task loss, nats")
         panels[1].set_yscale("log")
     for axes in panels:
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
     if len(names) > 1:
         figure.legend(loc="outside right upper")
