@@ -555,7 +555,7 @@ def _draw_landscape(rows: Sequence[Row], figure: Figure) -> None:
         above.set(title=title, ylim=(-0.03, 1.03))
         above.yaxis.set_major_formatter(PercentFormatter(1))
         below.set_xlabel(label)
-        below.xaxis.set_major_locator(MaxNLocator(5))
+        below.xaxis.set_major_locator(MaxNLocator(3))
         below.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
     panels[0, 0].set_ylabel("harmful requests refused")
     panels[1, 0].set_ylabel("task loss, nats")
