@@ -126,6 +126,7 @@ METHODS: dict[str, Method] = {
             {"safety_weight": 0.1, "safety_level": "auto", "probe_lr": 1e-3},
             {"safety_weight": 0.03},
             {"safety_weight": 0.1, "probe_lr": 1e-3},
+            {"probe_layers": EARLY, "safety_weight": 0.3, "safety_level": "auto"},
         ),
         has_probe=True,
     ),
