@@ -251,6 +251,43 @@ def test_a_flipped_probe_turns_the_gradient_the_other_way(tmp_path):
     assert torch.cosine_similarity(ours, flipped, dim=0) < -0.5
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_along_and_beside_are_the_parts_of_what_a_probe_does(tmp_path, accumulated):
+    """Dropout is on: a part would not fit if g were taken under other masks."""
+    gradients: dict[str, Tensor] = {}
+    directions: list[Tensor] = []
+    runs: dict[str, tuple[type, dict[str, Any]]] = {
+        "none": (SAPTrainer, {"sap_options": {"probe_lr": 0.0}}),
+        "sap": (SAPTrainer, {"sap_options": {"keep_direction": True}}),
+        "along": (ControlTrainer, {"control": "along"}),
+        "beside": (ControlTrainer, {"control": "beside"}),
+    }
+    for name, (kind, options) in runs.items():
+        args = arguments(
+            tmp_path, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=accumulated
+        )
+        trainer = sap_trainer(kind, model(), args, **options)
+
+        def look(_: int, name: str = name, trainer: Any = trainer) -> None:
+            reached = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+            gradients[name] = torch.cat(reached)
+            if name == "sap":
+                direction = trainer.sap_optimizer._passes.direction
+                directions.append(torch.cat([part.flatten() for part in direction]))
+
+        trainer.add_callback(BeforeEachUpdate(look))
+        trainer.train()
+    (direction,) = directions
+    unit = direction / direction.norm()
+    change = gradients["sap"] - gradients["none"]
+    along, beside = (gradients[name] - gradients["none"] for name in ("along", "beside"))
+    lean = unit.dot(change)
+    assert 0.1 * change.norm() < lean < 0.9 * change.norm()
+    tolerance = 1e-5 * gradients["none"].norm().item()
+    torch.testing.assert_close(along, lean * unit, rtol=0, atol=tolerance)
+    torch.testing.assert_close(along + beside, change, rtol=0, atol=tolerance)
+
+
 # ---- merging ----
 
 

@@ -127,6 +127,12 @@ METHODS: dict[str, Method] = {
             {"safety_weight": 0.03},
             {"safety_weight": 0.1, "probe_lr": 1e-3},
             {"probe_layers": EARLY, "safety_weight": 0.3, "safety_level": "auto"},
+            {
+                "probe_layers": EARLY,
+                "safety_weight": 0.3,
+                "safety_level": "auto",
+                "preset": "balanced",
+            },
         ),
         has_probe=True,
     ),
@@ -137,6 +143,8 @@ METHODS: dict[str, Method] = {
     ),
     "random": Method("Random probe", ControlTrainer, _CONTROLS, has_probe=True),
     "flipped": Method("Flipped probe", ControlTrainer, _CONTROLS, has_probe=True),
+    "along": Method("Lean of the probe alone", ControlTrainer, _CONTROLS[:2], has_probe=True),
+    "beside": Method("Probe without its lean", ControlTrainer, _CONTROLS[:2], has_probe=True),
     "sam": Method("SAM", SAMTrainer, ({"radius": 0.05}, {"radius": 0.2})),
     "lisa": Method(
         "Lisa",

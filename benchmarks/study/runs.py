@@ -27,7 +27,12 @@ from benchmarks.alignment import aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.study.data import Split, Task, load_task, requests_of, safety_pairs
 from benchmarks.study.methods import METHODS, TRAINER_OPTIONS, TRAINING, Run, run_of
-from sap_fast.baselines import find_safety_layers, freeze_layers, merge_with_aligned
+from sap_fast.baselines import (
+    ControlTrainer,
+    find_safety_layers,
+    freeze_layers,
+    merge_with_aligned,
+)
 from sap_fast.cli.finetune import peak_bytes
 from sap_fast.cli.models import add_lora, load_model
 from sap_fast.data import (
@@ -139,7 +144,7 @@ def tune(
     )
     options = {name: value for name, value in values.items() if name in TRAINER_OPTIONS}
     others = set(values) - set(options) - set(TRAINING) - {"aligned_share"}
-    if method.has_probe and run.method in ("random", "flipped"):
+    if method.trainer is ControlTrainer:
         options["control"] = run.method
     if not method.has_probe and method.trainer.__name__ == "SAPTrainer":
         options["probe_layers"] = None

@@ -8,7 +8,7 @@
 | `merge_with_aligned` | merging after the tuning: Farn et al. 2024, arXiv:2412.19512 |
 | `PanaceaTrainer` | a perturbation added after the tuning: Wang et al. 2025, arXiv:2501.18100 |
 | `freeze_layers` | frozen safety layers, SPPFT: Li et al. 2024, arXiv:2408.17003 |
-| `ControlTrainer` | SAP with a random probe, or with its probe's sign flipped |
+| `ControlTrainer` | SAP with a random or a flipped probe, or with one part of what its probe does |
 
 Every trainer takes the arguments of `sap_fast.SAPTrainer` and updates with the same AdamW, so that
 what differs is the method alone. Gradient blending without a probe is `SAPTrainer` itself, with

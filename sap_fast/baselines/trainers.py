@@ -15,6 +15,7 @@ from sap_fast.integrations.trainer import SAPTrainer, SAPTrainerMixin
 from sap_fast.losses import task_loss
 from sap_fast.optimizer import FusedSAP
 from sap_fast.passes import Perturbation, gradients_set_aside
+from sap_fast.probes import ProbeSet
 from sap_fast.random_state import RandomState
 
 
@@ -30,13 +31,16 @@ class _WithoutProbe(SAPTrainer):
         rows = self._safety_batches.rows(number, self.args.process_index, self.args.world_size)
         return self._prepare_inputs(self._safety_collator(rows)[kind])
 
-    def _gradients_of(self, backward: Callable[[], None]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the parameters that `backward` reaches and their gradients, set beside others."""
-        parameters = self.sap_optimizer.trained_parameters()
-        with gradients_set_aside(parameters):
-            backward()
-            reached = [p for p in parameters if p.grad is not None]
-            return list(reached), [p.grad for p in reached if p.grad is not None]
+
+def _gradients_of(
+    optimizer: FusedSAP, backward: Callable[[], None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters that `backward` reaches and their gradients, set beside others."""
+    parameters = optimizer.trained_parameters()
+    with gradients_set_aside(parameters):
+        backward()
+        reached = [p for p in parameters if p.grad is not None]
+        return list(reached), [p.grad for p in reached if p.grad is not None]
 
 
 def _step_of_length(length: float, gradients: list[Tensor]) -> Tensor:
@@ -178,7 +182,7 @@ class SAMTrainer(_WithoutProbe):
                 # The Trainer's own: neither at W + ε nor one of the step's task passes.
                 super(SAPTrainerMixin, self).training_step(model, micro_batch, num_items)
 
-        reached, gradients = self._gradients_of(backward)
+        reached, gradients = _gradients_of(self.sap_optimizer, backward)
         self._ascent = (reached, gradients, _step_of_length(self._radius, gradients))
 
 
@@ -241,13 +245,13 @@ class PanaceaTrainer(_WithoutProbe):
                 loss = task_loss(model, harmful)
             self.accelerator.backward(loss.clamp(max=largest))
 
-        reached, gradients = self._gradients_of(lambda: backward(math.inf))
+        reached, gradients = _gradients_of(self.sap_optimizer, lambda: backward(math.inf))
         scale = _step_of_length(self._radius, gradients)
         with torch.no_grad():
             for parameter, gradient in zip(reached, gradients, strict=True):
                 _add_to_gradient(parameter, gradient, self._harm_weight)
         with Perturbation(reached, gradients, scale):
-            there, uphill = self._gradients_of(lambda: backward(_LARGEST_HARM))
+            there, uphill = _gradients_of(self.sap_optimizer, lambda: backward(_LARGEST_HARM))
         with torch.no_grad():
             for parameter, gradient in zip(there, uphill, strict=True):
                 _add_to_gradient(parameter, gradient, -self._harm_weight)
@@ -266,37 +270,75 @@ def _add_to_gradient(parameter: Tensor, gradient: Tensor, factor: float) -> None
 
 
 class ControlTrainer(SAPTrainer):
-    """SAP with its probe V replaced: what does the probe's direction do, and what its size alone?
+    """SAP with a part of it taken away: what does its probe do, and how?
+
+    With Δg what the probe V adds to the task gradient g, and ĝ the direction of the safety pass:
+
+    =========== ==================================================================================
+    `control`   the step
+    =========== ==================================================================================
+    `"random"`  under a normal vector of the norm of V in each layer, drawn anew with every V
+    `"flipped"` under −V
+    `"along"`   on g + ⟨ĝ, Δg⟩ĝ: the lean of the probe and nothing else
+    `"beside"`  on g + Δg − ⟨ĝ, Δg⟩ĝ: all that it does but its lean
+    =========== ==================================================================================
+
+    The last two take g in one more pass, under the masks of the task pass, and keep two
+    parameter-sized buffers.
 
     Args:
         *args: as for `SAPTrainer`.
-        control: `"random"`: for each layer a normal vector of the norm of V, drawn anew with every
-            V; `"flipped"`: −V.
+        control: which.
         **kwargs: as for `SAPTrainer`, with its schedule `"paper"`.
     """
 
-    def __init__(self, *args: Any, control: Literal["random", "flipped"], **kwargs: Any) -> None:
-        if control not in ("random", "flipped"):
-            raise ValueError(f"control={control!r} is not known; choose random or flipped")
+    def __init__(
+        self,
+        *args: Any,
+        control: Literal["random", "flipped", "along", "beside"],
+        **kwargs: Any,
+    ) -> None:
+        if control not in ("random", "flipped", "along", "beside"):
+            raise ValueError(
+                f"control={control!r} is not known; choose random, flipped, along or beside"
+            )
         self._control = control
+        self._projects = control in ("along", "beside")
+        #: By parameter: g without a probe.
+        self._unprobed: dict[Tensor, Tensor] = {}
         super().__init__(*args, **kwargs)
         if self._sap_options.get("schedule", "paper") != "paper":
             raise ValueError("a control needs schedule='paper', whose V is used where it is found")
+        if self._projects:
+            self._sap_options["keep_direction"] = True
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Run one micro-batch; after the last of a step, project what the probe did."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._projects and self._window_position == max(1, len(self._window)):
+            self._project()
+        return loss
 
     def _run_inner_passes(
         self, optimizer: FusedSAP, model: nn.Module, window: list[Any], num_items: Any
     ) -> None:
         takes_probe = optimizer.needs_probe
         super()._run_inner_passes(optimizer, model, window, num_items)
-        if not takes_probe or self.probe_set is None:
-            return
+        if self._projects:
+            self._take_unprobed(model, window, num_items)
+        elif takes_probe and self.probe_set is not None:
+            self._replace_probe(self.probe_set)
+
+    def _replace_probe(self, probe_set: ProbeSet) -> None:
         generator = torch.Generator().manual_seed(
             self.args.seed + 1_000_003 * self.state.global_step
         )
-        self.probe_set.replace_offsets(
+        probe_set.replace_offsets(
             {
                 layer: [self._replacement(offset, generator) for offset in calls]
-                for layer, calls in self.probe_set.copy_offsets().items()
+                for layer, calls in probe_set.copy_offsets().items()
             }
         )
 
@@ -305,3 +347,33 @@ class ControlTrainer(SAPTrainer):
             return -offset
         noise = torch.randn(offset.shape, generator=generator).to(offset)
         return noise * (offset.norm() / noise.norm())
+
+    def _take_unprobed(self, model: nn.Module, window: list[Any], num_items: Any) -> None:
+        before = RandomState({self.args.device} - {torch.device("cpu")})
+
+        def backward() -> None:
+            for micro_batch in window:
+                # Outside every pass: the Trainer's own, without a probe.
+                super(SAPTrainerMixin, self).training_step(model, micro_batch, num_items)
+
+        self._unprobed = dict(zip(*_gradients_of(self.sap_optimizer, backward), strict=True))
+        before.restore()
+
+    @torch.no_grad()
+    def _project(self) -> None:
+        passes = self.sap_optimizer._passes
+        assert passes.direction is not None
+        direction: dict[Tensor, Tensor] = dict(zip(passes.perturbed, passes.direction, strict=True))
+        change = {p: p.grad - g for p, g in self._unprobed.items() if p.grad is not None}
+        shared = [p for p in change if p in direction]
+        toward = [direction[p] for p in shared]
+        squares = ops.sum_squares(toward)
+        lean = ops.dot(toward, [change[p] for p in shared]) / squares.where(squares > 0, 1.0)
+        for parameter in shared:
+            assert parameter.grad is not None
+            along = lean * direction[parameter]
+            if self._control == "along":
+                parameter.grad.copy_(self._unprobed[parameter]).add_(along)
+            else:
+                parameter.grad.sub_(along)
+        self._unprobed = {}
