@@ -33,7 +33,8 @@ class SAPMetrics:
 
     Attributes:
         safety_loss: L_safe at W.
-        safety_level: the L_safe above which steps blend, once it is known.
+        safety_level: the L_safe above which steps probe and blend, once it is known.
+        above_level: whether this step did; `None` without a level.
         task_loss: L_task at W under the probe V_safe, as trained on.
         rho: ρ.
         rho_agreement: the calibration's agreement, if ρ was calibrated.
@@ -55,6 +56,7 @@ class SAPMetrics:
 
     safety_loss: float | None = None
     safety_level: float | None = None
+    above_level: bool | None = None
     task_loss: float | None = None
     rho: float | None = None
     rho_agreement: float | None = None
@@ -68,13 +70,13 @@ class SAPMetrics:
     skipped_steps: int = 0
 
     def flat(self, prefix: str = "sap/") -> dict[str, float]:
-        """Return the figures there are as one flat dict, per-layer ones as `name/layer`."""
+        """Return the figures there are as numbers in one dict, per-layer ones as `name/layer`."""
         flat: dict[str, float] = {}
         for name, value in vars(self).items():
             values: dict[Any, Any] = value if isinstance(value, dict) else {None: value}
             for layer, figure in values.items():
                 if figure is not None:
-                    flat[prefix + name + ("" if layer is None else f"/{layer}")] = figure
+                    flat[prefix + name + ("" if layer is None else f"/{layer}")] = float(figure)
         return flat
 
 

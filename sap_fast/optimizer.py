@@ -103,11 +103,13 @@ class FusedSAP(Optimizer):
             0.88 to 0.98 (benchmarks/fidelity.py, tests/test_oracle.py).
         safety_weight: γ of gradient blending, g ← g + γ‖g‖ĝ, so that W also descends L_safe. 0 is
             the paper. Keeps the direction: one parameter-sized buffer until `step`.
-        safety_level: blend only while the last safety pass found L_safe above this level, so that
-            blending undoes what the tuning does to L_safe and goes no further: further down lie
-            refusals of harmless requests (docs/study.md). `"auto"`: the mean over the first three
-            safety passes, whose steps all blend. None: blend in every step. The safety pass has to
-            record its loss; over ranks, their mean counts.
+        safety_level: probe and blend only while the last safety pass found L_safe above this level,
+            so that they undo what the tuning does to L_safe and go no further: further down lie
+            refusals of harmless requests (docs/study.md). Other steps are AdamW's, and their probe
+            passes are left out, for which the host waits for the safety pass. `"auto"`: the mean
+            over the first three safety passes, whose steps leave out nothing. None: every step
+            probes and blends. The safety pass has to record its loss; over ranks, their mean
+            counts.
         max_grad_norm: clip the (blended) gradient to this global norm.
         maximize: ascend the task objective. L_safe is descended all the same.
         backend: whose operations to use, `"auto"` for the fastest that can run; see `sap_fast.ops`.
@@ -189,7 +191,7 @@ class FusedSAP(Optimizer):
             if isinstance(rho, str):
                 raise ValueError(f'rho={rho!r} is not known; give "auto" or a number ≥ 0')
             _check_at_least_zero("rho", rho)
-        _check_level(safety_level, safety_weight)
+        _check_level(safety_level, safety_weight, probes)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm!r} is out of range; give a number > 0")
         if calibrate_every is not None and calibrate_every < 1:
@@ -245,8 +247,9 @@ class FusedSAP(Optimizer):
         self._directions_taken = 0
         #: Sum and number of the L_safe whose mean is the level, with `safety_level="auto"`.
         self._level_losses = torch.zeros(2)
-        #: 0-d bool: L_safe was above the level in the safety pass whose direction is in use.
-        self._above_level: Tensor | None = None
+        #: Whether L_safe was above the level in the safety pass whose direction is in use; a 0-d
+        #: bool until the host asks.
+        self._above_level: Tensor | bool | None = None
         self._skipped_steps = torch.zeros((), dtype=torch.int64)
         self._start_session()
         self.grad_scaler = grad_scaler
@@ -332,7 +335,7 @@ class FusedSAP(Optimizer):
     @property
     def needs_direction(self) -> bool:
         """Whether the coming step has to run the safety pass."""
-        if not (self.needs_probe or self.safety_weight != 0):
+        if not (self._probe_is_due or self.safety_weight != 0):
             return False
         if self._direction_step is None or self._direction_norm is None:
             return True
@@ -340,10 +343,35 @@ class FusedSAP(Optimizer):
 
     @property
     def needs_probe(self) -> bool:
-        """Whether the coming step has to run the probe passes; else it keeps its V."""
+        """Whether the coming step has to run the probe passes; else it keeps its V.
+
+        With `safety_level`, ask after the safety pass: where that found L_safe at the level or
+        below, the step has no probe. The host waits for it, unless it was asked before.
+        """
+        return self._probe_is_due and not self.is_held
+
+    @property
+    def _probe_is_due(self) -> bool:
         if self.probes is None:
             return False
         return self._probe_step is None or self._steps - self._probe_step >= self.probe_every
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the step is AdamW's alone, as L_safe is not above `safety_level`.
+
+        False before the safety pass of a step that has one. The host waits for the device.
+        """
+        if not self._passes.safety_pass_ran:
+            if self.needs_direction or self._above_level is None:
+                return False
+            self._above_level = bool(self._above_level)
+            return not self._above_level
+        record = self._passes.record
+        if record.above_level is None:
+            return False
+        record.above_level = bool(record.above_level)
+        return not record.above_level
 
     @property
     def directions_taken(self) -> int:
@@ -504,7 +532,8 @@ class FusedSAP(Optimizer):
     @property
     def holds_level(self) -> bool:
         """Whether the safety pass has to record its loss, for `safety_level`."""
-        return self.safety_weight != 0 and self.safety_level is not None
+        changes_gradients = self.safety_weight != 0 or self.probes is not None
+        return changes_gradients and self.safety_level is not None
 
     def _level(self) -> Tensor | float:
         """Return the L_safe to hold; −∞ before it is found."""
@@ -513,14 +542,15 @@ class FusedSAP(Optimizer):
         total, count = self._level_losses
         return torch.where(count < _LEVEL_PASSES, -math.inf, total / count.clamp(min=1))
 
-    def _find_above_level(self, record: StepRecord) -> Tensor | None:
-        """Return whether the direction in use is to be blended, 0-d bool; None: it is."""
-        if not self.holds_level:
-            return None
-        if record.level_loss is None:
-            return self._above_level
-        self._level_losses = self._level_losses.to(record.level_loss.device)
-        return record.level_loss > self._level()
+    def is_above_level(self, safety_loss: Tensor) -> Tensor:
+        """Return whether an L_safe, 0-d, is above the level, as a 0-d bool."""
+        self._level_losses = self._level_losses.to(safety_loss.device)
+        return safety_loss > self._level()
+
+    @property
+    def above_level(self) -> Tensor | bool | None:
+        """Whether L_safe of the direction that is kept was above the level; None: no level."""
+        return self._above_level
 
     def _keep_level(self, record: StepRecord) -> None:
         """Remember for later steps what the safety pass of this one found."""
@@ -557,8 +587,8 @@ class FusedSAP(Optimizer):
             assert passes.direction is not None and norm_of_direction is not None
             assert valid is not None
             directions = dict(zip(passes.perturbed, passes.direction, strict=True))
-            above = passes.record.above_level = self._find_above_level(passes.record)
-            blends = valid if above is None else valid & above.to(valid.device)
+            above = passes.record.above_level
+            blends = valid if above is None else valid & above
             blend = torch.where(blends, self.safety_weight * square.sqrt() / norm_of_direction, 0.0)
             pairs = [(p.grad, directions[p]) for p in trained if p in directions]
             if pairs:
@@ -579,7 +609,7 @@ class FusedSAP(Optimizer):
             sound = sound & record.estimate_finite.to(sound.device)
         if self._passes.probe_passes_ran:
             self._sound = sound
-        elif self.probes is not None and self._passes.task_pass_ran:
+        elif self.probes is not None and self._passes.task_pass_ran and not self.is_held:
             # The V of an earlier step, which is zero if that step had no direction or no h.
             sound = self._sound
         if sound is None:
@@ -724,6 +754,7 @@ class FusedSAP(Optimizer):
             "safety_loss": _number(record.safety_loss.total),
             "task_loss": _number(record.task_loss.total),
             "safety_level": self._known_level(),
+            "above_level": None if record.above_level is None else bool(record.above_level),
             "parameter_norm": _number(record.parameter_norm),
             "skipped_steps": int(self._skipped_steps),
         }
@@ -961,16 +992,16 @@ def _refuse_for_tokens(schedule: str, probe_every: int, probe_fraction: float) -
             )
 
 
-def _check_level(level: float | str | None, weight: float) -> None:
+def _check_level(level: float | str | None, weight: float, probes: ProbeSet | None) -> None:
     """Raise if a level is none, or has nothing to bound."""
     if level is None:
         return
     if level != "auto" and (isinstance(level, str) or not math.isfinite(level)):
         raise ValueError(f'safety_level={level!r} is not known; give "auto", a number or None')
-    if weight == 0:
+    if weight == 0 and probes is None:
         raise ValueError(
-            f"safety_level={level!r} bounds γ-blending, which safety_weight=0 leaves out; give "
-            "safety_weight > 0, or safety_level=None"
+            f"safety_level={level!r} bounds probe and γ-blending, and probes=None with "
+            "safety_weight=0 has neither; give one of them, or safety_level=None"
         )
 
 

@@ -21,7 +21,8 @@ same state of the random number generators, so all see the same dropout masks; o
 moves it on, as plain training would.
 
 A step whose direction or probe is still fresh enough (`FusedSAP(direction_every=…, probe_every=…)`)
-leaves those passes out: its task pass runs under the V there is.
+leaves those passes out: its task pass runs under the V there is. One whose model is as safe as
+`safety_level` asks leaves the probe passes out, too; its task pass runs without a probe.
 """
 
 from __future__ import annotations
@@ -68,9 +69,10 @@ class StepRecord:
     perturbation_applied: Tensor | None = None
     direction_valid: Tensor | None = None
     direction_slope: Tensor | None = None
-    #: L_safe, over ranks in the mean, and whether it was above the level; for `safety_level`.
+    #: L_safe, over ranks in the mean, and whether it (or that of the direction in use) is above the
+    #: level, a 0-d bool until the host asks; for `safety_level`.
     level_loss: Tensor | None = None
-    above_level: Tensor | None = None
+    above_level: Tensor | bool | None = None
     estimate_finite: Tensor | None = None
     #: What the losses were multiplied by before backward; None: by nothing.
     loss_scale: Tensor | None = None
@@ -335,12 +337,12 @@ class Passes:
             # The next pass with gradients writes to the buckets again.
             direction = [gradient.clone() for gradient in direction]
         norm = ops.sum_squares(direction, backend=self._optimizer.backend).sqrt()
-        self._measure_level()
+        self._measure_level(norm.device)
         self._set_direction(perturbed, direction, norm)
         self.safety_pass_ran = True
 
-    def _measure_level(self) -> None:
-        """Record the mean L_safe over ranks, where the optimizer holds a level of it."""
+    def _measure_level(self, device: torch.device) -> None:
+        """Compare the mean L_safe over ranks with the level, where the optimizer holds one."""
         if not self._optimizer.holds_level:
             return
         loss = self.record.safety_loss.total
@@ -349,11 +351,12 @@ class Passes:
                 f"safety_level={self._optimizer.safety_level!r} needs L_safe: record it, as in "
                 "`with optimizer.safety_pass() as record: …; record(loss)`"
             )
-        self.record.level_loss = loss.float().clone()
+        self.record.level_loss = loss.to(device, torch.float32, copy=True)
         if self.ranks:
             self.ranks.average_([self.record.level_loss])
         else:
             self.ranks.refuse_unknown_ranks(f"safety_level={self._optimizer.safety_level!r}")
+        self.record.above_level = self._optimizer.is_above_level(self.record.level_loss)
 
     @torch.no_grad()
     def _recall_direction(self) -> None:
@@ -361,6 +364,7 @@ class Passes:
         kept = self._optimizer.kept_direction()
         if kept is not None and self.record.direction_norm is None:
             self._set_direction(*kept)
+            self.record.above_level = self._optimizer.above_level
 
     def _set_direction(
         self, perturbed: list[nn.Parameter], direction: list[Tensor], norm: Tensor
@@ -416,7 +420,11 @@ class Passes:
         if not lagged:
             self._set_probe(probes)
         assert record.direction_valid is not None
-        probes.mask_offsets(record.direction_valid)
+        wanted = record.direction_valid
+        if record.above_level is not None:
+            # A loop that did not ask `needs_probe` has the same step, if not as quickly.
+            wanted = wanted & record.above_level
+        probes.mask_offsets(wanted)
         self.probe_passes_ran, self.task_pass_ran = True, False
         self._lagged_estimate_finished = False
         if optimizer.probe_fraction < 1 and not self._parts:
@@ -569,7 +577,7 @@ class Passes:
                 if not self._restores_step:
                     stack.enter_context(gradients_restored_on_error(self._every_parameter()))
                 stack.enter_context(self._checkpointing())
-                if probes is not None:
+                if probes is not None and (self.probe_passes_ran or not self._optimizer.is_held):
                     if not self.task_pass_ran:
                         probes.rewind()
                     lagged = self._optimizer.schedule == "lagged" and self.probe_passes_ran

@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -186,8 +187,9 @@ LOSSES = [1.0, math.nan, 2.0, 3.0, 1.9, 2.1, 1.0]
 
 
 @pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("what", ["blending", "probe", "probe, not asked for"])
 @pytest.mark.parametrize(
-    ("level", "blends"),
+    ("level", "above"),
     [
         (None, [True] * 7),
         (2.0625, [False, False, False, True, False, True, False]),
@@ -196,11 +198,15 @@ LOSSES = [1.0, math.nan, 2.0, 3.0, 1.9, 2.1, 1.0]
     ],
     ids=str,
 )
-def test_a_level_leaves_out_the_blending_at_and_below_it(
-    level: float | str | None, blends: list[bool], every: int
+def test_a_level_leaves_out_probe_and_blending_at_and_below_it(
+    level: float | str | None, above: list[bool], what: str, every: int
 ) -> None:
     case = problem()
-    settings: dict[str, Any] = {"lr": 0.0, "safety_weight": 0.5, "direction_every": every}
+    settings: dict[str, Any] = {"lr": 0.0, "rho": 1e-3, "probe_lr": 0.1, "direction_every": every}
+    if what == "blending":
+        settings |= {"probes": None, "safety_weight": 0.5}
+    else:
+        settings["probes"] = ProbeSet(case.model)
     optimizer = FusedSAP(case.trained, safety_level=level, **settings)
     # Under lr=0 the moments show what a step was taken with.
     task(case)
@@ -216,6 +222,11 @@ def test_a_level_leaves_out_the_blending_at_and_below_it(
             with optimizer.safety_pass() as record:
                 safety(case)
                 record(torch.tensor(LOSSES[step // every]))
+        if what == "probe":
+            assert optimizer.needs_probe == above[step // every]
+        if optimizer.needs_probe or what == "probe, not asked for":
+            for _ in optimizer.probe_passes():
+                task(case)
         with optimizer.task_pass():
             task(case)
         before = [optimizer.state[p].get("exp_avg", torch.zeros_like(p)) for p in case.trained]
@@ -228,7 +239,8 @@ def test_a_level_leaves_out_the_blending_at_and_below_it(
         is_plain = all(
             torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(used, plain, strict=True)
         )
-        assert is_plain != blends[step // every], step
+        assert is_plain != above[step // every], step
+        assert optimizer.metrics.above_level == (None if level is None else above[step // every])
         found = 2.0 if step // every >= 3 else None
         assert optimizer.metrics.safety_level == (found if level == "auto" else level)
 
@@ -242,7 +254,34 @@ def test_a_level_needs_the_loss_of_the_safety_pass() -> None:
     assert optimizer.step(lambda: task(case), lambda: safety(case)) is not None
 
 
-def test_a_level_without_blending_is_refused() -> None:
+def test_a_step_with_closures_leaves_the_probe_passes_out_below_the_level() -> None:
+    case, other = problem(), problem()
+    optimizer = sap(case, safety_level=1e3)
+    calls = {"task": 0, "safety": 0}
+
+    def counted(name: str, backward: Callable[[], Tensor]) -> Tensor:
+        calls[name] += 1
+        return backward()
+
+    def one_step() -> None:
+        optimizer.zero_grad()
+        optimizer.step(
+            lambda: counted("task", lambda: task(case)),
+            lambda: counted("safety", lambda: safety(case)),
+        )
+
+    one_step()
+    assert calls == {"task": 1, "safety": 1}
+    task(other)
+    plain_adamw(groups(other.trained), **SETTINGS).step()
+    assert_same_bits(weights(case), weights(other))
+    assert optimizer.metrics.skipped_steps == 0
+    optimizer.safety_level = 0.0
+    one_step()
+    assert calls == {"task": 4, "safety": 2}
+
+
+def test_a_level_without_anything_to_hold_is_refused() -> None:
     with pytest.raises(ValueError, match=r"safety_level='auto'.*safety_weight=0"):
         FusedSAP([nn.Parameter(torch.ones(1))], safety_level="auto")
 
