@@ -82,14 +82,13 @@ def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("off", [{"probe_lr": 0.0}, {"safety_level": 1e3}], ids=str)
 def test_without_a_probe_it_is_the_trainer_with_adamw(
-    tmp_path: Path, cpu_backend: str, lora: bool, accumulate: int
+    tmp_path: Path, cpu_backend: str, lora: bool, accumulate: int, off: dict[str, float]
 ) -> None:
     ours, theirs = model(lora), model(lora)
     args = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.5}
-    trainer = sap_trainer(
-        MixedTrainer, ours, arguments(tmp_path, **args), sap_options={"probe_lr": 0.0}
-    )
+    trainer = sap_trainer(MixedTrainer, ours, arguments(tmp_path, **args), sap_options=off)
     trainer.train()
     # As in `tests.tiny.plain_adamw`.
     same_bits = "adamw_torch_fused" if cpu_backend == "native" else "adamw_torch"
