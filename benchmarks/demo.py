@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--safety-level",
-        default="auto",
-        help="of the blending: auto, always (blend at every step) or a number (auto)",
+        help="of blending and probe: auto, always (at every step) or a number; by default auto for "
+        "blending and always for SAP",
     )
     parser.add_argument("--precision", default="fp32", help="fp32, bf16-mixed or bf16 (fp32)")
     parser.add_argument("--output", type=Path, help="folder (runs/demo-STEPS-SEED)")

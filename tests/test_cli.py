@@ -564,6 +564,8 @@ def test_doctor_says_why_nothing_runs(terminal: Terminal) -> None:
         ({"safety_level": "always"}, 0.3, None),
         ({"safety_level": "0.7"}, 0.3, 0.7),
         ({"optimizer": "sap"}, 0.0, None),
+        ({"optimizer": "sap", "safety_level": "auto"}, 0.0, "auto"),
+        ({"optimizer": "adamw", "safety_level": "auto"}, 0.0, None),
         ({"optimizer": "sap", "safety_weight": 0.2}, 0.2, "auto"),
     ],
 )

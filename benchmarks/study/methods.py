@@ -96,6 +96,8 @@ _SAP: tuple[Setting, ...] = (
     {"probe_layers": EARLY, "preset": "economical"},
     {"probe_layers": list(range(5))},
     {"probe_layers": list(range(5, 15))},
+    {"probe_layers": EARLY, "probe_lr": 5e-3, "safety_level": "auto"},
+    {"probe_layers": EARLY, "probe_lr": 1e-2, "safety_level": "auto"},
 )
 
 _CONTROLS: tuple[Setting, ...] = ({}, {"probe_layers": EARLY}, {"probe_lr": 1e-2})
@@ -116,6 +118,7 @@ METHODS: dict[str, Method] = {
             {"safety_weight": 0.1, "direction_every": 5},
             {"safety_weight": 0.3},
             {"safety_weight": 1.0, "safety_level": "auto"},
+            {"safety_weight": 0.3, "safety_level": "auto", "safety_batch_size": 8},
         ),
     ),
     "sap+blend": Method(
@@ -123,7 +126,6 @@ METHODS: dict[str, Method] = {
         SAPTrainer,
         (
             {"safety_weight": 0.1},
-            {"safety_weight": 0.1, "safety_level": "auto", "probe_lr": 1e-3},
             {"safety_weight": 0.03},
             {"safety_weight": 0.1, "probe_lr": 1e-3},
             {"probe_layers": EARLY, "safety_weight": 0.3, "safety_level": "auto"},

@@ -205,11 +205,12 @@ class FinetuneSettings:
         f"{BLENDING_WEIGHT} with --optimizer blend, and 0 with sap, as the paper.",
         least=0,
     )
-    safety_level: str = _option(
-        "auto",
+    safety_level: str | None = _option(
+        None,
         _SAP,
-        "Blend only while the safety loss is above this: auto: where it was before the tuning; "
-        "always: blend at every step, which ends in refusals of harmless requests; or a number.",
+        "Blend and probe only while the safety loss is above this: auto: where it was before the "
+        "tuning; always: at every step, with which blending ends in refusals of harmless requests; "
+        "or a number. By default auto where there is blending, and always with sap alone.",
     )
     log_every: int = _option(10, _RUN, "Steps between rows of metrics.jsonl.", least=1)
     save_every: int | None = _option(
@@ -239,6 +240,13 @@ class FinetuneSettings:
             return self.safety_weight
         return BLENDING_WEIGHT if self.optimizer == "blend" else 0.0
 
+    @property
+    def held_level(self) -> str:
+        """The level of the safety loss: what was given, or the optimizer's own."""
+        if self.safety_level is not None:
+            return self.safety_level
+        return "auto" if self.blending_weight != 0 else "always"
+
     def sap_options(self) -> dict[str, Any]:
         """Return the keyword arguments for `FusedSAP`.
 
@@ -259,8 +267,8 @@ class FinetuneSettings:
             "probe_fraction": self.probe_fraction,
             "checkpointing": self.checkpointing if self.optimizer == "sap" else "none",
         }
-        level = _number_or("safety_level", self.safety_level, {"auto": "auto", "always": None})
-        if self.blending_weight != 0:
+        level = _number_or("safety_level", self.held_level, {"auto": "auto", "always": None})
+        if self.blending_weight != 0 or self.optimizer == "sap":
             options["safety_level"] = level
         return options
 
