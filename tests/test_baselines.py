@@ -288,6 +288,30 @@ def test_along_and_beside_are_the_parts_of_what_a_probe_does(tmp_path, accumulat
     torch.testing.assert_close(along + beside, change, rtol=0, atol=tolerance)
 
 
+class SafeInOne(ControlTrainer):
+    """The safety loss reaches one parameter."""
+
+    def compute_safety_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return self.sap_optimizer.trained_parameters()[0].square().sum()
+
+
+def test_along_leaves_no_change_where_the_safety_loss_does_not_reach(tmp_path):
+    gradients = {}
+    runs = {"none": {"probe_lr": 0.0}, "along": {}}
+    for name, options in runs.items():
+        args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0)
+        trainer = sap_trainer(SafeInOne, model(), args, control="along", sap_options=options)
+
+        def look(_: int, name: str = name, trainer: Any = trainer) -> None:
+            parameters = trainer.sap_optimizer.trained_parameters()
+            gradients[name] = [parameter.grad.clone() for parameter in parameters]
+
+        trainer.add_callback(BeforeEachUpdate(look))
+        trainer.train()
+    assert not torch.equal(gradients["along"][0], gradients["none"][0])
+    assert_same_bits(gradients["along"][1:], gradients["none"][1:])
+
+
 # ---- merging ----
 
 

@@ -303,13 +303,12 @@ class ControlTrainer(SAPTrainer):
                 f"control={control!r} is not known; choose random, flipped, along or beside"
             )
         self._control = control
-        self._projects = control in ("along", "beside")
-        #: By parameter: g without a probe.
+        #: By parameter: g without a probe, until the step is projected.
         self._unprobed: dict[Tensor, Tensor] = {}
         super().__init__(*args, **kwargs)
         if self._sap_options.get("schedule", "paper") != "paper":
             raise ValueError("a control needs schedule='paper', whose V is used where it is found")
-        if self._projects:
+        if control in ("along", "beside"):
             self._sap_options["keep_direction"] = True
 
     def training_step(
@@ -317,18 +316,17 @@ class ControlTrainer(SAPTrainer):
     ) -> Tensor:
         """Run one micro-batch; after the last of a step, project what the probe did."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._projects and self._window_position == max(1, len(self._window)):
+        if self._unprobed and self._window_position == max(1, len(self._window)):
             self._project()
         return loss
 
     def _run_inner_passes(
         self, optimizer: FusedSAP, model: nn.Module, window: list[Any], num_items: Any
     ) -> None:
-        takes_probe = optimizer.needs_probe
         super()._run_inner_passes(optimizer, model, window, num_items)
-        if self._projects:
+        if self._control in ("along", "beside"):
             self._take_unprobed(model, window, num_items)
-        elif takes_probe and self.probe_set is not None:
+        elif optimizer.needs_probe and self.probe_set is not None:
             self._replace_probe(self.probe_set)
 
     def _replace_probe(self, probe_set: ProbeSet) -> None:
@@ -369,11 +367,11 @@ class ControlTrainer(SAPTrainer):
         toward = [direction[p] for p in shared]
         squares = ops.sum_squares(toward)
         lean = ops.dot(toward, [change[p] for p in shared]) / squares.where(squares > 0, 1.0)
+        if self._control == "along":
+            for parameter in change:
+                assert parameter.grad is not None
+                parameter.grad.copy_(self._unprobed[parameter])
+        sign = 1.0 if self._control == "along" else -1.0
         for parameter in shared:
-            assert parameter.grad is not None
-            along = lean * direction[parameter]
-            if self._control == "along":
-                parameter.grad.copy_(self._unprobed[parameter]).add_(along)
-            else:
-                parameter.grad.sub_(along)
+            _add_to_gradient(parameter, lean * direction[parameter], sign)
         self._unprobed = {}
