@@ -579,7 +579,7 @@ def test_two_runs_of_one_tuning_at_once_tune_once(
 ) -> None:
     monkeypatch.setattr(runs, "WORK", tmp_path)
     monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
-    monkeypatch.setitem(TRAINING, "steps", 1)
+    monkeypatch.setitem(TRAINING, "steps", 2)
     tuned: list[Any] = []
     tune = runs.tune
 
