@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -571,3 +572,29 @@ def test_a_cell_gives_share_difference_loss_and_seeds() -> None:
     cell = "66 %, −2 (−5 to +1) · 1 % · +0.0 % [2]"
     assert line == f"| SAP, probe_lr 0.002 * | – | – | {cell} |"
     assert tables.markdown_table([row], lambda tasks: tasks > 1).count("\n") == 2
+
+
+def test_two_runs_of_one_tuning_at_once_tune_once(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
+    monkeypatch.setitem(TRAINING, "steps", 2)
+    tuned: list[Any] = []
+    tune = runs.tune
+
+    def counted(*arguments: Any) -> Any:
+        tuned.append(arguments[0])
+        return tune(*arguments)
+
+    monkeypatch.setattr(runs, "tune", counted)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            shares = (0.3, 0.7)
+            merges = [run_of("merge", {"aligned_share": share}, 0, "alpaca") for share in shares]
+            rows = list(pool.map(lambda run: runs.execute(run, "report", 1)[0], merges))
+    finally:
+        torch.set_num_threads(threads)
+    assert tuned == [run_of("adamw", {}, 0, "alpaca")]
+    assert [row["key"] for row in rows] == [run.key for run in merges]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import (
@@ -92,12 +93,15 @@ def execute(run: Run, split: Split, threads: int) -> tuple[Row, list[Row]]:
             freeze_layers(model, safety_layers(run.seed, model, tokenizer))
         tuned_as = run_of("adamw", {}, run.seed, run.task) if method.after == "merge" else run
         adapter = adapter_of(tuned_as)
-        if adapter.exists():
-            set_peft_model_state_dict(model, load_peft_weights(str(adapter)))
-            figures = json.loads((adapter / FIGURES).read_text())
-        else:
-            figures, looks = tune(tuned_as, task, model, tokenizer, split == "selection")
-            save_adapter(model, tokenizer, figures, adapter)
+        adapter.parent.mkdir(parents=True, exist_ok=True)
+        # Merges of one tuning with different shares may run at the same time.
+        with FileLock(adapter.with_suffix(".lock")):
+            if adapter.exists():
+                set_peft_model_state_dict(model, load_peft_weights(str(adapter)))
+                figures = json.loads((adapter / FIGURES).read_text())
+            else:
+                figures, looks = tune(tuned_as, task, model, tokenizer, split == "selection")
+                save_adapter(model, tokenizer, figures, adapter)
         if method.after == "merge":
             merge_with_aligned(model, None, values["aligned_share"])
         # Quicker to ask without its adapter.
