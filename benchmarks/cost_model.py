@@ -38,6 +38,7 @@ from rich.table import Table
 from benchmarks.provenance import RESULTS, write_rows
 from sap_fast.losses import CHUNK_BYTES
 from sap_fast.optimizer import PRESETS
+from sap_fast.probes import LAYER_RANGES
 
 Row = dict[str, Any]
 Pass = Literal["safety", "probe", "task"]
@@ -129,7 +130,7 @@ class Job:
         batches: the batch of each pass that runs; without `"safety"` the step is plain AdamW.
         direction_every: steps from one safety pass to the next.
         probe_every: steps from one pair of probe passes to the next.
-        lowest_probed: index of the lowest probed layer; default: 11 of 32 layers, as in the paper.
+        lowest_probed: index of the lowest probed layer; default: that of `ProbeSet`, 1 of 32.
         full_logits: the loss of transformers, and of the naive step, instead of ours.
         naive: probe passes with everything that a task pass computes.
         torch_adamw: the update of `torch.optim.AdamW` without `fused`, as `adamw_torch` runs it.
@@ -174,8 +175,8 @@ class Job:
     def above_probe(self) -> int:
         """Layers above the lowest probed one."""
         lowest = self.lowest_probed
-        # As `ProbeSet(layers="middle")`: the paper's layers are 11 to 20 of 32.
-        lowest = round(11 / 32 * self.model.layers) if lowest is None else lowest
+        if lowest is None:
+            lowest = lowest_layer("early", self.model)
         return self.model.layers - 1 - lowest
 
     @property
@@ -215,6 +216,11 @@ class Job:
     def head_positions(self, tokens: Tokens) -> float:
         """Positions that logits are computed for."""
         return tokens.tokens if self.full_logits else tokens.scored
+
+
+def lowest_layer(layers: str, model: Model) -> int:
+    """Return the index of the lowest layer that `ProbeSet(layers=…)` probes."""
+    return round(LAYER_RANGES[layers][0] * model.layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -534,9 +540,10 @@ def measured_job(row: Mapping[str, str]) -> Job:
         batches,
         direction_every=preset.direction_every,
         probe_every=preset.probe_every,
+        lowest_probed=lowest_layer("middle", model) if name == "paper_middle" else None,
         full_logits=name in ("hf_adamw", "naive"),
         naive=name == "naive",
-        torch_adamw=name not in PRESETS,
+        torch_adamw=name in ("hf_adamw", "floor", "naive"),
         checkpointing=row.get("checkpointing") or "none",
         dtype=row["dtype"],
     )

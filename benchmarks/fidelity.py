@@ -2,7 +2,7 @@
 
 The oracle is `tests/oracle.py`: h by fp64 double backward, for the same weights, batches and
 dropout masks. Cosine 1 and relative size 1 mean that h is exact; what is far from that is noise.
-All probe the paper's layers, in the middle.
+All probe the layers that are `ProbeSet`'s default.
 Writes `fidelity.csv` with three tables and `fidelity.png`:
 
 * numerics: h of every way to run the probe passes, FusedSAP's and `benchmarks/naive.py`'s;
@@ -164,7 +164,7 @@ class Subject:
         # Fused attention has no second derivative.
         model.set_attn_implementation("eager")
         twin = self.case._replace(model=model)
-        probes = ProbeSet(model, "middle")
+        probes = ProbeSet(model)
         probes.detach()
         # One forward, as `contrastive_loss` runs it: two would draw other dropout masks.
         both = concatenate(twin.chosen, twin.rejected)
@@ -187,7 +187,7 @@ class Subject:
 
     def measure_ours(self, variant: str, arithmetic: str) -> list[Row]:
         """The h of one step as a user runs it, with the learning rate at zero."""
-        probes = ProbeSet(self.case.model, "middle")
+        probes = ProbeSet(self.case.model)
         optimizer = FusedSAP(self.case.trained, probes, lr=0.0, **VARIANTS[variant])
         torch.set_rng_state(self.random_state)
         optimizer.step(*self._closures(arithmetic))
@@ -202,7 +202,7 @@ class Subject:
 
     def measure_grid(self, arithmetic: str) -> list[Row]:
         """The h of central differences for every ρ that the calibration tries."""
-        probes = ProbeSet(self.case.model, "middle")
+        probes = ProbeSet(self.case.model)
         optimizer = FusedSAP(self.case.trained, probes, lr=0.0, keep_direction=True)
         torch.set_rng_state(self.random_state)
         task, safety = self._closures(arithmetic)
@@ -277,7 +277,7 @@ class Subject:
 
     @staticmethod
     def _naive(case: Problem, *, autocast: bool) -> NaiveSAP:
-        probes = ProbeSet(case.model, "middle")
+        probes = ProbeSet(case.model)
         probes.detach()
         return NaiveSAP(case.model, probes.modules, autocast=autocast)
 
@@ -291,7 +291,7 @@ class Subject:
             case = self.case._replace(model=copy.deepcopy(self.case.model).to(dtype))
             before = [parameter.detach().clone() for parameter in case.trained]
 
-            probes = ProbeSet(case.model, "middle")
+            probes = ProbeSet(case.model)
             optimizer = FusedSAP(case.trained, probes, lr=0.0, rho=rho)
             task, safety = self._closures(arithmetic, case)
             with optimizer.safety_pass():

@@ -3,9 +3,9 @@
 SmolLM2-135M-Instruct, aligned, is fine-tuned on Alpaca rows with LoRA and the `paper` preset. At
 every step other optimizers look at the same weights, batch and safety pairs, find what V they would
 use, and change nothing: the presets, and each of their settings alone. The figure is the cosine of
-that V with the V that the full step finds there, per probed layer (the paper's, in the middle; the
-probe rule gives each layer its own size), in the mean over layers and then over steps. 1 is the
-full step; a V of random direction has 0 ± 0.04 in 576 dimensions.
+that V with the V that the full step finds there, per probed layer (`ProbeSet`'s default; the probe
+rule gives each layer its own size), in the mean over layers and then over steps. 1 is the full
+step; a V of random direction has 0 ± 0.04 in 576 dimensions.
 
 Writes `presets.csv` and `presets.png`.
 """
@@ -56,7 +56,7 @@ class Shadow:
 
     def __init__(self, model: nn.Module, settings: dict[str, Any], rho: float) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.probes = ProbeSet(model, "middle")
+        self.probes = ProbeSet(model)
         self.optimizer = FusedSAP(trained, self.probes, lr=0.0, rho=rho, **settings)
 
     def look(self, task: Any, safety: Any) -> dict[int, Tensor]:
@@ -88,7 +88,7 @@ def measure(case: step.Case, steps: int, progress: Progress) -> list[Row]:
     data = step.load_data(case.max_length, case.quick)
     collate, pair = TaskCollator(data.padding), SafetyCollator(data.padding)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    probes = ProbeSet(model, "middle")
+    probes = ProbeSet(model)
     optimizer = FusedSAP(trained, probes, lr=LEARNING_RATE, max_grad_norm=1.0)
     rows: list[Row] = []
     shadows: dict[str, Shadow] = {}

@@ -7,9 +7,9 @@ Every configuration trains a copy of the same model on the same batches:
     hf_adamw     transformers' `Trainer` with its own loss and `adamw_torch`
     floor        the same with `task_loss`, which never builds full logits
     paper        `SAPTrainer` with the preset of that name; likewise balanced and economical
+    paper_middle the same as paper with `probe_layers="middle"`, the paper's; all others probe the
+                 layers that are the default, from which backward goes deeper
     naive        `benchmarks.naive`: published style, every row padded to the maximum length
-
-All probe the paper's layers, in the middle: its step is what the claims are about.
 
 `lora` is SmolLM2-135M-Instruct, aligned, with LoRA (r=8, dropout 0.05) on q and v; `full` a random
 Llama of 4 layers of SmolLM2's shapes and vocabulary whose parameters are all trained. Task batches
@@ -90,7 +90,15 @@ SETUPS = ("lora", "full")
 #: Rows × most tokens of a row.
 BATCHES = {"4x96": (4, 96), "8x128": (8, 128)}
 DTYPES = ("fp32", "bf16")
-CONFIGURATIONS = ("hf_adamw", "floor", "paper", "balanced", "economical", "naive")
+CONFIGURATIONS = (
+    "hf_adamw",
+    "floor",
+    "paper",
+    "paper_middle",
+    "balanced",
+    "economical",
+    "naive",
+)
 IN_MEMORY = ("hf_adamw", "floor", "paper", "balanced")
 CHECKPOINTING = ("none", "layers")
 TABLES = ("time", "memory", "allocations", "curves")
@@ -107,7 +115,7 @@ NAIVE_EVERY = 3
 #: Seed of `TrainingArguments`, from which the order of the safety rows follows.
 SEED = 42
 
-TARGETS = {"paper": 2.6, "balanced": 1.7, "economical": 1.3}
+TARGETS = {"paper": 2.6, "paper_middle": 2.6, "balanced": 1.7, "economical": 1.3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +320,7 @@ class TrainerRun:
         checkpointing: str = "none",
         pairs: int = SAFETY_PAIRS,
     ) -> None:
-        self.is_sap = name in PRESETS
+        self.is_sap = name in PRESETS or name == "paper_middle"
         self.sizes = ForwardSizes(model)
         self._folder = tempfile.TemporaryDirectory()
         arguments = TrainingArguments(
@@ -342,8 +350,12 @@ class TrainerRun:
                 safety_dataset=data.safety,
                 safety_collator=SafetyCollator(data.padding),
                 safety_batch_size=pairs,
-                probe_layers="middle",
-                sap_options={"preset": name, "rho": RHO, "checkpointing": checkpointing},
+                probe_layers="middle" if name == "paper_middle" else "early",
+                sap_options={
+                    "preset": name.removesuffix("_middle"),
+                    "rho": RHO,
+                    "checkpointing": checkpointing,
+                },
             )
         else:
             self.trainer = {"hf_adamw": Trainer, "floor": FloorTrainer}[name](**common)
@@ -404,8 +416,8 @@ class NaiveRun:
 
 
 def probed_layers(model: Model) -> dict[int, nn.Module]:
-    """Return the layers that the paper probes."""
-    probes = ProbeSet(model, "middle")
+    """Return the layers that are probed by default."""
+    probes = ProbeSet(model)
     probes.detach()
     return dict(probes.modules)
 
@@ -638,7 +650,7 @@ def probe_gradient_difference(case: Case, *, dropout: bool) -> float:
 
     ours, pack = models[1], not dropout
     trained = [parameter for parameter in ours.parameters() if parameter.requires_grad]
-    probes = ProbeSet(ours, "middle")
+    probes = ProbeSet(ours)
     optimizer = FusedSAP(trained, probes, lr=0.0, rho=RHO, difference="forward")
 
     def task() -> Tensor:
@@ -962,6 +974,7 @@ _COLORS = {
     "hf_adamw": "#8a8a8a",
     "floor": "#b9b9b9",
     "paper": "#c0532b",
+    "paper_middle": "#d98b6a",
     "balanced": "#d9a441",
     "economical": "#2a7f62",
     "naive": "#5b4a8a",

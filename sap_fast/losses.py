@@ -200,6 +200,38 @@ def difference_loss(
     return (rejected_log_probs - chosen_log_probs).mean()
 
 
+def refusal_loss(
+    model: nn.Module,
+    chosen: Batch,
+    rejected: Batch | None = None,
+    *,
+    reduction: Reduction = "mean",
+    pack: bool = True,
+) -> Tensor:
+    """Mean over rows of nll(chosen), whatever else a model might say.
+
+    The losses of pairs can be lowered by making the given harmful response unlikely, while another
+    that is in no pair becomes the likeliest; this one can't. It needs no harmful responses, and half
+    the tokens. Synchronises with the host before the forward, as `response_log_probs` does.
+
+    Args:
+        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
+        chosen: The safe responses, a batch of B rows.
+        rejected: Not used; here so that the loss can stand where the others do.
+        reduction: What stands for nll: the `"mean"` over a response's tokens, or their `"sum"`.
+        pack: Compute what sequences share at their start once, and no padding, where that pays and
+            the model allows (`sap_fast.packing`). Equal up to rounding without dropout; with it, a
+            shared prefix draws one mask for all that share it.
+
+    Returns:
+        A scalar, fp32 (fp64 for an fp64 model).
+
+    Raises:
+        ValueError: A row has no scored token, or `reduction` is unknown.
+    """
+    return -response_log_probs(model, chosen, reduction=reduction, pack=pack).mean()
+
+
 _WHY_NOTHING_IS_SCORED = (
     f"every label is {IGNORE_INDEX} or at padding. Expected labels equal to input_ids on the "
     "response; a prompt longer than the maximum length leaves none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -206,6 +207,21 @@ def test_presets_order_and_more_gpus_hold_less_each() -> None:
     # 70 B parameters in bf16 are 141 GB.
     large = [r for r in table if r["model"] == "Llama-3-70B" and r["gpus"] == 1]
     assert all(row["fits"] == "no" for row in large)
+
+
+def test_probe_passes_end_at_the_lowest_probed_layer() -> None:
+    row = {"setup": "lora", "batch": "4x96", "dtype": "fp32"}
+    row |= {f"{kind}_{what}": "300" for kind in KINDS for what in ("tokens", "squares", "scored")}
+    default, middle = (
+        cost_model.measured_job(row | {"configuration": name}) for name in ("paper", "paper_middle")
+    )
+    # Of SmolLM2's 30 layers, 1 and 10 are the lowest that `ProbeSet` probes.
+    assert (default.above_probe, middle.above_probe) == (28, 19)
+    assert default.torch_adamw is middle.torch_adamw is False
+    flops = [cost_model.step_cost(job).flops for job in (default, middle)]
+    layer = cost_model.pass_flops(dataclasses.replace(default, lowest_probed=0), "probe")
+    layer -= cost_model.pass_flops(default, "probe")
+    assert flops[0] - flops[1] == pytest.approx(2 * 9 * layer)
 
 
 def write_measured(folder: Path, factor: float) -> None:

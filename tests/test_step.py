@@ -187,6 +187,16 @@ def test_presets_do_their_passes_at_their_pace() -> None:
     assert again == 4
 
 
+def test_the_layers_that_are_probed() -> None:
+    step.start_case()
+    default = step.build_run(QUICK, "paper")
+    middle = step.build_run(QUICK, "paper_middle")
+    assert isinstance(default, step.TrainerRun) and isinstance(middle, step.TrainerRun)
+    layers = [run.optimizer.probes.layers for run in (default, middle)]
+    assert layers == [(0, 1), (1, 2)]
+    assert tuple(step.probed_layers(step.build_model(QUICK))) == (0, 1)
+
+
 def test_naive_pads_every_row() -> None:
     run = step.build_run(QUICK, "naive")
     rows = step.batches(step.load_data(96, True), 4, 1)[0]

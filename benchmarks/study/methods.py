@@ -119,6 +119,7 @@ METHODS: dict[str, Method] = {
             {"safety_weight": 0.3},
             {"safety_weight": 1.0, "safety_level": "auto"},
             {"safety_weight": 0.3, "safety_level": "auto", "safety_batch_size": 8},
+            {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "refusal"},
         ),
     ),
     "sap+blend": Method(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sap_fast.losses import contrastive_loss, difference_loss, task_loss
+from sap_fast.losses import contrastive_loss, difference_loss, refusal_loss, task_loss
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
 
@@ -23,6 +23,7 @@ SafetyLoss = Callable[..., Tensor]
 _SAFETY_LOSSES: dict[str, SafetyLoss] = {
     "contrastive": contrastive_loss,
     "difference": difference_loss,
+    "refusal": refusal_loss,
 }
 
 
