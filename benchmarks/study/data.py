@@ -89,7 +89,7 @@ def load_task(name: str) -> Task:
 
 
 def safety_pairs(count: int, varied: bool = False) -> list[dict[str, Any]]:
-    """Return the first `count` safety pairs for training, their openings `varied` or of one form."""
+    """Return the first `count` safety pairs for training; `varied` as in `build_safety_pair`."""
     requests = assets.harmful_requests()[SAFETY_PAIRS]
     if not 1 <= count <= len(requests):
         raise ValueError(f"safety_pairs={count}: expected 1 to {len(requests)}")
