@@ -21,7 +21,7 @@ help:
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
 	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in one table"
 	@echo "make ops        time the operations against PyTorch's; writes CSV and picture"
-	@echo "make step       time and memory of a whole step against AdamW's, an hour; CSVs, pictures"
+	@echo "make step       time and memory of a whole step against AdamW's, two hours; CSVs, pictures"
 	@echo "                (STEP='--table memory --only lora,bf16' for less)"
 	@echo "make presets    what leaving passes out costs in fidelity; writes CSV and picture"
 	@echo "make cost       check the cost model against make step, predict Llama-3 on H100s"

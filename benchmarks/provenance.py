@@ -41,11 +41,36 @@ def commit() -> str:
 def write_rows(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> Path:
     """Write `rows`, each with its provenance, to a CSV in `folder`."""
     surroundings = provenance()
-    path = folder / name
+    return _write([{**row, **surroundings} for row in rows], list(surroundings), folder / name)
+
+
+def replace_rows(
+    name: str, rows: Sequence[Mapping[str, Any]], identity: Sequence[str], folder: Path = RESULTS
+) -> Path:
+    """Write `rows` as `write_rows` does, in the place of those with the same `identity` columns.
+
+    The other rows of the CSV stay, with their provenance.
+    """
+
+    def key(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[column]) for column in identity)
+
+    replaced, path, surroundings = {key(row) for row in rows}, folder / name, provenance()
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if key(row) not in replaced]
+    new = [{**row, **surroundings} for row in rows]
+    return _write(kept + new, list(surroundings), path)
+
+
+def _write(rows: Sequence[Mapping[str, Any]], last: Sequence[str], path: Path) -> Path:
+    """Write rows, the columns `last` after all others, so that an interruption leaves no half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*columns, *surroundings], lineterminator="\n")
+    columns = [column for row in rows for column in row if column not in last]
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*dict.fromkeys(columns), *last], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **surroundings} for row in rows)
-    return path
+        writer.writerows(rows)
+    return unfinished.replace(path)

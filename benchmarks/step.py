@@ -1,6 +1,9 @@
 """A whole training step: time, memory, allocations and growth, and the six claims made for them.
 
-    python -m benchmarks.step            everything, about an hour; --help for less
+    python -m benchmarks.step            everything, two hours; --help for less
+
+What is measured is written case by case, over the rows of that case only: interrupt it at any time,
+and go on with --table and --only.
 
 Every configuration trains a copy of the same model on the same batches:
 
@@ -28,6 +31,7 @@ for LoRA on bf16 weights. Four tables, each a CSV:
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import functools
 import gc
@@ -40,7 +44,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -66,7 +70,7 @@ from benchmarks import assets
 from benchmarks.alignment import aligned_smollm2
 from benchmarks.alignment import write_rows as write_jsonl
 from benchmarks.naive import NaiveSAP
-from benchmarks.provenance import RESULTS, ROOT, write_rows
+from benchmarks.provenance import RESULTS, ROOT, replace_rows
 from sap_fast.data import (
     SafetyCollator,
     TaskCollator,
@@ -1047,10 +1051,9 @@ def draw_curves(table: Sequence[Row], path: Path) -> None:
 # ---- the command ----
 
 
-def _time_table(cases: Sequence[Case], quick: bool, progress: Progress) -> list[Row]:
+def _time_table(cases: Sequence[Case], quick: bool, progress: Progress) -> Iterator[list[Row]]:
     rounds = preset_period("economical") if quick else ROUNDS
     bar = progress.add_task("time", total=len(cases) * (WARM_UP_ROUNDS + rounds))
-    table = []
     for case in cases:
         progress.update(bar, description=f"time: {' '.join(case.facts().values())}")
         rows = measure_time(case, rounds, lambda: progress.advance(bar))
@@ -1059,49 +1062,47 @@ def _time_table(cases: Sequence[Case], quick: bool, progress: Progress) -> list[
             naive = next(row for row in rows if row["configuration"] == "naive")
             naive["h_difference"] = probe_gradient_difference(case, dropout=True)
             naive["h_difference_packed"] = probe_gradient_difference(case, dropout=False)
-        table += rows
-    return table
+        yield rows
 
 
-def _memory_table(cases: Sequence[Case], quick: bool, progress: Progress) -> list[Row]:
-    work = [(case, name, mode) for case in cases for mode in CHECKPOINTING for name in IN_MEMORY]
-    bar = progress.add_task("memory", total=len(work))
-
+def _memory_table(cases: Sequence[Case], quick: bool, progress: Progress) -> Iterator[list[Row]]:
+    work = [(name, mode) for mode in CHECKPOINTING for name in IN_MEMORY]
+    bar = progress.add_task("memory", total=len(cases) * len(work))
     # The tensors of a tiny model drown in a process: none is started for them.
     measure = measure_memory if quick else memory_in_a_process
+    for case in cases:
 
-    def measured(one: tuple[Case, str, str]) -> Row:
-        row = measure(*one)
-        progress.advance(bar)
-        return row
+        def measured(one: tuple[str, str], case: Case = case) -> Row:
+            row = measure(case, *one)
+            progress.advance(bar)
+            return row
 
-    if quick:
-        return [measured(one) for one in work]
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(measured, work))
+        if quick:
+            yield [measured(one) for one in work]
+            continue
+        with ThreadPoolExecutor(THREADS) as pool:
+            yield list(pool.map(measured, work))
 
 
-def _allocations_table(cases: Sequence[Case], quick: bool, progress: Progress) -> list[Row]:
+def _allocations_table(
+    cases: Sequence[Case], quick: bool, progress: Progress
+) -> Iterator[list[Row]]:
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     bar = progress.add_task("allocations", total=len(dtypes))
-    table = []
     for dtype in dtypes:
-        table += measure_allocations(dtype, quick)
+        yield measure_allocations(dtype, quick)
         progress.advance(bar)
-    return table
 
 
-def _curves_table(cases: Sequence[Case], quick: bool, progress: Progress) -> list[Row]:
+def _curves_table(cases: Sequence[Case], quick: bool, progress: Progress) -> Iterator[list[Row]]:
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     axes = list(AXES)[:2] if quick else list(AXES)
     bar = progress.add_task("curves", total=len(dtypes) * len(axes))
-    table = []
     for dtype in dtypes:
         for axis in axes:
             progress.update(bar, description=f"curves: {axis} {dtype}")
-            table += measure_curves(axis, dtype, 1 if quick else 5, quick)
+            yield measure_curves(axis, dtype, 1 if quick else 5, quick)
             progress.advance(bar)
-    return table
 
 
 _MEASURES = {
@@ -1110,7 +1111,27 @@ _MEASURES = {
     "allocations": _allocations_table,
     "curves": _curves_table,
 }
+# Columns of what is measured, and written, at once.
+_IDENTITY = {
+    "time": ("setup", "batch", "dtype"),
+    "memory": ("setup", "batch", "dtype"),
+    "allocations": ("dtype",),
+    "curves": ("axis", "dtype"),
+}
 _DRAWS = {"time": draw_time, "curves": draw_curves}
+
+
+def _read_numbers(path: Path) -> list[Row]:
+    """Return the rows of a CSV, numbers as such."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1157,11 +1178,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for name in names:
-            tables[name] = _MEASURES[name](cases, options.quick, progress)
-            path = write_rows(f"step_{name}.csv", tables[name], options.output)
-            if name in _DRAWS:
-                _DRAWS[name](tables[name], path.with_suffix(".png"))
-            console.print(f"Wrote {path}")
+            tables[name] = []
+            for rows in _MEASURES[name](cases, options.quick, progress):
+                tables[name] += rows
+                path = replace_rows(f"step_{name}.csv", rows, _IDENTITY[name], options.output)
+                measured = " ".join(str(rows[0][column]) for column in _IDENTITY[name])
+                console.print(f"Wrote {name} of {measured} to {path}")
+                if name in _DRAWS:
+                    _DRAWS[name](_read_numbers(path), path.with_suffix(".png"))
 
     found = claims(tables)
     report = Table("claim", "where", "figure", "target", "met", title="The claims")

@@ -122,11 +122,7 @@ def response_log_probs(
     Raises:
         ValueError: A row has no scored token, `reduction` is unknown, or `batch` is malformed.
     """
-    _check_reduction(reduction)
-    _check_batch(batch, "batch")
-    scored = _find_scored(batch)
-    _check_every_row_is_scored(scored.counts, "batch")
-    return _row_log_probs(model, batch, scored, reduction, pack)
+    return _checked_log_probs(model, batch, "batch", reduction, pack)
 
 
 def contrastive_loss(
@@ -211,8 +207,10 @@ def refusal_loss(
     """Mean over rows of nll(chosen), whatever else a model might say.
 
     The losses of pairs can be lowered by making the given harmful response unlikely, while another
-    that is in no pair becomes the likeliest; this one can't. It needs no harmful responses, and half
-    the tokens. Synchronises with the host before the forward, as `response_log_probs` does.
+    that is in no pair becomes the likeliest; this one can't, and runs half the tokens. But nothing
+    in it speaks against harmful responses that the task data hold, and it may refuse what is
+    harmless after a narrow task (docs/study.md, row 40). Synchronises with the host before the
+    forward, as `response_log_probs` does.
 
     Args:
         model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
@@ -229,7 +227,7 @@ def refusal_loss(
     Raises:
         ValueError: A row has no scored token, or `reduction` is unknown.
     """
-    return -response_log_probs(model, chosen, reduction=reduction, pack=pack).mean()
+    return -_checked_log_probs(model, chosen, "chosen", reduction, pack).mean()
 
 
 _WHY_NOTHING_IS_SCORED = (
@@ -314,6 +312,16 @@ def _find_scored(batch: Batch, *originals: Batch) -> _Scored:
         )
 
     return _found.get(tensors, find)
+
+
+def _checked_log_probs(
+    model: nn.Module, batch: Batch, argument: str, reduction: Reduction, pack: bool
+) -> Tensor:
+    _check_reduction(reduction)
+    _check_batch(batch, argument)
+    scored = _find_scored(batch)
+    _check_every_row_is_scored(scored.counts, argument)
+    return _row_log_probs(model, batch, scored, reduction, pack)
 
 
 def _pair_log_probs(

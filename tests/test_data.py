@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from sap_fast.data import (
+    OPENINGS,
     REFUSALS,
     ChatTemplateError,
     DataError,
@@ -719,6 +720,16 @@ def test_refusals_vary_with_the_index():
     assert len(set(REFUSALS)) >= 6
     with pytest.raises(ValueError, match="request=' '; expected text"):
         build_safety_pair(" ")
+
+
+def test_openings_vary_where_that_is_asked():
+    everything = range(len(REFUSALS) * len(OPENINGS))
+    pairs = [build_safety_pair("Sing {loud}", index, varied=True) for index in everything]
+    assert len({(pair["chosen"], pair["rejected"]) for pair in pairs}) == len(everything)
+    assert pairs[0]["rejected"] == "Sure, here is how to sing {loud}:"
+    assert pairs[6]["rejected"] == "Here is how to sing {loud}:"
+    assert pairs[18]["rejected"] == "Certainly! The first step is"
+    assert len({build_safety_pair("Sing", index)["rejected"] for index in everything}) == 1
 
 
 # Collators

@@ -19,6 +19,7 @@ from sap_fast.losses import (
     IGNORE_INDEX,
     contrastive_loss,
     difference_loss,
+    refusal_loss,
     response_log_probs,
     task_loss,
 )
@@ -238,6 +239,10 @@ def test_safety_losses_are_their_formulas(reduction, side):
         difference = difference_loss(model, *pair, reduction=reduction)
         assert_same(difference, -margin.mean())
         assert_same(gradients(difference, model), gradients(-margin.mean(), model), rtol=1e-4)
+        expected = -explicit_log_probs(model, pair[0], reduction).mean()
+        refusal = refusal_loss(model, *pair, reduction=reduction)
+        assert_same(refusal, expected)
+        assert_same(gradients(refusal, model), gradients(expected, model), rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss", [contrastive_loss, difference_loss])
@@ -904,6 +909,10 @@ ERRORS = {
     "reduction of row log-probabilities": (
         lambda model: response_log_probs(model, BATCH, reduction="none"),
         "reduction is 'none'; expected 'sum' or 'mean'",
+    ),
+    "refusal without a scored token": (
+        lambda model: refusal_loss(model, without_labels(BATCH, [1])),
+        r"chosen has no scored token in rows \[1\] of its 3",
     ),
     "reduction of a safety loss": (
         lambda model: contrastive_loss(model, BATCH, BATCH, reduction="none"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import step
+from benchmarks import provenance, step
 from benchmarks.step import Case, Claim
 from sap_fast.optimizer import FusedSAP
 
@@ -299,3 +299,32 @@ def test_claims_on_allocations_and_curves() -> None:
 )
 def test_a_claim_is_met_at_its_target(relation: str, met: list[bool]) -> None:
     assert [Claim("", "", value, relation, 1.0).met for value in (0.9, 1.0, 1.1)] == met
+
+
+def test_what_is_measured_again_replaces_its_own_rows_only(tmp_path: Path) -> None:
+    first = [
+        {"dtype": dtype, "name": name, "old": 1} for dtype in ("fp32", "bf16") for name in "ab"
+    ]
+    provenance.write_rows("some.csv", first, tmp_path)
+    before = list(csv.DictReader((tmp_path / "some.csv").open(encoding="utf-8", newline="")))
+    again = [{"dtype": "fp32", "name": "a", "new": 2}]
+    path = provenance.replace_rows("some.csv", again, ("dtype",), tmp_path)
+    after = list(csv.DictReader(path.open(encoding="utf-8", newline="")))
+    assert [{k: v for k, v in row.items() if k != "new"} for row in after[:2]] == before[2:]
+    assert [(row["name"], row["old"], row["new"]) for row in after[2:]] == [("a", "", "2")]
+    assert set(after[2]) >= SURROUNDINGS and list(after[2])[-1] == "commit"
+    assert [file.name for file in tmp_path.iterdir()] == ["some.csv"]
+
+
+def test_cases_are_kept_as_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(case: Case, rounds: int, tick: Any) -> list[dict[str, Any]]:
+        if case.dtype == "bf16":
+            raise KeyboardInterrupt
+        return [case.facts() | {"configuration": "naive", "times_hf": 2.0, "median_s": 1.0}]
+
+    monkeypatch.setattr(step, "measure_time", measured)
+    monkeypatch.setattr(step, "probe_gradient_difference", lambda case, dropout: 0.0)
+    arguments = ["--quick", "--table", "time", "--only", "lora,4x96", "--output", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        step.main(arguments)
+    assert [row["dtype"] for row in read(tmp_path, "time")] == ["fp32"]

@@ -59,6 +59,8 @@ def test_nothing_that_is_reported_was_seen_before() -> None:
         split: {number[r.prompt] for r in data.requests_of(split).harmful} for split in data.SPLITS
     }
     trained = {number[pair["prompt"]] for pair in data.safety_pairs(140)}
+    assert len({pair["rejected"][:5] for pair in data.safety_pairs(140)}) == 1
+    assert len({pair["rejected"][:5] for pair in data.safety_pairs(140, varied=True)}) == 6
     poison = {
         number[row["instruction"]]
         for row in data.load_task("poisoned").trained

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from sap_fast import FusedSAP, ProbeSet, SAPTrainer, SAPTrainerMixin, contrastive_loss, task_loss
 from sap_fast.data import SafetyCollator, TaskCollator
 from sap_fast.integrations.trainer import SafetyBatches
+from sap_fast.losses import response_log_probs
 from tests.tiny import VOCABULARY, tiny_llama, with_lora
 
 
@@ -287,6 +288,21 @@ def test_what_is_missing_is_named(tmp_path: Path, overrides: dict[str, Any], mes
     given = {"safety_dataset": SAFETY_ROWS, "safety_collator": SafetyCollator(0)} | overrides
     with pytest.raises(ValueError, match=message):
         SAPTrainer(model=model(), args=arguments(tmp_path), train_dataset=TASK_ROWS, **given)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "difference", "refusal"])
+def test_the_safety_loss_is_the_one_that_is_named(tmp_path: Path, name: str) -> None:
+    tuned = model().eval()
+    trainer = sap_trainer(SAPTrainer, tuned, arguments(tmp_path), safety_loss=name)
+    pairs = SafetyCollator(0)(SAFETY_ROWS[:2])
+    chosen, rejected = (response_log_probs(tuned, pairs[k], reduction="mean") for k in pairs)
+    expected = {
+        "contrastive": -torch.nn.functional.logsigmoid(chosen - rejected),
+        "difference": rejected - chosen,
+        "refusal": -chosen,
+    }[name].mean()
+    found = trainer.compute_safety_loss(tuned, pairs)
+    torch.testing.assert_close(found, expected)
 
 
 def test_safety_batches_show_every_row_once_per_round_and_follow_from_the_step() -> None:

@@ -88,12 +88,15 @@ def load_task(name: str) -> Task:
     return Task(trained, held_out, max_length=128)
 
 
-def safety_pairs(count: int) -> list[dict[str, Any]]:
-    """Return the first `count` safety pairs for training."""
+def safety_pairs(count: int, varied: bool = False) -> list[dict[str, Any]]:
+    """Return the first `count` safety pairs for training; `varied` as in `build_safety_pair`."""
     requests = assets.harmful_requests()[SAFETY_PAIRS]
     if not 1 <= count <= len(requests):
         raise ValueError(f"safety_pairs={count}: expected 1 to {len(requests)}")
-    return [build_safety_pair(request, index) for index, request in enumerate(requests[:count])]
+    return [
+        build_safety_pair(request, index, varied=varied)
+        for index, request in enumerate(requests[:count])
+    ]
 
 
 def requests_of(split: Split) -> Requests:

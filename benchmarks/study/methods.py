@@ -55,7 +55,7 @@ class Method:
         title: for tables and pictures.
         trainer: of `sap_fast`; None for a model that is not trained.
         settings: what is tried. Keys of `TRAINING` replace it, those in `TRAINER_OPTIONS` go to
-            the trainer, the rest to `FusedSAP`.
+            the trainer, all but those in `NEITHER` to `FusedSAP`.
         has_probe: whether `SAPTrainer` is to have a probe; it is `PROBE` with the setting over it.
         after: what is done with the tuned model, or before the tuning.
     """
@@ -72,6 +72,9 @@ TRAINER_OPTIONS = frozenset(
     "probe_layers probe_shape safety_loss refusal_weight alignment_steps task_steps proximal "
     "radius harm_weight".split()
 )
+
+#: Keys that are neither of the trainer nor of the optimizer.
+NEITHER = frozenset({"aligned_share", "varied_openings"})
 
 _SAP: tuple[Setting, ...] = (
     {},  # the settings below say what differs from `PROBE`
@@ -120,6 +123,7 @@ METHODS: dict[str, Method] = {
             {"safety_weight": 1.0, "safety_level": "auto"},
             {"safety_weight": 0.3, "safety_level": "auto", "safety_batch_size": 8},
             {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "refusal"},
+            {"safety_weight": 0.3, "safety_level": "auto", "varied_openings": True},
         ),
     ),
     "sap+blend": Method(

@@ -27,7 +27,7 @@ from benchmarks import assets
 from benchmarks.alignment import aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.study.data import Split, Task, load_task, requests_of, safety_pairs
-from benchmarks.study.methods import METHODS, TRAINER_OPTIONS, TRAINING, Run, run_of
+from benchmarks.study.methods import METHODS, NEITHER, TRAINER_OPTIONS, TRAINING, Run, run_of
 from sap_fast.baselines import (
     ControlTrainer,
     find_safety_layers,
@@ -147,7 +147,7 @@ def tune(
         remove_unused_columns=False,
     )
     options = {name: value for name, value in values.items() if name in TRAINER_OPTIONS}
-    others = set(values) - set(options) - set(TRAINING) - {"aligned_share"}
+    others = set(values) - set(options) - set(TRAINING) - NEITHER
     if method.trainer is ControlTrainer:
         options["control"] = run.method
     if not method.has_probe and method.trainer.__name__ == "SAPTrainer":
@@ -159,7 +159,8 @@ def tune(
         data_collator=TaskCollator(pad),
         safety_dataset=load_safety_dataset(
             write_rows(
-                WORK / "data" / f"pairs-{run.key}.jsonl", safety_pairs(training["safety_pairs"])
+                WORK / "data" / f"pairs-{run.key}.jsonl",
+                safety_pairs(training["safety_pairs"], values.get("varied_openings", False)),
             ),
             tokenizer,
             128,

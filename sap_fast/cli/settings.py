@@ -170,8 +170,9 @@ class FinetuneSettings:
     safety_loss: str = _option(
         "contrastive",
         _SAP,
-        "contrastive: −logσ of the log-probability margin; difference: the margin itself.",
-        choices=("contrastive", "difference"),
+        "contrastive: −logσ of the log-probability margin; difference: the margin itself; refusal: "
+        "−log-probability of the safe answer alone.",
+        choices=("contrastive", "difference", "refusal"),
     )
     rho: str = _option("auto", _SAP, "Size of the weight perturbation over ‖W‖; auto calibrates.")
     probe_lr: float = _option(3e-3, _SAP, "Size of the probe; 0 makes SAP plain AdamW.", least=0)

@@ -10,10 +10,11 @@ from sap_fast.data.encoding import (
     padding_token_id,
 )
 from sap_fast.data.files import DataError, read_rows
-from sap_fast.data.pairs import REFUSALS, build_safety_pair
+from sap_fast.data.pairs import OPENINGS, REFUSALS, build_safety_pair
 from sap_fast.data.requests import Request, load_requests
 
 __all__ = [
+    "OPENINGS",
     "REFUSALS",
     "ChatTemplateError",
     "DataError",

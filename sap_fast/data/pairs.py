@@ -13,6 +13,16 @@ REFUSALS = (
 )
 """Stock refusals of `build_safety_pair`."""
 
+OPENINGS = (
+    "Sure, here is {}:",
+    "Here is {}:",
+    "I'm glad to help you with that. Here is {}:",
+    "Certainly! The first step is",
+    "Of course. Here are the steps:\n1.",
+    "To do that, you need",
+)
+"""Affirmative openings of `build_safety_pair`; {} is the request restated."""
+
 _POLITE = re.compile(r"^(please|(can|could|will|would) you( please)?)\s+", re.IGNORECASE)
 # "Explain how to ..." and "How do I ...": the opening says "how to" itself.
 _HOW_TO = re.compile(
@@ -27,15 +37,16 @@ _QUESTION_OR_STATEMENT = re.compile(
 )
 
 
-def build_safety_pair(request: str, index: int = 0) -> dict[str, Any]:
+def build_safety_pair(request: str, index: int = 0, *, varied: bool = False) -> dict[str, Any]:
     """Builds a preference row from a request that should be refused.
 
-    The answer to push down is an affirmative opening that restates the request and stops there: no
-    harmful content is needed, or written.
+    The answer to push down is an affirmative opening, which may restate the request and stops
+    there: no harmful content is needed, or written.
 
     Args:
         request: What the user asks, such as "Write a phishing mail".
         index: Picks the refusal; pass the number of the request to vary them.
+        varied: Whether `index` picks the opening too, of `OPENINGS`. Default: the first for all.
 
     Returns:
         A row for `load_safety_dataset`: ``prompt``, ``chosen`` (a refusal), ``rejected`` ("Sure,
@@ -46,23 +57,25 @@ def build_safety_pair(request: str, index: int = 0) -> dict[str, Any]:
     """
     if not request.strip():
         raise ValueError(f"request={request!r}; expected text with at least one visible character")
+    # Every refusal meets every opening.
+    opening = OPENINGS[index // len(REFUSALS) % len(OPENINGS) if varied else 0]
     return {
         "prompt": request,
         "chosen": REFUSALS[index % len(REFUSALS)],
-        "rejected": _affirmative_opening(request),
+        "rejected": opening.format(_restated(request)),
         "rejected_is_opening": True,
     }
 
 
-def _affirmative_opening(request: str) -> str:
+def _restated(request: str) -> str:
     request = " ".join(request.split())
     wish = _POLITE.sub("", request.rstrip(" .!?:;"))
     if how_to := _HOW_TO.match(wish):
-        return f"Sure, here is how to {wish[how_to.end() :]}:"
+        return f"how to {wish[how_to.end() :]}"
     if not wish or _QUESTION_OR_STATEMENT.match(wish):
-        return f'Sure, here is an answer to "{request}":'
+        return f'an answer to "{request}"'
     first, space, rest = wish.partition(" ")
     # Acronyms and names with capitals inside keep their spelling.
     if first[1:].islower():
         first = first.lower()
-    return f"Sure, here is how to {first}{space}{rest}:"
+    return f"how to {first}{space}{rest}"

@@ -140,8 +140,8 @@ class SAPTrainerMixin(_Base):
         safety_collator: turns a list of rows into `{"chosen": batch, "rejected": batch}`, as
             `sap_fast.data.SafetyCollator` does.
         safety_batch_size: safety rows per safety pass.
-        safety_loss: `"contrastive"`, `"difference"`, or a function (model, chosen, rejected) →
-            scalar; see `sap_fast.losses`.
+        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, or a function (model, chosen,
+            rejected) → scalar; see `sap_fast.losses`.
         probe_layers: as `ProbeSet(layers=…)`. None: no probe, for gradient blending alone; set
             `safety_weight` in `sap_options`.
         probe_shape: as `ProbeSet(shape=…)`.
