@@ -47,6 +47,7 @@ def build_safety_pair(request: str, index: int = 0, *, varied: bool = False) -> 
         request: What the user asks, such as "Write a phishing mail".
         index: Picks the refusal; pass the number of the request to vary them.
         varied: Whether `index` picks the opening too, of `OPENINGS`. Default: the first for all.
+            Varied ones keep more refusals, also of what is harmless (docs/study.md, row 41).
 
     Returns:
         A row for `load_safety_dataset`: ``prompt``, ``chosen`` (a refusal), ``rejected`` ("Sure,
