@@ -1002,10 +1002,11 @@ def draw_time(table: Sequence[Row], path: Path) -> None:
         names = [row["configuration"] for row in rows]
         panel.barh(names, [row["times_hf"] for row in rows], color=[_COLORS[n] for n in names])
         for place, row in enumerate(rows):
-            text = f" {row['times_hf']:.2f} × ({row['median_s']:.2f} s)"
-            panel.text(row["times_hf"], place, text, va="center", fontsize=7)
-            if target := TARGETS.get(row["configuration"]):
+            target = TARGETS.get(row["configuration"], 0.0)
+            if target:
                 panel.plot([target] * 2, [place - 0.45, place + 0.45], color="black")
+            text = f" {row['times_hf']:.2f} × ({row['median_s']:.2f} s)"
+            panel.text(max(row["times_hf"], target), place, text, va="center", fontsize=7)
         panel.set_title(" ".join(case), fontsize=9)
         panel.tick_params(labelsize=7)
         panel.invert_yaxis()

@@ -344,14 +344,24 @@ def pictures(
     return found
 
 
-#: There are six colours: these, which run on every task, share theirs with none of them.
-_COLOURS_OF_THEIR_OWN = ("aligned", "adamw", "sap", "blend", "mixed", "lisa")
+#: There are ten colours: these, which run on every task, share theirs with none of them.
+_COLOURS_OF_THEIR_OWN = (
+    "aligned",
+    "adamw",
+    "sap",
+    "blend",
+    "mixed",
+    "lisa",
+    "sap+blend",
+    "merge",
+    "sam",
+)
 
 
 def _style(method: str) -> dict[str, Any]:
     """The same in every picture."""
     position = list(dict.fromkeys((*_COLOURS_OF_THEIR_OWN, *METHODS))).index(method)
-    return {"color": f"C{position % 6}", "marker": MARKERS[position % len(MARKERS)]}
+    return {"color": f"C{position % 10}", "marker": MARKERS[position % len(MARKERS)]}
 
 
 def draw_band(axes: Any, values: Mapping[float, Sequence[float]], **style: Any) -> None:
