@@ -339,6 +339,7 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
                 ("aligned", {}),
                 ("merge", {"aligned_share": 0.0}),
                 ("merge", {"aligned_share": 1.0}),
+                ("adamw", {"aligned_share": 1.0}),
             )
         ]
     finally:
@@ -349,7 +350,8 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
         assert selection[name] == reported[name], name
     assert (selection["split"], reported["split"]) == ("selection", "report")
     assert len(selection["harmful_refusals"]) == 100 and len(reported["harmful_refusals"]) == 220
-    aligned, untouched, merged = found
+    aligned, untouched, merged, likewise = found
+    assert likewise == merged
     assert untouched == selection["task_loss"] != aligned
     assert merged == pytest.approx(aligned, abs=1e-3)
 
@@ -574,6 +576,15 @@ def test_a_cell_gives_share_difference_loss_and_seeds() -> None:
     cell = "66 %, −2 (−5 to +1) · 1 % · +0.0 % [2]"
     assert line == f"| SAP, probe_lr 0.002 * | – | – | {cell} |"
     assert tables.markdown_table([row], lambda tasks: tasks > 1).count("\n") == 2
+
+
+def test_what_a_merge_starts_from() -> None:
+    held = {"safety_level": "auto", "safety_weight": 0.3}
+    blend = run_of("blend", held, 1, "gsm8k")
+    assert runs.tuning_of(blend) == blend
+    assert runs.tuning_of(run_of("blend", held | {"aligned_share": 0.2}, 1, "gsm8k")) == blend
+    merged = run_of("merge", {"aligned_share": 0.2}, 1, "gsm8k")
+    assert runs.tuning_of(merged) == run_of("adamw", {}, 1, "gsm8k")
 
 
 def test_two_runs_of_one_tuning_at_once_tune_once(

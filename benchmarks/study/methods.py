@@ -125,6 +125,7 @@ METHODS: dict[str, Method] = {
             {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "refusal"},
             {"safety_weight": 0.3, "safety_level": "auto", "varied_openings": True},
             {"safety_weight": 0.1, "safety_level": "auto", "varied_openings": True},
+            {"safety_weight": 0.3, "safety_level": "auto", "aligned_share": 0.2},
         ),
     ),
     "sap+blend": Method(

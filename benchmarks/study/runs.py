@@ -91,7 +91,7 @@ def execute(run: Run, split: Split, threads: int) -> tuple[Row, list[Row]]:
         )
         if method.after == "freeze":
             freeze_layers(model, safety_layers(run.seed, model, tokenizer))
-        tuned_as = run_of("adamw", {}, run.seed, run.task) if method.after == "merge" else run
+        tuned_as = tuning_of(run)
         adapter = adapter_of(tuned_as)
         adapter.parent.mkdir(parents=True, exist_ok=True)
         # Merges of one tuning with different shares may run at the same time.
@@ -102,7 +102,7 @@ def execute(run: Run, split: Split, threads: int) -> tuple[Row, list[Row]]:
             else:
                 figures, looks = tune(tuned_as, task, model, tokenizer, split == "selection")
                 save_adapter(model, tokenizer, figures, adapter)
-        if method.after == "merge":
+        if "aligned_share" in values:
             merge_with_aligned(model, None, values["aligned_share"])
         # Quicker to ask without its adapter.
         model = cast(Any, model).merge_and_unload()
@@ -113,6 +113,18 @@ def execute(run: Run, split: Split, threads: int) -> tuple[Row, list[Row]]:
         row["exact_answers"] = exact_answers(model, tokenizer, task.held_out[split])
     seconds = time.perf_counter() - started
     return row | {"run_seconds": round(seconds, 1), "threads": threads}, looks
+
+
+def tuning_of(run: Run) -> Run:
+    """Return the run whose adapter a run starts from: itself, or what it merges with the aligned.
+
+    AdamW's for plain merging; for another method with an `aligned_share`, that without it.
+    """
+    setting = json.loads(run.setting)
+    if setting.pop("aligned_share", None) is None:
+        return run
+    method = "adamw" if METHODS[run.method].after == "merge" else run.method
+    return run_of(method, setting, run.seed, run.task)
 
 
 def adapter_of(run: Run) -> Path:
