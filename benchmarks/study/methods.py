@@ -126,6 +126,7 @@ METHODS: dict[str, Method] = {
             {"safety_weight": 0.3, "safety_level": "auto", "varied_openings": True},
             {"safety_weight": 0.1, "safety_level": "auto", "varied_openings": True},
             {"safety_weight": 0.3, "safety_level": "auto", "aligned_share": 0.2},
+            {"safety_weight": 0.3, "safety_level": "auto", "aligned_share": 0.1},
         ),
     ),
     "sap+blend": Method(
