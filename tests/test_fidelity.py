@@ -19,7 +19,7 @@ from tests.tiny import Problem, problem, safety, task
 
 
 def naive_of(case: Problem, **options: Any) -> NaiveSAP:
-    probes = ProbeSet(case.model)
+    probes = ProbeSet(case.model, "middle")
     probes.detach()
     return NaiveSAP(case.model, probes.modules, **options)
 
@@ -34,7 +34,7 @@ def test_without_dropout_and_autocast_its_h_is_ours(lora: bool, dtype: torch.dty
     rho = 1e-2
 
     other = case.copy()
-    probes = ProbeSet(other.model)
+    probes = ProbeSet(other.model, "middle")
     optimizer = FusedSAP(other.trained, probes, lr=0.0, rho=rho, difference="forward")
     optimizer.step(lambda: task(other), lambda: safety(other))
 
@@ -45,8 +45,8 @@ def test_without_dropout_and_autocast_its_h_is_ours(lora: bool, dtype: torch.dty
         moved = naive.probe_gradient(case.batch)
     for index, ours in probes.estimates.items():
         found = (moved[index] - clean[index]) / norm
-        # Measured: 4e-5 and 8e-6, for transformers takes norms and losses in fp32 anyway.
-        assert (found - ours).norm() < 1e-4 * ours.norm()
+        # Measured: 7e-6 in either dtype, for transformers takes norms and losses in fp32 anyway.
+        assert (found - ours).norm() < 3e-5 * ours.norm()
 
 
 def test_its_step_is_adamw_where_neither_weights_nor_hidden_states_are_moved() -> None:
