@@ -40,8 +40,7 @@ def commit() -> str:
 
 def write_rows(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> Path:
     """Write `rows`, each with its provenance, to a CSV in `folder`."""
-    surroundings = provenance()
-    return _write([{**row, **surroundings} for row in rows], list(surroundings), folder / name)
+    return _write([], rows, folder / name)
 
 
 def replace_rows(
@@ -55,22 +54,26 @@ def replace_rows(
     def key(row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[column]) for column in identity)
 
-    replaced, path, surroundings = {key(row) for row in rows}, folder / name, provenance()
-    kept: list[dict[str, Any]] = []
+    replaced, path = {key(row) for row in rows}, folder / name
+    kept: list[Mapping[str, Any]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             kept = [row for row in csv.DictReader(file) if key(row) not in replaced]
-    new = [{**row, **surroundings} for row in rows]
-    return _write(kept + new, list(surroundings), path)
+    return _write(kept, rows, path)
 
 
-def _write(rows: Sequence[Mapping[str, Any]], last: Sequence[str], path: Path) -> Path:
-    """Write rows, the columns `last` after all others, so that an interruption leaves no half."""
+def _write(
+    kept: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path
+) -> Path:
+    """Write rows that have their provenance, then `rows` with theirs; interrupted, no half."""
+    surroundings = provenance()
+    columns = [column for row in (*kept, *rows) for column in row if column not in surroundings]
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = [column for row in rows for column in row if column not in last]
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*dict.fromkeys(columns), *last], lineterminator="\n")
+        header = [*dict.fromkeys(columns), *surroundings]
+        writer = csv.DictWriter(file, header, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(kept)
+        writer.writerows({**row, **surroundings} for row in rows)
     return unfinished.replace(path)
