@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import assets
 from benchmarks.alignment import REFUSED
+from benchmarks.provenance import ROOT
 from benchmarks.study import __main__ as study
 from benchmarks.study import data, report, results, runs, tables, why
 from benchmarks.study.methods import (
@@ -572,10 +573,24 @@ def test_a_cell_gives_share_difference_loss_and_seeds() -> None:
         "refused_harmless_mean": "0.013",
         "task_loss_over_adamw": "0.99999",
     }
-    line = tables.markdown_table([row], lambda tasks: tasks == 1).splitlines()[-1]
+    line = tables.markdown_table([row], bool).splitlines()[-1]
     cell = "66 %, −2 (−5 to +1) · 1 % · +0.0 % [2]"
     assert line == f"| SAP, probe_lr 0.002 * | – | – | {cell} |"
-    assert tables.markdown_table([row], lambda tasks: tasks > 1).count("\n") == 2
+
+
+def test_readme_has_the_chosen_settings_that_ran_on_every_task() -> None:
+    rows = [
+        {**row, "setting": setting}
+        for row in results.read(report.FOLDER / "summary.csv")
+        if row["method"] == "sap" and row["chosen"] == "1"
+        for setting in ("{}", '{"probe_lr": 0.002}')
+    ]
+    for row in rows[::2]:
+        row["chosen"] = "0"
+    readme = tables.PAGES[ROOT / "README.md"]
+    lines = tables.markdown_table(rows, readme).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| SAP, probe_lr 0.002 *"]
+    assert len(tables.markdown_table(rows[2:], readme).splitlines()) == 2  # one task is missing
 
 
 def test_what_a_merge_starts_from() -> None:

@@ -14,10 +14,17 @@ from benchmarks.study.results import Row
 
 BEGIN, END = "<!-- from summary.csv -->\n", "<!-- until here -->\n"
 HEADING = "refuses harmful, and points over AdamW (95 %) · harmless · task loss"
-#: Files with a table, and what of a method's tasks has to have run to be in it.
-PAGES: dict[Path, Callable[[int], bool]] = {
-    ROOT / "README.md": lambda tasks: tasks == len(TASKS),
-    ROOT / "docs" / "study.md": lambda tasks: tasks > 0,
+
+
+def _is_compared(by_task: dict[str, Row]) -> bool:
+    """Whether a setting was chosen for its method and has run on every task."""
+    return len(by_task) == len(TASKS) and any(row["chosen"] == "1" for row in by_task.values())
+
+
+#: Files with a table, and which settings get a line in it, given their rows by task.
+PAGES: dict[Path, Callable[[dict[str, Row]], bool]] = {
+    ROOT / "README.md": _is_compared,
+    ROOT / "docs" / "study.md": bool,
 }
 
 
@@ -42,12 +49,12 @@ def with_table(text: str, table: str, page: Path) -> str:
     return before + BEGIN + table + END + after
 
 
-def markdown_table(rows: list[Row], is_wanted: Callable[[int], bool]) -> str:
+def markdown_table(rows: list[Row], is_wanted: Callable[[dict[str, Row]], bool]) -> str:
     """Return one line per method and setting, one column per task.
 
     Args:
         rows: of `summary.csv`.
-        is_wanted: whether a setting that has run on so many tasks gets a line.
+        is_wanted: whether a setting with such rows, by task, gets a line.
     """
     cells: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
@@ -58,7 +65,7 @@ def markdown_table(rows: list[Row], is_wanted: Callable[[int], bool]) -> str:
     ]
     for method in METHODS:
         for (name, setting), by_task in cells.items():
-            if name == method != "shipped" and is_wanted(len(by_task)):
+            if name == method != "shipped" and is_wanted(by_task):
                 columns = [_cell(by_task[t]) if t in by_task else MISSING for t in TASKS]
                 was_choice = len(METHODS[method].settings) > 1
                 chosen = was_choice and any(row["chosen"] == "1" for row in by_task.values())
