@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from benchmarks import assets
 from sap_fast.cli.finetune import finetune
 from sap_fast.cli.settings import FinetuneSettings
@@ -56,7 +58,8 @@ def alignment_rows() -> list[dict[str, Any]]:
 def aligned_smollm2(seed: int = 0) -> Path:
     """Return the folder of the aligned model, after aligning it if it is not in the cache.
 
-    Interrupted, the alignment goes on where it stopped.
+    Interrupted, the alignment goes on where it stopped. A process that asks for the model while
+    another aligns it waits for that one.
 
     Args:
         seed: of the order of rows.
@@ -83,7 +86,8 @@ def aligned_smollm2(seed: int = 0) -> Path:
     content = [rows, model.name, given]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     folder = assets.cache_folder() / f"smollm2-aligned-{digest}"
-    if not folder.exists():
-        task = write_rows(assets.cache_folder() / f"alignment-rows-{digest}.jsonl", rows)
-        finetune(FinetuneSettings(**{**vars(settings), "task": task, "output": str(folder)}))
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            task = write_rows(assets.cache_folder() / f"alignment-rows-{digest}.jsonl", rows)
+            finetune(FinetuneSettings(**{**vars(settings), "task": task, "output": str(folder)}))
     return folder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from benchmarks import alignment, assets, demo
 from benchmarks.provenance import commit
 from sap_fast.cli.report import ReportRun
+from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.evaluation import is_refusal
 
 INTERVAL = {"mean": 0.5, "low": 0.25, "high": 0.75, "count": 8}
@@ -57,3 +60,23 @@ def test_alignment_refuses_the_harmful_and_answers_the_rest(
     assert demo.TESTED.start >= demo.SAFETY_PAIRS.stop >= alignment.REFUSED.stop
     assert demo.HELD_OUT.start >= demo.TRAINED.stop
     assert demo.TRAINED.start >= alignment.INSTRUCTIONS.stop
+
+
+def test_two_that_want_the_aligned_model_at_once_align_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(assets, "smollm2_folder", lambda: tmp_path / "shipped")
+    monkeypatch.setattr(alignment, "alignment_rows", lambda: [{"messages": []}])
+    aligned: list[str] = []
+
+    def finetune(settings: FinetuneSettings) -> None:
+        aligned.append(settings.output)
+        time.sleep(0.2)  # for another to find no folder
+        Path(settings.output).mkdir()
+
+    monkeypatch.setattr(alignment, "finetune", finetune)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(alignment.aligned_smollm2, (0, 0))
+    assert first == second and aligned == [str(first)]
+    assert alignment.aligned_smollm2(seed=1) != first and len(aligned) == 2
