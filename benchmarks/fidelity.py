@@ -2,7 +2,8 @@
 
 The oracle is `tests/oracle.py`: h by fp64 double backward, for the same weights, batches and
 dropout masks. Cosine 1 and relative size 1 mean that h is exact; what is far from that is noise.
-All probe the layers that are `ProbeSet`'s default.
+All probe the layers that are `ProbeSet`'s default, and run padded batches: a packed one draws other
+masks than its padded twin, so what is packed is compared without dropout.
 Writes `fidelity.csv` with three tables and `fidelity.png`:
 
 * numerics: h of every way to run the probe passes, FusedSAP's and `benchmarks/naive.py`'s;
@@ -57,11 +58,13 @@ RESULTS = Path(__file__).parent / "results"
 # Cosines that FusedSAP's default has to reach with dropout and rho="auto".
 REQUIRED = {"fp32": 0.99, "bf16 autocast": 0.95}
 
+PACKED = "central, packed"
 # What FusedSAP is measured with beside its defaults, which difference centrally.
 VARIANTS: dict[str, dict[str, Any]] = {
     "central": {},
     "forward": {"difference": "forward"},
     "lagged, first step": {"schedule": "lagged"},
+    PACKED: {},
 }
 
 # The published ρ, and one that bf16 can see.
@@ -187,16 +190,20 @@ class Subject:
 
     def measure_ours(self, variant: str, arithmetic: str) -> list[Row]:
         """The h of one step as a user runs it, with the learning rate at zero."""
+        packed = variant == PACKED
+        self.case.model.train(not packed)
         probes = ProbeSet(self.case.model)
         optimizer = FusedSAP(self.case.trained, probes, lr=0.0, **VARIANTS[variant])
         torch.set_rng_state(self.random_state)
-        optimizer.step(*self._closures(arithmetic))
+        optimizer.step(*self._closures(arithmetic, pack=packed))
         optimizer.zero_grad()
         probes.detach()
+        self.case.model.train()
         calibration = optimizer.calibration
         assert calibration is not None
-        row = self._row("numerics", f"FusedSAP, {variant}", arithmetic, "same", calibration.rho)
-        figures = compare([probes.estimates], self.oracle)
+        masks, oracle = ("off", self.oracle_without_dropout) if packed else ("same", self.oracle)
+        row = self._row("numerics", f"FusedSAP, {variant}", arithmetic, masks, calibration.rho)
+        figures = compare([probes.estimates], oracle)
         agreement = calibration.agreement
         return [dataclasses.replace(row, rho_setting="auto", agreement=agreement, **figures)]
 
@@ -225,20 +232,20 @@ class Subject:
         ]
 
     def _closures(
-        self, arithmetic: str, case: Problem | None = None
+        self, arithmetic: str, case: Problem | None = None, *, pack: bool = False
     ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
         case = case or self.case
         autocast = arithmetic == "bf16 autocast"
 
         def task() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = task_loss(case.model, case.batch)
+                loss = task_loss(case.model, case.batch, pack=pack)
             loss.backward()
             return loss
 
         def safety() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = contrastive_loss(case.model, case.chosen, case.rejected)
+                loss = contrastive_loss(case.model, case.chosen, case.rejected, pack=pack)
             loss.backward()
             return loss
 

@@ -154,7 +154,7 @@ def test_the_script_writes_csv_and_picture(
     ]
     for tables in per_config:
         counts = {name: tables.count(name) for name in ("numerics", "grid", "restore")}
-        assert counts == {"numerics": 6 + 8, "grid": 22, "restore": 8}
+        assert counts == {"numerics": 8 + 8, "grid": 22, "restore": 8}
 
 
 def test_the_script_finds_our_h_true_and_the_naive_one_noise(
@@ -169,7 +169,8 @@ def test_the_script_finds_our_h_true_and_the_naive_one_noise(
         assert float(row["cosine"]) >= required[row["arithmetic"]]
     for row in rows:
         if row["path"].startswith("FusedSAP") and row["arithmetic"] == "fp32":
-            assert float(row["cosine"]) >= required["fp32"]
+            # The masks are the oracle's: what is left is rounding and the curvature along ΔW.
+            assert float(row["cosine"]) > 0.9999
         if row["path"] == "naive" and row["masks"] == "different":
             assert float(row["cosine"]) < 0.5 and row["repeats"] == "3"
             assert float(row["relative_size"]) > 1.5
