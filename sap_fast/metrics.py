@@ -15,9 +15,9 @@ class Calibration:
 
     Attributes:
         rho: the ρ chosen.
-        agreement: the largest cosine of h at a ρ tried and at half of it: how far h can be trusted,
-            1 at best.
-        agreements: that cosine for every ρ tried.
+        agreement: the cosine of h at ρ and at half of it, with forward differences at 2ρ and at ρ:
+            how far h can be trusted, 1 at best.
+        agreements: the cosine of h at ρ and at half of it, for every ρ tried.
         step: number of steps taken before.
     """
 

@@ -686,10 +686,11 @@ class FusedSAP(Optimizer):
         """Find the ρ at which h can be trusted most, and use it from now on.
 
         A ρ too small drowns in rounding, one too large leaves the linear range, and either way the
-        h it gives disagrees with that of half the ρ. So h is estimated on the grid 0.1·2⁻ᵏ,
-        k = 0…10, and the ρ is taken whose h has the largest cosine with that of ρ/2; with forward
-        differences and in the lagged schedule, half of it. Costs 22 probe passes and a safety pass,
-        and one parameter-sized buffer meanwhile; changes nothing but ρ.
+        h it gives disagrees with those of half and of twice the ρ. So h is estimated on the grid
+        0.1·2⁻ᵏ, k = 0…10, and the ρ is taken whose h has the largest cosine with both; with forward
+        differences and in the lagged schedule, half of that whose h has the largest with that of
+        ρ/2. Costs 22 probe passes and a safety pass, and one parameter-sized buffer meanwhile;
+        changes nothing but ρ.
 
         Args:
             task_closure: runs forward and backward on the task loss and returns it.
@@ -734,12 +735,8 @@ class FusedSAP(Optimizer):
                 f"{RHO_GRID[0]:g} … {RHO_GRID[-1]:.2g}; trying again at the next step",
             )
             return None
-        best = max(usable, key=lambda rho: usable[rho])
-        # A forward difference is off by O(ρ): h(ρ) by twice as much as it disagrees with h(ρ/2),
-        # h(ρ/2) by as much. Under bf16 autocast its cosine with the exact h rises from 0.91 to 0.96
-        # (benchmarks/fidelity.py, SmolLM2).
-        chosen = best / 2 if difference == "forward" else best
-        self.calibration = Calibration(chosen, usable[best], agreements, self._steps)
+        rho, agreement = _most_trusted(usable, difference)
+        self.calibration = Calibration(rho, agreement, agreements, self._steps)
         self._rounding_checked = False
         return self.calibration
 
@@ -990,6 +987,29 @@ def _refuse_for_tokens(schedule: str, probe_every: int, probe_fraction: float) -
                 f"{name}={value!r} uses the probe of one batch in another, but a probe with "
                 f'shape="token" fits its own batch only; use shape="hidden" or {name}={needed!r}'
             )
+
+
+def _most_trusted(agreements: dict[float, float], difference: str) -> tuple[float, float]:
+    """Return the ρ whose h can be trusted most, and its agreement.
+
+    Args:
+        agreements: cosines, all finite, of h at ρ and at ρ/2, for one ρ at least.
+        difference: as for `FusedSAP`.
+    """
+    if difference == "forward":
+        # Off by O(ρ): h(ρ) by twice as much as it disagrees with h(ρ/2), h(ρ/2) by as much.
+        best = max(agreements, key=lambda rho: agreements[rho])
+        return best / 2, agreements[best]
+    # Off by O(ρ²), of which h(2ρ) has four times as much, and by rounding, of which h(ρ/2) has
+    # twice as much: the first shows in the disagreement with one, the second with the other. By
+    # h(ρ/2) alone a ρ twice too large may be taken, at a cosine with the exact h of 0.967 where
+    # 0.992 can be had (benchmarks/fidelity.py, SmolLM2 under bf16 autocast).
+    between = {
+        rho: agreements[rho] + agreements[2 * rho] for rho in agreements if 2 * rho in agreements
+    }
+    candidates = between or agreements
+    best = max(candidates, key=lambda rho: candidates[rho])
+    return best, agreements[best]
 
 
 def _check_level(level: float | str | None, weight: float, probes: ProbeSet | None) -> None:

@@ -230,8 +230,8 @@ def test_measured_lean_is_the_predicted_one() -> None:
     ("lora", "autocast", "difference", "tolerance"),
     [
         (True, False, "central", 0.001),
-        (True, True, "central", 0.02),
-        (False, True, "central", 0.02),
+        (True, True, "central", 0.005),
+        (False, True, "central", 0.005),
         (True, True, "forward", 0.03),
         (False, True, "forward", 0.03),
     ],
