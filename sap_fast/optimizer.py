@@ -100,7 +100,7 @@ class FusedSAP(Optimizer):
             (W + ΔW and W, the paper's, error O(ρ)); same cost. `schedule="lagged"` is always
             forward: its second pass is the task pass, at W. Under bf16 autocast prefer central:
             the cosine of its h with the exact one is 0.99 and more where forward differences reach
-            0.88 to 0.98 (benchmarks/fidelity.py, tests/test_oracle.py).
+            0.93 to 0.97 (benchmarks/fidelity.py).
         safety_weight: γ of gradient blending, g ← g + γ‖g‖ĝ, so that W also descends L_safe. 0 is
             the paper. Keeps the direction: one parameter-sized buffer until `step`.
         safety_level: probe and blend only while the last safety pass found L_safe above this level,
