@@ -11,7 +11,13 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from sap_fast.losses import contrastive_loss, difference_loss, refusal_loss, task_loss
+from sap_fast.losses import (
+    contrastive_loss,
+    difference_loss,
+    joint_loss,
+    refusal_loss,
+    task_loss,
+)
 from sap_fast.metrics import Calibration, SAPMetrics
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
@@ -30,6 +36,7 @@ __all__ = [
     "SAPTrainerMixin",
     "contrastive_loss",
     "difference_loss",
+    "joint_loss",
     "refusal_loss",
     "task_loss",
 ]

@@ -158,10 +158,8 @@ def contrastive_loss(
         ValueError: A row has no scored token, the batches do not pair, or `temperature` or
             `reduction` is out of range.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; expected a number above 0")
-    chosen_log_probs, rejected_log_probs = _pair_log_probs(model, chosen, rejected, reduction, pack)
-    return -F.logsigmoid((chosen_log_probs - rejected_log_probs) / temperature).mean()
+    margins = _margins(model, chosen, rejected, temperature, reduction, pack)[1]
+    return -F.logsigmoid(margins).mean()
 
 
 def difference_loss(
@@ -228,6 +226,42 @@ def refusal_loss(
         ValueError: A row has no scored token, or `reduction` is unknown.
     """
     return -_checked_log_probs(model, chosen, "chosen", reduction, pack).mean()
+
+
+def joint_loss(
+    model: nn.Module,
+    chosen: Batch,
+    rejected: Batch,
+    *,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    pack: bool = True,
+) -> Tensor:
+    """The value of `contrastive_loss`, with the gradient of it plus `refusal_loss`.
+
+    For a level that is held (`FusedSAP(safety_level=…)`). Whether a model still tells the pairs
+    apart is the better measure of what tuning does to it, as a narrow task moves the likelihood of
+    refusals whatever is refused; but that likelihood is the better direction, as it also counts
+    where the model would open as no pair does. Both come from one forward. As the gradient is not
+    that of the value, a line search has no use for this loss.
+
+    Args:
+        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
+        chosen: as for `contrastive_loss`.
+        rejected: as for `contrastive_loss`.
+        temperature: as for `contrastive_loss`; the refusals' likelihood has none.
+        reduction: as for `contrastive_loss`, of both.
+        pack: as for `contrastive_loss`.
+
+    Returns:
+        A scalar, fp32 (fp64 for an fp64 model).
+
+    Raises:
+        ValueError: as `contrastive_loss`.
+    """
+    chosen_log_probs, margins = _margins(model, chosen, rejected, temperature, reduction, pack)
+    refusal = -chosen_log_probs.mean()
+    return -F.logsigmoid(margins).mean() + (refusal - refusal.detach())
 
 
 _WHY_NOTHING_IS_SCORED = (
@@ -322,6 +356,21 @@ def _checked_log_probs(
     scored = _find_scored(batch)
     _check_every_row_is_scored(scored.counts, argument)
     return _row_log_probs(model, batch, scored, reduction, pack)
+
+
+def _margins(
+    model: nn.Module,
+    chosen: Batch,
+    rejected: Batch,
+    temperature: float,
+    reduction: Reduction,
+    pack: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return log p(chosen), and (log p(chosen) − log p(rejected)) / temperature."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a number above 0")
+    chosen_log_probs, rejected_log_probs = _pair_log_probs(model, chosen, rejected, reduction, pack)
+    return chosen_log_probs, (chosen_log_probs - rejected_log_probs) / temperature
 
 
 def _pair_log_probs(

@@ -19,6 +19,7 @@ from sap_fast.losses import (
     IGNORE_INDEX,
     contrastive_loss,
     difference_loss,
+    joint_loss,
     refusal_loss,
     response_log_probs,
     task_loss,
@@ -235,6 +236,10 @@ def test_safety_losses_are_their_formulas(reduction, side):
         contrastive = contrastive_loss(model, *pair, temperature=2.5, reduction=reduction)
         expected = -torch.log(torch.sigmoid(margin.double() / 2.5)).mean().float()
         assert_same(contrastive, expected)
+        joint = joint_loss(model, *pair, temperature=2.5, reduction=reduction)
+        assert_same(joint, expected)
+        summed = expected - explicit_log_probs(model, pair[0], reduction).mean()
+        assert_same(gradients(joint, model), gradients(summed, model), rtol=1e-4)
         assert_same(gradients(contrastive, model), gradients(expected, model), rtol=1e-4)
         difference = difference_loss(model, *pair, reduction=reduction)
         assert_same(difference, -margin.mean())
@@ -245,7 +250,7 @@ def test_safety_losses_are_their_formulas(reduction, side):
         assert_same(gradients(refusal, model), gradients(expected, model), rtol=1e-4)
 
 
-@pytest.mark.parametrize("loss", [contrastive_loss, difference_loss])
+@pytest.mark.parametrize("loss", [contrastive_loss, difference_loss, joint_loss])
 def test_safety_losses_use_per_token_means_and_one_forward(loss):
     model, chosen, rejected = build(), make_batch(), make_batch((6, 15, 8), seed=1)
     shapes = []

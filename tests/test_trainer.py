@@ -290,7 +290,7 @@ def test_what_is_missing_is_named(tmp_path: Path, overrides: dict[str, Any], mes
         SAPTrainer(model=model(), args=arguments(tmp_path), train_dataset=TASK_ROWS, **given)
 
 
-@pytest.mark.parametrize("name", ["contrastive", "difference", "refusal"])
+@pytest.mark.parametrize("name", ["contrastive", "difference", "refusal", "joint"])
 def test_the_safety_loss_is_the_one_that_is_named(tmp_path: Path, name: str) -> None:
     tuned = model().eval()
     trainer = sap_trainer(SAPTrainer, tuned, arguments(tmp_path), safety_loss=name)
@@ -300,6 +300,7 @@ def test_the_safety_loss_is_the_one_that_is_named(tmp_path: Path, name: str) -> 
         "contrastive": -torch.nn.functional.logsigmoid(chosen - rejected),
         "difference": rejected - chosen,
         "refusal": -chosen,
+        "joint": -torch.nn.functional.logsigmoid(chosen - rejected),  # its value
     }[name].mean()
     found = trainer.compute_safety_loss(tuned, pairs)
     torch.testing.assert_close(found, expected)

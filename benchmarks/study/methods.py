@@ -123,6 +123,7 @@ METHODS: dict[str, Method] = {
             {"safety_weight": 1.0, "safety_level": "auto"},
             {"safety_weight": 0.3, "safety_level": "auto", "safety_batch_size": 8},
             {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "refusal"},
+            {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "joint"},
             {"safety_weight": 0.3, "safety_level": "auto", "varied_openings": True},
             {"safety_weight": 0.1, "safety_level": "auto", "varied_openings": True},
             {"safety_weight": 0.3, "safety_level": "auto", "aligned_share": 0.2},

@@ -171,8 +171,9 @@ class FinetuneSettings:
         "contrastive",
         _SAP,
         "contrastive: −logσ of the log-probability margin; difference: the margin itself; refusal: "
-        "−log-probability of the safe answer alone.",
-        choices=("contrastive", "difference", "refusal"),
+        "−log-probability of the safe answer alone; joint: measured as contrastive, descended with "
+        "refusal as well.",
+        choices=("contrastive", "difference", "refusal", "joint"),
     )
     rho: str = _option("auto", _SAP, "Size of the weight perturbation over ‖W‖; auto calibrates.")
     probe_lr: float = _option(3e-3, _SAP, "Size of the probe; 0 makes SAP plain AdamW.", least=0)

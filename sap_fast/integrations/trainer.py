@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sap_fast.losses import contrastive_loss, difference_loss, refusal_loss, task_loss
+from sap_fast.losses import (
+    contrastive_loss,
+    difference_loss,
+    joint_loss,
+    refusal_loss,
+    task_loss,
+)
 from sap_fast.optimizer import FusedSAP
 from sap_fast.probes import ProbeSet
 
@@ -24,6 +30,7 @@ _SAFETY_LOSSES: dict[str, SafetyLoss] = {
     "contrastive": contrastive_loss,
     "difference": difference_loss,
     "refusal": refusal_loss,
+    "joint": joint_loss,
 }
 
 
@@ -140,8 +147,8 @@ class SAPTrainerMixin(_Base):
         safety_collator: turns a list of rows into `{"chosen": batch, "rejected": batch}`, as
             `sap_fast.data.SafetyCollator` does.
         safety_batch_size: safety rows per safety pass.
-        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, or a function (model, chosen,
-            rejected) → scalar; see `sap_fast.losses`.
+        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"`, or a function (model,
+            chosen, rejected) → scalar; see `sap_fast.losses`.
         probe_layers: as `ProbeSet(layers=…)`. None: no probe, for gradient blending alone; set
             `safety_weight` in `sap_options`.
         probe_shape: as `ProbeSet(shape=…)`.
