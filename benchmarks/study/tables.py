@@ -16,9 +16,14 @@ BEGIN, END = "<!-- from summary.csv -->\n", "<!-- until here -->\n"
 HEADING = "refuses harmful, and points over AdamW (95 %) · harmless · task loss"
 
 
+def _is_chosen(by_task: dict[str, Row]) -> bool:
+    """Whether a setting is the one that was chosen for its method."""
+    return any(row["chosen"] == "1" for row in by_task.values())
+
+
 def _is_compared(by_task: dict[str, Row]) -> bool:
-    """Whether a setting was chosen for its method and has run on every task."""
-    return len(by_task) == len(TASKS) and any(row["chosen"] == "1" for row in by_task.values())
+    """Whether a setting was chosen and has run on every task."""
+    return len(by_task) == len(TASKS) and _is_chosen(by_task)
 
 
 #: Files with a table, and which settings get a line in it, given their rows by task.
@@ -68,7 +73,7 @@ def markdown_table(rows: list[Row], is_wanted: Callable[[dict[str, Row]], bool])
             if name == method != "shipped" and is_wanted(by_task):
                 columns = [_cell(by_task[t]) if t in by_task else MISSING for t in TASKS]
                 was_choice = len(METHODS[method].settings) > 1
-                chosen = was_choice and any(row["chosen"] == "1" for row in by_task.values())
+                chosen = was_choice and _is_chosen(by_task)
                 title = _title(method, setting) + (" *" if chosen else "")
                 lines.append(f"| {title} | {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
