@@ -19,6 +19,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sap_fast import SAPTrainer, contrastive_loss, joint_loss, refusal_loss
 from sap_fast.cli import finetune as finetune_module
 from sap_fast.cli import main
 from sap_fast.cli.console import console
@@ -84,6 +85,34 @@ def test_finetune_in_full_with_the_rivals(
     ]
     assert all(changed)
     assert ("sap/safety_loss" in metrics(output)[0]) == (optimizer == "blend")
+
+
+@pytest.mark.parametrize(
+    ("more", "loss", "weight", "level"),
+    [
+        ({"optimizer": "blend"}, joint_loss, 0.3, "auto"),
+        ({"optimizer": "blend", "safety_level": "always"}, contrastive_loss, 0.3, None),
+        ({"optimizer": "blend", "safety_loss": "refusal"}, refusal_loss, 0.3, "auto"),
+        ({"optimizer": "sap"}, contrastive_loss, 0.0, None),
+        ({"optimizer": "sap", "safety_weight": 0.1}, contrastive_loss, 0.1, "auto"),
+    ],
+)
+def test_each_optimizer_has_its_own_loss_weight_and_level(
+    terminal: Terminal, tmp_path: Path, more: dict[str, Any], loss: Any, weight: float, level: Any
+) -> None:
+    settings = FinetuneSettings(
+        model=str(terminal.chat_model),
+        task=terminal.files["task"],
+        safety=terminal.files["safety"],
+        output=str(tmp_path / "tuned"),
+        max_steps=1,
+        **more,
+    )
+    trainer, _ = finetune_module.prepare(settings, tmp_path)
+    assert isinstance(trainer, SAPTrainer)
+    assert trainer._safety_loss is loss
+    assert trainer.sap_optimizer.safety_weight == weight
+    assert trainer.sap_optimizer.safety_level == level
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(

@@ -435,11 +435,12 @@ def test_a_summary_compares_with_adamw_on_the_same_seeds() -> None:
         reported("sap", sap, 0, "alpaca", answers=share(10), task_loss=1.53, step_seconds=3.0),
         reported("sap", sap, 1, "alpaca", answers=share(10), task_loss=1.515, step_seconds=2.0),
         reported("lisa", {}, 0, "alpaca", step_seconds=1.5) | {"threads": 2},
+        reported("sam", {}, 0, "alpaca", step_seconds=1.5) | {"device": "another CPU"},
         reported("sap", {}, 2, "alpaca", answers=share(0)),
         # Settings were chosen by these: they have no place in what is reported.
         row("sap", sap, "alpaca", 0, answers=share(0)),
     ]
-    settings = {"aligned": {}, "adamw": {}, "sap": sap, "lisa": {}}
+    settings = {"aligned": {}, "adamw": {}, "sap": sap, "lisa": {}, "sam": {}}
     found = {s.method: s for s in report.summarize(rows, settings)}
     assert found["sap"].seeds == (0, 1)
     assert found["sap"].refused_harmful.mean == 1.0
@@ -447,7 +448,8 @@ def test_a_summary_compares_with_adamw_on_the_same_seeds() -> None:
     assert found["sap"].against_adamw.mean == pytest.approx(0.7)
     assert found["sap"].task_loss_ratio == pytest.approx((1.015, 1.01, 1.02))
     assert found["sap"].step_ratio == 2.5
-    assert found["lisa"].step_ratio is None and found["lisa"].step_seconds == 1.5
+    for elsewhere in ("lisa", "sam"):
+        assert found[elsewhere].step_ratio is None and found[elsewhere].step_seconds == 1.5
     # Of the 0.1 that AdamW took off, 0.07 with seed 0; seed 1 has no aligned model here.
     assert found["sap"].gain_kept == pytest.approx(0.7)
     assert found["adamw"].gain_kept == pytest.approx(1.0)

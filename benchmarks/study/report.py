@@ -53,7 +53,7 @@ class Summary:
         exact_answers: share of problems solved, or None.
         lean: predicted, mean over seeds, or None: see `SAPMetrics.lean_predicted`.
         step_seconds: median over seeds, or None.
-        step_ratio: of it to AdamW's on the same task with as many threads, or None.
+        step_ratio: of it to AdamW's with the same task, seed, device and threads, or None.
         peak_bytes: largest over seeds, or None.
     """
 
@@ -163,7 +163,8 @@ def _summary(
         timed = [
             row["step_seconds"] / other["step_seconds"]
             for row, other in pairs
-            if row["step_seconds"] and row["threads"] == other["threads"]
+            if row["step_seconds"]
+            and (row["threads"], row["device"]) == (other["threads"], other["device"])
         ]
         step_ratio = statistics.median(timed) if timed else None
     gains = [

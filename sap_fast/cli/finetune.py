@@ -261,7 +261,7 @@ def _trainer(
         safety_dataset=safety_rows,
         safety_collator=SafetyCollator(pad),
         safety_batch_size=settings.safety_batch_size,
-        safety_loss=settings.safety_loss,
+        safety_loss=settings.descended_loss,
         probe_layers=settings.layers() if settings.optimizer == "sap" else None,
         sap_options=settings.sap_options(),
     )

@@ -167,12 +167,13 @@ class FinetuneSettings:
         above=0,
         most=1,
     )
-    safety_loss: str = _option(
-        "contrastive",
+    safety_loss: str | None = _option(
+        None,
         _SAP,
         "contrastive: −logσ of the log-probability margin; difference: the margin itself; refusal: "
         "−log-probability of the safe answer alone; joint: measured as contrastive, descended with "
-        "refusal as well.",
+        "refusal as well. By default joint with --optimizer blend that holds a level, else "
+        "contrastive.",
         choices=("contrastive", "difference", "refusal", "joint"),
     )
     rho: str = _option("auto", _SAP, "Size of the weight perturbation over ‖W‖; auto calibrates.")
@@ -248,6 +249,14 @@ class FinetuneSettings:
         if self.safety_level is not None:
             return self.safety_level
         return "auto" if self.blending_weight != 0 else "always"
+
+    @property
+    def descended_loss(self) -> str:
+        """The safety loss: what was given, or the optimizer's own."""
+        if self.safety_loss is not None:
+            return self.safety_loss
+        blends_to_level = self.optimizer == "blend" and self.held_level != "always"
+        return "joint" if blends_to_level else "contrastive"
 
     def sap_options(self) -> dict[str, Any]:
         """Return the keyword arguments for `FusedSAP`.
