@@ -457,19 +457,31 @@ def test_a_summary_compares_with_adamw_on_the_same_seeds() -> None:
     assert found["adamw"].against_adamw is None
 
 
-def test_methods_are_shown_on_the_seeds_that_all_have() -> None:
+def test_methods_are_shown_on_the_seeds_that_most_have() -> None:
     rows = [
+        # As many runs with both seeds as with the first alone, which both methods have.
         reported("adamw", {}, 0, "alpaca", answers=share(4)),
         reported("adamw", {}, 1, "alpaca", answers=share(9)),
         reported("sap", {}, 0, "alpaca", answers=share(6)),
+        # Two methods have both seeds; Lisa has another one of its own.
+        *(reported("adamw", {}, seed, "poisoned", answers=share(2)) for seed in (0, 1)),
+        *(reported("sap", {}, seed, "poisoned", answers=share(8)) for seed in (0, 1)),
+        *(reported("lisa", {}, seed, "poisoned", answers=share(3)) for seed in (0, 2)),
+        # What AdamW has no run of is compared with nothing.
         reported("adamw", {}, 1, "gsm8k", answers=share(9)),
+        *(reported("sap", {}, seed, "gsm8k", answers=share(5)) for seed in (0, 1, 2)),
     ]
-    found = report.on_common_seeds(rows, {"adamw": {}, "sap": {}})
+    settings: dict[str, Any] = {"adamw": {}, "sap": {}, "lisa": {}}
+    found = report.on_common_seeds(rows, settings)
     assert [(s.task, s.method, s.seeds, s.refused_harmful.mean) for s in found] == [
         ("alpaca", "adamw", (0,), 0.4),
         ("alpaca", "sap", (0,), 0.6),
+        ("poisoned", "adamw", (0, 1), 0.2),
+        ("poisoned", "sap", (0, 1), 0.8),
         ("gsm8k", "adamw", (1,), 0.9),
+        ("gsm8k", "sap", (1,), 0.5),
     ]
+    assert report.left_out(rows, settings, found) == ["Lisa (Alpaca, 10 % poisoned)"]
 
 
 @pytest.mark.parametrize(
