@@ -65,8 +65,9 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 # ---- nothing moves but by AdamW ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "lora"), [(torch.float32, True), (torch.bfloat16, False)], ids=["lora", "full"]
+)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_hundred_steps_of_lr_zero_leave_every_bit(
     dtype: torch.dtype, lora: bool, variant: dict[str, Any]
