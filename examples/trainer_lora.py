@@ -1,6 +1,7 @@
-"""transformers' Trainer with SAP, and LoRA from PEFT.
+"""transformers' Trainer with LoRA from PEFT, and SAP or blending.
 
 python examples/trainer_lora.py --tiny
+python examples/trainer_lora.py --tiny --blend
 """
 
 import tempfile
@@ -12,7 +13,18 @@ from transformers import TrainingArguments
 from sap_fast import SAPTrainer
 from sap_fast.data import SafetyCollator, TaskCollator
 
-options = parser(__doc__).parse_args()
+arguments = parser(__doc__)
+arguments.add_argument("--blend", action="store_true", help="blend, without a probe")
+options = arguments.parse_args()
+how = {"sap_options": {"preset": "balanced"}}
+if options.blend:
+    # Down the safety loss by 0.3 of the gradient's length, where the model is less safe than it
+    # came; sap/above_level in the log says which steps these were.
+    how = {
+        "probe_layers": None,
+        "safety_loss": "joint",
+        "sap_options": {"safety_weight": 0.3, "safety_level": "auto"},
+    }
 model = get_peft_model(
     load_model(options), LoraConfig(r=8, target_modules=["q_proj", "v_proj"], lora_alpha=16)
 )
@@ -34,6 +46,6 @@ with tempfile.TemporaryDirectory() as folder:
         data_collator=TaskCollator(pad_token_id=0),
         safety_dataset=safety_rows(model),
         safety_collator=SafetyCollator(pad_token_id=0),
-        sap_options={"preset": "balanced"},
+        **how,
     )
     trainer.train()

@@ -383,15 +383,19 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem != "common")
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_every_example_runs(script: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [*((script, []) for script in SCRIPTS), (EXAMPLES / "trainer_lora.py", ["--blend"])],
+    ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value),
+)
+def test_every_example_runs(script: Path, more: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(script)]
     if "torchrun" in script.read_text():
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         command = [sys.executable, *launcher, str(script)]
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "ACCELERATE_USE_CPU": "true"}
     options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run([*command, "--tiny", "--steps", "2"], **options)
+    done = subprocess.run([*command, "--tiny", "--steps", "2", *more], **options)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [float(found) for found in re.findall(r"(?m)^.*?\bloss\W+(\d+\.\d+)", done.stdout)]
     # Every step says its loss. Random tokens of 256: ln 256 = 5.5 each.
