@@ -125,18 +125,23 @@ def on_common_seeds(rows: Sequence[Row], settings: dict[str, Setting]) -> list[S
     one method's three seeds beside another's first. So a task is shown over the seeds that leave
     the most runs, or then the most methods, and methods that lack one of these are left out.
     """
-    seeds: dict[str, dict[str, set[int]]] = {}
-    for (task, method, setting), by_seed in _reported(rows).items():
-        if settings.get(method) == json.loads(setting):
-            seeds.setdefault(task, {})[method] = set(by_seed)
     shown: dict[tuple[str, str], set[int]] = {}
-    for task, of_methods in seeds.items():
+    for task, of_methods in _seeds(rows, settings).items():
         common = _most_shared(of_methods)
         shown |= {(task, name): common for name, each in of_methods.items() if common <= each}
     return summarize(
         [row for row in rows if row["seed"] in shown.get((row["task"], row["method"]), ())],
         settings,
     )
+
+
+def _seeds(rows: Sequence[Row], settings: dict[str, Setting]) -> dict[str, dict[str, set[int]]]:
+    """Return the seeds that each method has run with in its setting, by task."""
+    seeds: dict[str, dict[str, set[int]]] = {}
+    for (task, method, setting), by_seed in _reported(rows).items():
+        if settings.get(method) == json.loads(setting):
+            seeds.setdefault(task, {})[method] = set(by_seed)
+    return seeds
 
 
 def _most_shared(seeds: dict[str, set[int]]) -> set[int]:
@@ -155,11 +160,13 @@ def left_out(
     rows: Sequence[Row], settings: dict[str, Setting], summaries: Sequence[Summary]
 ) -> list[str]:
     """Return the methods and tasks that have run, but that `on_common_seeds` does not show."""
+    seeds = _seeds(rows, settings)
     shown = {(each.task, each.method) for each in summaries}
     return [
-        f"{each.title} ({TASK_TITLES[each.task]})"
-        for each in summarize(rows, settings)
-        if (each.task, each.method) not in shown
+        f"{METHODS[method].title} ({TASK_TITLES[task]})"
+        for task in TASKS
+        for method in METHODS
+        if method in seeds.get(task, {}) and (task, method) not in shown
     ]
 
 

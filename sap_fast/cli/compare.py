@@ -92,8 +92,8 @@ def _compare(
     for method, run in planned.items():
         name, description = METHODS[method]
         if method == "blend":
-            description += f" (weight {blend:g}, level: {run.held_level}, "
-            description += f"loss: {run.descended_loss})"
+            level, loss = run.held_level, run.descended_loss
+            description += f" (weight {blend:g}, level: {level}, loss: {loss})"
         output = _finetune(run)
         evaluation = _evaluate(name, str(output), files, settings, folder)
         record = json.loads((output / "run.json").read_text(encoding="utf-8"))
