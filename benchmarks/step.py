@@ -71,6 +71,7 @@ from benchmarks.alignment import aligned_smollm2
 from benchmarks.alignment import write_rows as write_jsonl
 from benchmarks.naive import NaiveSAP
 from benchmarks.provenance import RESULTS, ROOT, replace_rows
+from benchmarks.series import Series, preset_period, ratio, summary
 from sap_fast.data import (
     SafetyCollator,
     TaskCollator,
@@ -87,8 +88,6 @@ from sap_fast.probes import ProbeSet, find_decoder_layers
 Row = dict[str, Any]
 #: A `LlamaForCausalLM`, plain or in a `PeftModel`.
 Model = Any
-#: Seconds by the number of the round.
-Series = dict[int, float]
 
 SETUPS = ("lora", "full")
 #: Rows × most tokens of a row.
@@ -548,7 +547,7 @@ def measure_time(case: Case, rounds: int, tick: Callable[[], None]) -> list[Row]
     for name, series in seconds.items():
         series = {number: value for number, value in series.items() if number >= WARM_UP_ROUNDS}
         period = preset_period(name)
-        row = case.facts() | {"configuration": name, "period": period} | _summary(series, period)
+        row = case.facts() | {"configuration": name, "period": period} | summary(series, period)
         if name not in alone.seconds:
             row |= {
                 "times_hf": ratio(series, seconds["hf_adamw"], period),
@@ -559,36 +558,6 @@ def measure_time(case: Case, rounds: int, tick: Callable[[], None]) -> list[Row]
             row |= work_sizes(case, name, runs[name].sizes, all_rows[WARM_UP_ROUNDS:])
         table.append(row)
     return table
-
-
-def preset_period(name: str) -> int:
-    """Return after how many steps a configuration does the same passes again."""
-    preset = PRESETS.get(name, PRESETS["paper"])
-    return math.lcm(preset.direction_every, preset.probe_every)
-
-
-def _periods(series: Series, period: int) -> list[list[int]]:
-    """Return the rounds of `series`, a whole period at a time."""
-    rounds = sorted(series)
-    return [rounds[k : k + period] for k in range(0, len(rounds) - period + 1, period)]
-
-
-def _summary(series: Series, period: int) -> Row:
-    """Return median and quartiles of the mean seconds of a step, over whole periods."""
-    means = [statistics.mean(series[k] for k in rounds) for rounds in _periods(series, period)]
-    low, middle, high = statistics.quantiles(means, n=4) if len(means) > 1 else 3 * means
-    figures = {"median_s": middle, "q25_s": low, "q75_s": high}
-    return {name: round(value, 4) for name, value in figures.items()} | {"periods": len(means)}
-
-
-def ratio(above: Series, below: Series, period: int) -> float:
-    """Return the median, over whole periods, of the ratio of the seconds in the same rounds."""
-    common = {number: above[number] for number in above if number in below}
-    ratios = [
-        sum(above[k] for k in rounds) / sum(below[k] for k in rounds)
-        for rounds in _periods(common, period)
-    ]
-    return round(statistics.median(ratios), 3)
 
 
 def work_sizes(case: Case, name: str, sizes: ForwardSizes, steps: Sequence[Sequence[Any]]) -> Row:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import provenance, step
+from benchmarks.series import preset_period, ratio
 from benchmarks.step import Case, Claim
 from sap_fast.optimizer import FusedSAP
 
@@ -74,7 +75,7 @@ def test_time_has_every_configuration_and_pass(folder: Path) -> None:
     assert list(rows) == [*step.CONFIGURATIONS, "passes alone", *passes]
     assert all(value > 0 for value in numbers(list(rows.values()), "median_s"))
     assert [rows[name]["period"] for name in ("paper", "balanced", "economical")] == [
-        str(step.preset_period(name)) for name in ("paper", "balanced", "economical")
+        str(preset_period(name)) for name in ("paper", "balanced", "economical")
     ]
     assert float(rows["hf_adamw"]["times_hf"]) == float(rows["floor"]["times_floor"]) == 1
     assert rows["hf_adamw"]["safety_tokens"] == ""
@@ -144,8 +145,8 @@ def test_memory_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 def test_ratios_are_taken_in_the_same_rounds_over_whole_periods() -> None:
     above = {2: 1.0, 3: 3.0, 4: 2.0, 5: 6.0, 6: 100.0}
     below = {2: 1.0, 3: 1.0, 4: 2.0, 5: 2.0, 6: 1.0}
-    assert step.ratio(above, below, 2) == 2.0  # (1+3)/2 and (2+6)/4; the last period is not whole
-    assert step.ratio({2: 4.0, 5: 8.0}, below, 1) == 4.0
+    assert ratio(above, below, 2) == 2.0  # (1+3)/2 and (2+6)/4; the last period is not whole
+    assert ratio({2: 4.0, 5: 8.0}, below, 1) == 4.0
 
 
 def test_peak_is_of_what_is_alive_at_once() -> None:
@@ -177,7 +178,7 @@ def test_batches_differ_from_step_to_step_and_not_from_call_to_call() -> None:
 def test_presets_do_their_passes_at_their_pace() -> None:
     step.start_case()
     run = step.build_run(QUICK, "balanced")
-    period = step.preset_period("balanced")
+    period = preset_period("balanced")
     for rows in step.batches(step.load_data(96, True), 4, period + 1):
         run.step(run.prepare(rows))
     first, *between, again = [len(forwards) for forwards in run.sizes.steps[:]]
