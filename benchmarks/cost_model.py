@@ -137,6 +137,7 @@ class Job:
         checkpointing: `"none"` or `"layers"`.
         dtype: `"fp32"`; `"bf16"`: autocast, and bf16 weights below LoRA.
         flash_backward: attention's backward computes the scores again, as fused kernels do.
+        device: `"cpu"` or `"cuda"`, on which the chunks of the logits have other sizes.
     """
 
     model: Model
@@ -151,6 +152,7 @@ class Job:
     checkpointing: str = "none"
     dtype: str = "fp32"
     flash_backward: bool = True
+    device: str = "cpu"
 
     @property
     def trained(self) -> int:
@@ -206,7 +208,8 @@ class Job:
         """How many pieces the logits of a pass are computed in."""
         if self.full_logits:
             return 1
-        return math.ceil(tokens.scored / max(1, CHUNK_BYTES // (4 * self.model.vocabulary)))
+        chunk = CHUNK_BYTES[self.device] // (4 * self.model.vocabulary)
+        return math.ceil(tokens.scored / max(1, chunk))
 
     def recomputes_head(self, kind: Pass) -> bool:
         """Whether a pass runs a trained head again: a loss of pairs, which weighs its rows."""
@@ -637,6 +640,7 @@ def predicted_job(model: Model, lora: Lora | None, optimizer: str, checkpointing
         probe_every=preset.probe_every,
         checkpointing=checkpointing,
         dtype="bf16",
+        device="cuda",
     )
 
 

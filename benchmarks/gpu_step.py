@@ -12,19 +12,21 @@ gradients clipped to norm 1.
     adamw        the same with `task_loss`
     paper        `FusedSAP` with the preset of that name; likewise balanced and economical
 
-Configurations share the model. Peak memory is taken while each runs for the first time, less what
-those before it left; then all run in turn, round after round. One that does not fit says so in its
-row. Writes `gpu_step.csv`, case by case.
+Configurations share the model and run in turn, for a whole period of the preset, each with the
+memory for itself: optimizer states beside each other would fill the GPU, and what is timed would be
+its allocator. One that does not fit says so in its row. Writes `gpu_step.csv`, case by case.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ from benchmarks.cost_model import (
     step_cost,
 )
 from benchmarks.provenance import RESULTS, replace_rows
-from benchmarks.series import Series, preset_period, ratio, summary
+from benchmarks.series import Series, preset_period, summary
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
 from sap_fast.optimizer import PRESETS
 
@@ -60,9 +62,10 @@ Row = dict[str, Any]
 Batch = dict[str, Tensor]
 
 CONFIGURATIONS = ("hf_adamw", "adamw", *PRESETS)
-#: A whole period of `economical`.
-ROUNDS = 10
-WARM_UP_ROUNDS = 1
+#: Timed steps of a turn at least; a preset with a longer period runs a whole one.
+STEPS = 5
+#: The first allocates state and meets every pass for the first time.
+WARM_UP_STEPS = 2
 ROWS, LENGTH = 4, 2048
 PAIRS, PART = 4, 64  # tokens of a prompt and of an answer
 #: What calibration finds for LoRA in bf16 (`benchmarks.fidelity`), so that it is not timed.
@@ -166,65 +169,71 @@ def make_batches(vocabulary: int, device: str, length: int) -> Batches:
 # ---- the configurations ----
 
 
-def build_step(
+@contextmanager
+def configuration(
     name: str, model: nn.Module, batches: Batches, case: Case, device: str
-) -> Callable[[], None]:
-    """Return what runs a step of a configuration, with an optimizer of its own."""
+) -> Iterator[Callable[[], None]]:
+    """Yield what runs a step of a configuration, with an optimizer that lives as long."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.01}
 
     def autocast() -> torch.autocast:
         return torch.autocast(device, torch.bfloat16)
 
+    if name not in PRESETS:
+        adamw = torch.optim.AdamW(trained, fused=True, **settings)
+
+        def adamw_step() -> None:
+            with autocast():
+                own = name == "hf_adamw"
+                loss = model(**batches.task).loss if own else task_loss(model, batches.task)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            adamw.step()
+            adamw.zero_grad()
+
+        if case.checkpointing == "layers":
+            model.activation_checkpointing_enable()  # type: ignore[operator]
+        try:
+            yield adamw_step
+        finally:
+            if case.checkpointing == "layers":
+                model.activation_checkpointing_disable()  # type: ignore[operator]
+        return
+
+    probes = ProbeSet(model)
+    sap = FusedSAP(
+        trained,
+        probes,
+        rho=RHO,
+        preset=name,  # type: ignore[arg-type]
+        max_grad_norm=1.0,
+        checkpointing=case.checkpointing,  # type: ignore[arg-type]
+        **settings,
+    )
+
     def backward(loss: Tensor) -> Tensor:
         loss.backward()
         return loss.detach()
 
-    if name in PRESETS:
-        sap = FusedSAP(
-            trained,
-            ProbeSet(model),
-            rho=RHO,
-            preset=name,  # type: ignore[arg-type]
-            max_grad_norm=1.0,
-            checkpointing=case.checkpointing,  # type: ignore[arg-type]
-            **settings,
-        )
-
-        def task() -> Tensor:
-            with autocast():
-                loss = task_loss(model, sap.probe_part(batches.task))
-            return backward(loss)
-
-        def safety() -> Tensor:
-            with autocast():
-                loss = contrastive_loss(model, batches.chosen, batches.rejected)
-            return backward(loss)
-
-        def sap_step() -> None:
-            sap.step(task, safety)
-            sap.zero_grad()
-
-        return sap_step
-
-    adamw = torch.optim.AdamW(trained, fused=True, **settings)
-
-    def adamw_step() -> None:
-        if case.checkpointing == "layers":
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    def task() -> Tensor:
         with autocast():
-            if name == "adamw":
-                loss = task_loss(model, batches.task)
-            else:
-                loss = model(**batches.task).loss
-        loss.backward()
-        if case.checkpointing == "layers":
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        adamw.step()
-        adamw.zero_grad()
+            loss = task_loss(model, sap.probe_part(batches.task))
+        return backward(loss)
 
-    return adamw_step
+    def safety() -> Tensor:
+        with autocast():
+            loss = contrastive_loss(model, batches.chosen, batches.rejected)
+        return backward(loss)
+
+    def sap_step() -> None:
+        sap.step(task, safety)
+        sap.zero_grad()
+
+    try:
+        yield sap_step
+    finally:
+        probes.detach()
 
 
 # ---- measuring ----
@@ -236,62 +245,55 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def measure_memory(
-    build: Callable[[], Callable[[], None]], weights: int, device: str
-) -> tuple[Callable[[], None] | None, int | None]:
-    """Return the step, and the peak in bytes of its first two runs; None if it does not fit.
+def run_turn(
+    name: str, model: nn.Module, batches: Batches, case: Case, turn: int, device: str
+) -> tuple[Series, int]:
+    """Run some steps after others that are not timed, with nothing else on the device.
 
-    Args:
-        build: returns the step.
-        weights: bytes of the model. What else lies on the device now is not counted.
-        device: on the CPU nothing is counted.
+    Returns:
+        Seconds by the number of the step, counted over all turns, and the peak of allocated bytes
+        (0 on the CPU).
     """
-    if device == "cpu":
-        step = build()
-        step()
-        return step, None
-    others = torch.cuda.memory_allocated() - weights
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        step = build()
-        step()
-        step()
-    except torch.OutOfMemoryError:
-        return None, None
-    return step, torch.cuda.max_memory_allocated() - others
+    release(model, device)
+    seconds: Series = {}
+    count = max(STEPS, preset_period(name))
+    with configuration(name, model, batches, case, device) as step:
+        for number in range(-WARM_UP_STEPS, count):
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            if number >= 0:
+                seconds[turn * count + number] = time.perf_counter() - start
+        return seconds, torch.cuda.max_memory_allocated() if device != "cpu" else 0
 
 
-def measure(case: Case, rounds: int, device: str, length: int) -> list[Row]:
+def measure(case: Case, turns: int, device: str, length: int) -> list[Row]:
     """Return a row per configuration."""
     model = build_model(case, device)
     batches = make_batches(case.model.vocabulary, device, length)
-    weights = torch.cuda.memory_allocated() if device != "cpu" else 0
-    steps: dict[str, Callable[[], None]] = {}
-    peaks: dict[str, int | None] = {}
-    for name in CONFIGURATIONS:
-
-        def build(name: str = name) -> Callable[[], None]:
-            return build_step(name, model, batches, case, device)
-
-        step, peaks[name] = measure_memory(build, weights, device)
-        if step is not None:
-            steps[name] = step
-        else:
-            model.zero_grad()
-            gc.collect()
-            torch.cuda.empty_cache()
-    seconds: dict[str, Series] = {name: {} for name in steps}
-    order = list(steps)
-    for number in range(WARM_UP_ROUNDS + rounds):
+    seconds: dict[str, Series] = {name: {} for name in CONFIGURATIONS}
+    peaks: dict[str, int] = {}
+    order = list(CONFIGURATIONS)
+    for turn in range(turns):
+        for name in list(order):
+            try:
+                found, peaks[name] = run_turn(name, model, batches, case, turn, device)
+            except torch.OutOfMemoryError:
+                order.remove(name)
+            else:
+                seconds[name] |= found
         order.append(order.pop(0))
-        for name in order:
-            synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            synchronize(device)
-            if number >= WARM_UP_ROUNDS:
-                seconds[name][number] = time.perf_counter() - start
-    return [row(case, name, seconds, peaks[name]) for name in CONFIGURATIONS]
+    return [row(case, name, seconds, peaks.get(name)) for name in CONFIGURATIONS]
+
+
+def release(model: nn.Module, device: str) -> None:
+    """Free all but the model, and count the peak anew."""
+    model.zero_grad()
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def row(case: Case, name: str, seconds: dict[str, Series], peak: int | None) -> Row:
@@ -302,18 +304,17 @@ def row(case: Case, name: str, seconds: dict[str, Series], peak: int | None) -> 
     cost = step_cost(job)
     figures: Row = case.facts() | {
         "configuration": name,
-        "fits": "yes" if name in seconds else "no",
+        "fits": "no" if peak is None else "yes",
     }
-    if name in seconds:
-        period = preset_period(name)
-        figures |= summary(seconds[name], period)
+    if peak is not None:
+        figures |= summary(seconds[name], preset_period(name))
+        adamw_s = summary(seconds["adamw"], 1)["median_s"] if seconds["adamw"] else math.nan
         figures |= {
-            "times_adamw": ratio(seconds[name], seconds["adamw"], period),
+            "times_adamw": round(figures["median_s"] / adamw_s, 3),
             "tokens_per_s": round(TASK.tokens / figures["median_s"]),
             "tflop_per_s": round(cost.flops / figures["median_s"] / 1e12, 1),
+            "peak_gb": round(peak / 1e9, 2),
         }
-    if peak is not None:
-        figures["peak_gb"] = round(peak / 1e9, 2)
     return figures | {
         "predicted_s": round(H100.seconds(cost), 4),
         "predicted_times_adamw": round(H100.seconds(cost) / H100.seconds(step_cost(adamw)), 3),
@@ -348,17 +349,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", choices=CASES, action="append", help="only this one; repeatable")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="a multiple of 10")
+    parser.add_argument(
+        "--turns", type=int, default=1, help=f"of each configuration, {STEPS} steps at least"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model, on the CPU too, to try the benchmark"
     )
     options = parser.parse_args(arguments)
-    if options.rounds < ROUNDS or options.rounds % ROUNDS:
-        parser.error(
-            f"--rounds {options.rounds} is no whole period of the preset economical: "
-            f"give a multiple of {ROUNDS}"
-        )
+    if options.turns < 1:
+        parser.error(f"--turns {options.turns} is out of range: give 1 or more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.quick:
         print("benchmarks.gpu_step: needs a CUDA device, and PyTorch finds none", file=sys.stderr)
@@ -369,13 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = list(dict.fromkeys(replace(case, model=TINY) for case in cases))
     console = Console(width=150)
     for case in cases:
-        rows = measure(case, options.rounds, device, 32 if options.quick else LENGTH)
+        rows = measure(case, options.turns, device, 32 if options.quick else LENGTH)
         show(rows, console)
-        identity = tuple(case.facts())
-        path = replace_rows("gpu_step.csv", rows, identity, options.results)
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.empty_cache()
+        path = replace_rows("gpu_step.csv", rows, tuple(case.facts()), options.results)
     console.print(f"Wrote {path}")
     return 0
 

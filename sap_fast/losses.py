@@ -44,8 +44,10 @@ Reduction = Literal["sum", "mean"]
 
 # Bytes of one chunk's logits. Backward holds about four such tensors (logits, log-softmax, their
 # gradients): 256 MiB, where the logits of 8 rows of 2,048 tokens at V=128,000 take 7.8 GiB alone.
-# At that V a chunk still has 131 rows, so the head's weights are read once for many rows.
-CHUNK_BYTES = 64 * 2**20
+# At that V a chunk still has 131 rows, so the head's weights are read once for many rows. A GPU
+# needs more rows to be busy, and a trained head's gradient is read and written once per chunk
+# (benchmarks/head_chunks.py).
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
 def task_loss(
@@ -696,7 +698,8 @@ def _scored_rows(features: Tensor, scored: _Scored) -> Tensor:
 
 def _chunk_size(rows: Tensor, vocabulary: int) -> int:
     itemsize = torch.promote_types(rows.dtype, torch.float32).itemsize
-    return max(1, CHUNK_BYTES // (vocabulary * itemsize))
+    chunk_bytes = CHUNK_BYTES.get(rows.device.type, CHUNK_BYTES["cuda"])
+    return max(1, chunk_bytes // (vocabulary * itemsize))
 
 
 def _token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Tensors and models are made on the GPU unless a test says where. Random numbers with a generator of
 their own are drawn on the CPU, so that a test has the numbers that it has there; autocast, gradient
-scaler and `Trainer` of the CPU become those of the GPU. `benchmarks.gpu` lists the tests it runs so.
+scaler and `Trainer` of the CPU become those of the GPU. `benchmarks.gpu` says which tests.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from sap_fast.losses import (
 
 VOCABULARY = 96
 ROWS_PER_CHUNK = 5
+DEVICE = torch.get_default_device().type
 
 LLAMA_LIKE = {
     "vocab_size": VOCABULARY,
@@ -149,7 +150,7 @@ def assert_same(actual, expected, *, rtol=1e-5):
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", ROWS_PER_CHUNK * VOCABULARY * 4)
+    monkeypatch.setitem(losses.CHUNK_BYTES, DEVICE, ROWS_PER_CHUNK * VOCABULARY * 4)
 
 
 @pytest.fixture(autouse=True)
@@ -702,7 +703,7 @@ def peak_bytes(run):
 def test_full_logits_never_exist(loss_name, monkeypatch):
     vocabulary, rows_per_chunk = 128_000, 16
     chunk = rows_per_chunk * vocabulary
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * chunk)
+    monkeypatch.setitem(losses.CHUNK_BYTES, DEVICE, 4 * chunk)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -738,7 +739,7 @@ def test_full_logits_never_exist(loss_name, monkeypatch):
 
 
 def test_a_chunk_has_at_least_one_row(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(losses.CHUNK_BYTES, DEVICE, 1)
     model, batch = build(), make_batch()
     assert_same(task_loss(model, batch), model(**batch).loss, rtol=2e-6)
 

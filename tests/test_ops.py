@@ -599,7 +599,7 @@ def test_a_probe_is_normalized_by_the_largest_element_wherever_it_is(target: Tar
     ops.probe_rule_(
         [h], "normalized", 0.1, perturbation_norm=one, radii=[one], backend=target.backend
     )
-    assert h[-1] == pytest.approx(0.1, rel=1e-6) and not h[:-1].any()
+    assert h[-1].item() == pytest.approx(0.1, rel=1e-6) and not h[:-1].any()
 
 
 @pytest.mark.parametrize("rule", RULES)
