@@ -24,9 +24,12 @@ def provenance() -> dict[str, str]:
 def commit() -> str:
     """Return the short hash of the commit that is checked out.
 
-    It ends in `-dirty` where a Python file or a kernel differs from that commit. In a copy without
-    its history it is what the environment variable SAP_FAST_COMMIT says, or `unknown`.
+    It ends in `-dirty` where a Python file or a kernel differs from that commit, and is `unknown`
+    outside of a clone. The environment variable SAP_FAST_COMMIT says it for a copy of the files on
+    another machine, whose history is missing or not theirs.
     """
+    if "SAP_FAST_COMMIT" in os.environ:
+        return os.environ["SAP_FAST_COMMIT"]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -36,7 +39,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--", ":/*.py", ":/csrc/*")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return os.environ.get("SAP_FAST_COMMIT", "unknown")
+        return "unknown"
 
 
 def write_rows(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> Path:
