@@ -2,11 +2,10 @@
 
     python -m benchmarks.gpu_step        all cases, a few minutes on an H100; --help for less
 
-Weights and tokens are random: a step takes as long and as much memory as with real ones. Each case
-is one of those that `benchmarks.cost_model` predicts for H100s, and its prediction stands in the
-same row. Task batches are 4 rows of 2,048 tokens of which half are scored; safety batches 4 pairs
-of a prompt of 64 tokens with two answers of 64. All under bf16 autocast, LoRA on bf16 weights,
-gradients clipped to norm 1.
+Weights and tokens are random: a step takes as long and as much memory as with real ones. The cases
+are some of those that `benchmarks.cost_model` predicts for H100s; it compares. Task batches are 4
+rows of 2,048 tokens of which half are scored; safety batches 4 pairs of a prompt of 64 tokens with
+two answers of 64. All under bf16 autocast, LoRA on bf16 weights, gradients clipped to norm 1.
 
     hf_adamw     transformers' own loss, which builds full logits, and `torch.optim.AdamW(fused)`
     adamw        the same with `task_loss`
@@ -43,13 +42,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.cost_model import (
-    H100,
+    LLAMA_1B,
     LLAMA_8B,
     TASK,
     WAYS,
     Lora,
     Model,
-    memory_per_rank,
     predicted_job,
     step_cost,
 )
@@ -71,8 +69,6 @@ PAIRS, PART = 4, 64  # tokens of a prompt and of an answer
 #: What calibration finds for LoRA in bf16 (`benchmarks.fidelity`), so that it is not timed.
 RHO = 1.25e-2
 
-# config.json of meta-llama/Llama-3.2-1B.
-LLAMA_1B = Model("Llama-3.2-1B", 2048, 16, 32, 8, 8192, 128256, tied=True)
 TINY = Model("tiny", 64, 4, 4, 2, 128, 512, tied=True)
 
 
@@ -297,28 +293,21 @@ def release(model: nn.Module, device: str) -> None:
 
 
 def row(case: Case, name: str, seconds: dict[str, Series], peak: int | None) -> Row:
-    """Return what was measured of a configuration, and what the cost model says of it."""
-    job = predicted_job(case.model, case.lora, name, case.checkpointing)
-    job = replace(job, full_logits=name == "hf_adamw")
-    adamw = predicted_job(case.model, case.lora, "adamw", case.checkpointing)
-    cost = step_cost(job)
+    """Return what was measured of a configuration; no figures if it does not fit."""
     figures: Row = case.facts() | {
         "configuration": name,
         "fits": "no" if peak is None else "yes",
     }
-    if peak is not None:
-        figures |= summary(seconds[name], preset_period(name))
-        adamw_s = summary(seconds["adamw"], 1)["median_s"] if seconds["adamw"] else math.nan
-        figures |= {
-            "times_adamw": round(figures["median_s"] / adamw_s, 3),
-            "tokens_per_s": round(TASK.tokens / figures["median_s"]),
-            "tflop_per_s": round(cost.flops / figures["median_s"] / 1e12, 1),
-            "peak_gb": round(peak / 1e9, 2),
-        }
+    if peak is None:
+        return figures
+    figures |= summary(seconds[name], preset_period(name))
+    job = predicted_job(case.model, case.lora, name, case.checkpointing)
+    adamw_s = summary(seconds["adamw"], 1)["median_s"] if seconds["adamw"] else math.nan
     return figures | {
-        "predicted_s": round(H100.seconds(cost), 4),
-        "predicted_times_adamw": round(H100.seconds(cost) / H100.seconds(step_cost(adamw)), 3),
-        "predicted_peak_gb": round(memory_per_rank(job, 1) / 1e9, 2),
+        "times_adamw": round(figures["median_s"] / adamw_s, 3),
+        "tokens_per_s": round(TASK.tokens / figures["median_s"]),
+        "tflop_per_s": round(step_cost(job).flops / figures["median_s"] / 1e12, 1),
+        "peak_gb": round(peak / 1e9, 2),
     }
 
 
@@ -328,11 +317,9 @@ def row(case: Case, name: str, seconds: dict[str, Series], peak: int | None) -> 
 def show(rows: Sequence[Row], console: Console) -> None:
     """Print a table."""
     columns = ("configuration", "median_s", "times_adamw", "tokens_per_s", "tflop_per_s", "peak_gb")
-    predicted = ("predicted_s", "predicted_times_adamw", "predicted_peak_gb")
-    names = (*columns, *predicted)
-    table = Table(*names, title=", ".join(str(rows[0][c]) for c in CASES["8b-lora"].facts()))
+    table = Table(*columns, title=", ".join(str(rows[0][c]) for c in CASES["8b-lora"].facts()))
     for one in rows:
-        cells = [str(one.get(name, "")) for name in names]
+        cells = [str(one.get(name, "")) for name in columns]
         if one["fits"] == "no":
             cells[1] = "does not fit"
         table.add_row(*cells)

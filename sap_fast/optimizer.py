@@ -529,6 +529,16 @@ class FusedSAP(Optimizer):
         self._direction_norm = self._passes.record.direction_norm
         self._direction_step = self._steps
 
+    def release_direction(self) -> None:
+        """Free the direction of an earlier step, as one is taken that replaces it.
+
+        Both at once would be a second parameter-sized buffer. If the safety pass fails, the next
+        step takes a direction, as it would have anyway.
+        """
+        self._direction_step = self._direction_norm = None
+        for parameter in self._all_parameters():
+            self.state.get(parameter, {}).pop("direction", None)
+
     @property
     def holds_level(self) -> bool:
         """Whether the safety pass has to record its loss, for `safety_level`."""
@@ -710,7 +720,7 @@ class FusedSAP(Optimizer):
         estimates: list[Tensor] = []
         try:
             with torch.enable_grad():
-                with self.safety_pass() as record:
+                with self._passes.safety_pass(keeps_earlier=True) as record:
                     record(safety_closure())
                 for rho in RHO_GRID:
                     self._passes.record.rho = rho

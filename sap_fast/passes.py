@@ -306,10 +306,16 @@ class Passes:
     # ---- pass 1 ----
 
     @contextmanager
-    def safety_pass(self) -> Iterator[LossRecord]:
-        """Start a step: take ∇_W L_safe from the backward passes of the body."""
+    def safety_pass(self, *, keeps_earlier: bool = False) -> Iterator[LossRecord]:
+        """Start a step: take ∇_W L_safe from the backward passes of the body.
+
+        Args:
+            keeps_earlier: leave the direction of an earlier step where it is, for later ones.
+        """
         self.refuse_inside("safety_pass()")
         self.reset()
+        if not keeps_earlier:
+            self._optimizer.release_direction()
         record = self.record
         with ExitStack() as stack:
             random_state = self._enter(stack, "safety_pass()")

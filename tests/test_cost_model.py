@@ -224,6 +224,23 @@ def test_probe_passes_end_at_the_lowest_probed_layer() -> None:
     assert flops[0] - flops[1] == pytest.approx(2 * 9 * layer)
 
 
+def test_a_gpu_is_checked_against_what_is_predicted_for_it() -> None:
+    names = {"model": "Llama-3-8B", "trained": "LoRA r=16 q,v", "checkpointing": "none"}
+    (predicted,) = [
+        row
+        for row in cost_model.predict()
+        if row["gpus"] == 1 and row["configuration"] == "paper" and names.items() <= row.items()
+    ]
+    measured = {"median_s": str(predicted["step_s"]), "peak_gb": "20"}
+    fits = names | {"configuration": "paper", "fits": "yes"} | measured
+    seconds, peak = cost_model.check_gpu([fits, names | {"fits": "no"}])
+    assert seconds["met"] == "yes" and seconds["ratio"] == 1.0
+    assert peak["met"] == "no" and peak["measured"] == 20.0
+    # All logits at once are more to hold, and the loss of transformers has them.
+    _, full = cost_model.check_gpu([fits | {"configuration": "hf_adamw"}])
+    assert full["predicted"] > peak["predicted"] + 5
+
+
 def write_measured(folder: Path, factor: float) -> None:
     """Write the CSVs that a machine of 100 GFLOP/s and 10 GB/s would have measured."""
     sizes = {"task": (300, 3e4, 180), "safety": (240, 5e4, 150), "probe": (300, 3e4, 180)}

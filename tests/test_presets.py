@@ -203,6 +203,33 @@ def test_a_resumed_run_goes_on_with_the_same_bits(options: dict[str, Any], after
     assert first.directions_taken == second.directions_taken
 
 
+def test_a_direction_is_freed_before_another_takes_its_place() -> None:
+    case = problem()
+    optimizer = sap(case, direction_every=2)
+    kept: list[bool] = []
+
+    def safety_closure() -> Tensor:
+        kept.append(any("direction" in state for state in optimizer.state.values()))
+        return safety(case)
+
+    for step in range(5):
+        optimizer.zero_grad()
+        optimizer.step(lambda: task(case), safety_closure)
+        assert all("direction" in optimizer.state[p] for p in case.trained), step
+    assert kept == [False, False, False]
+
+
+def test_calibration_keeps_the_direction_of_an_earlier_step() -> None:
+    case = problem()
+    optimizer = sap(case, direction_every=3)
+    Counted(case, optimizer).step()
+    before = [optimizer.state[p]["direction"].clone() for p in case.trained]
+    optimizer.calibrate_rho(lambda: task(case), lambda: safety(case))
+    assert not optimizer.needs_direction
+    for parameter, direction in zip(case.trained, before, strict=True):
+        assert torch.equal(optimizer.state[parameter]["direction"], direction)
+
+
 def test_a_probe_that_was_not_saved_is_found_anew() -> None:
     case = problem()
     optimizer = sap(case)

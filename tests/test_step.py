@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import provenance, step
+from benchmarks import gpu_step, provenance, step
 from benchmarks.series import preset_period, ratio
 from benchmarks.step import Case, Claim
 from sap_fast.optimizer import FusedSAP
@@ -329,3 +329,58 @@ def test_cases_are_kept_as_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt):
         step.main(arguments)
     assert [row["dtype"] for row in read(tmp_path, "time")] == ["fp32"]
+
+
+# ---- on a GPU ----
+
+
+def test_the_benchmark_of_gpus_runs_every_configuration(tmp_path: Path) -> None:
+    arguments = ["--quick", "--case", "1b-full", "--results", str(tmp_path)]
+    assert gpu_step.main(arguments) == 0
+    with (tmp_path / "gpu_step.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["configuration"] for row in rows] == list(gpu_step.CONFIGURATIONS)
+    assert {row["checkpointing"] for row in rows} == {"layers"}
+    assert all(float(row["median_s"]) > 0 and float(row["tflop_per_s"]) > 0 for row in rows)
+    assert {row["configuration"]: row["periods"] for row in rows} == {
+        "hf_adamw": "5",
+        "adamw": "5",
+        "paper": "5",
+        "balanced": "1",
+        "economical": "1",
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_the_benchmark_of_gpus_needs_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_step.main(["--results", str(tmp_path)]) == 1
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_said_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran = []
+
+    def run_turn(name: str, *_: Any) -> tuple[dict[int, float], int]:
+        ran.append(name)
+        if name == "hf_adamw":
+            raise torch.OutOfMemoryError
+        return dict.fromkeys(range(10), 2.0 if name == "paper" else 1.0), 10**9
+
+    monkeypatch.setattr(gpu_step, "run_turn", run_turn)
+    case = gpu_step.Case(gpu_step.TINY, "full", "none")
+    rows = {row["configuration"]: row for row in gpu_step.measure(case, 2, "cpu", 8)}
+    assert ran.count("hf_adamw") == 1 and ran.count("paper") == 2
+    assert rows["hf_adamw"]["fits"] == "no" and "median_s" not in rows["hf_adamw"]
+    assert rows["paper"]["times_adamw"] == 2.0 and rows["paper"]["peak_gb"] == 1.0
+
+
+def test_a_copy_of_the_files_says_which_commit_they_are_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SAP_FAST_COMMIT", "abc1234")
+    assert provenance.commit() == "abc1234"
