@@ -1,9 +1,10 @@
-"""Everything that needs a GPU, in one table: the tests marked `gpu`, and the operations' times.
+"""Everything that needs a GPU: the tests marked `gpu`, the operations' and whole steps' times.
 
     python -m benchmarks.gpu        or: make gpu
 
-Writes `ops-cuda-native.csv` and `ops-cuda-triton.csv` with their pictures. Without a CUDA device
-the tests say why they skip, and nothing is timed.
+Prints a table of the tests and the operations, and one of each step. Writes `ops-cuda-native.csv`
+and `ops-cuda-triton.csv` with their pictures, and `gpu_step.csv`. Without a CUDA device the tests say
+why they skip, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def main() -> int:
                 result = f"{row['ratio']} × {row['baseline']} ({row['median_ms']} ms)"
                 table.add_row(what, lists, result, row["target"], row["met"])
     Console(width=140).print(table)
+    if torch.cuda.is_available():
+        subprocess.run([sys.executable, "-m", "benchmarks.gpu_step"], cwd=ROOT, check=True)
     return status
 
 
