@@ -3,8 +3,8 @@
     python -m benchmarks.gpu        or: make gpu
 
 Prints a table of the tests and the operations, and one of each step. Writes `ops-cuda-native.csv`
-and `ops-cuda-triton.csv` with their pictures, and `gpu_step.csv`. Without a CUDA device the tests say
-why they skip, and nothing is timed.
+and `ops-cuda-triton.csv` with their pictures, and `gpu_step.csv`. Without a CUDA device the tests
+say why they skip, and nothing is timed.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ Reduction = Literal["sum", "mean"]
 # Bytes of one chunk's logits. Backward holds about four such tensors (logits, log-softmax, their
 # gradients): 256 MiB, where the logits of 8 rows of 2,048 tokens at V=128,000 take 7.8 GiB alone.
 # At that V a chunk still has 131 rows, so the head's weights are read once for many rows. A GPU
-# needs more rows to be busy, and a trained head's gradient is read and written once per chunk: on an
-# H100 AdamW's step on Llama-3.2-1B (benchmarks/gpu_step.py) took 1.13 times as long as with all
+# needs more rows to be busy, and a trained head's gradient is read and written once per chunk: on
+# an H100 AdamW's step on Llama-3.2-1B (benchmarks/gpu_step.py) took 1.13 times as long as with all
 # logits at once in chunks of 64 MiB, and 0.99 times in chunks of 256 MiB.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 

@@ -153,6 +153,14 @@ def several_chunks(monkeypatch):
     monkeypatch.setitem(losses.CHUNK_BYTES, DEVICE, ROWS_PER_CHUNK * VOCABULARY * 4)
 
 
+def test_a_gpu_gets_larger_chunks():
+    sizes = {device: losses.CHUNK_BYTES[device] // (4 * VOCABULARY) for device in ("cpu", "cuda")}
+    assert sizes["cuda"] > sizes["cpu"] == ROWS_PER_CHUNK
+    for device, expected in {"cpu": sizes["cpu"], "meta": sizes["cuda"]}.items():
+        rows = torch.empty(1, 1, dtype=torch.bfloat16, device=device)
+        assert losses._chunk_size(rows, VOCABULARY) == expected
+
+
 @pytest.fixture(autouse=True)
 def no_fallback_unnoticed():
     with warnings.catch_warnings():
