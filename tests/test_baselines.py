@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from sap_fast import SAPTrainer, task_loss
 from sap_fast.baselines import (
+    AveragingTrainer,
     ControlTrainer,
     LisaTrainer,
     MixedTrainer,
@@ -288,6 +289,52 @@ def test_along_and_beside_are_the_parts_of_what_a_probe_does(tmp_path, accumulat
     torch.testing.assert_close(along + beside, change, rtol=0, atol=tolerance)
 
 
+def seen_in_each_step(kind: type, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    """Train at a learning rate of 0; return V, h, ĝ and L_safe of each step."""
+    args = arguments(folder, learning_rate=0.0)
+    options["sap_options"] = {"keep_direction": True}
+    trainer = sap_trainer(kind, model(), args, **options)
+    seen: list[dict[str, Any]] = []
+
+    def look(_: int) -> None:
+        passes, probes = trainer.sap_optimizer._passes, trainer.probe_set
+        seen.append(
+            {
+                "offsets": probes.offsets,
+                "estimates": {j: h.clone() for j, h in probes.estimates.items()},
+                "direction": torch.cat([d.flatten().clone() for d in passes.direction]),
+                "safety_loss": passes.record.safety_loss.total,
+            }
+        )
+
+    trainer.add_callback(BeforeEachUpdate(look))
+    trainer.train()
+    return seen
+
+
+def test_an_averaged_probe_is_along_the_h_of_all_steps_at_the_size_of_one(tmp_path):
+    plain = seen_in_each_step(SAPTrainer, tmp_path)
+    averaged = seen_in_each_step(AveragingTrainer, tmp_path, averaged="probe", decay=0.5)
+    totals = {j: torch.zeros_like(h) for j, h in plain[0]["estimates"].items()}
+    for before, after in zip(plain, averaged, strict=True):
+        for j, total in totals.items():
+            total.mul_(0.5).add_(before["estimates"][j])
+            size = before["offsets"][j].norm()
+            torch.testing.assert_close(after["offsets"][j], total * (size / total.norm()))
+    assert not torch.equal(plain[-1]["offsets"][1], averaged[-1]["offsets"][1])
+
+
+def test_an_averaged_direction_is_the_sum_of_past_ones_and_the_loss_is_its_own(tmp_path):
+    plain = seen_in_each_step(SAPTrainer, tmp_path)
+    averaged = seen_in_each_step(AveragingTrainer, tmp_path, averaged="direction", decay=0.5)
+    total = torch.zeros_like(plain[0]["direction"])
+    for before, after in zip(plain, averaged, strict=True):
+        total = 0.5 * total + before["direction"]
+        torch.testing.assert_close(after["direction"], total, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(after["safety_loss"], before["safety_loss"])
+    assert not torch.allclose(total, plain[-1]["direction"])
+
+
 class SafeInOne(ControlTrainer):
     """The safety loss reaches one parameter."""
 
@@ -378,6 +425,8 @@ def test_merging_with_other_weights_is_an_error():
         (PanaceaTrainer, {"radius": float("nan")}),
         (PanaceaTrainer, {"harm_weight": -1.0}),
         (ControlTrainer, {"control": "none"}),
+        (AveragingTrainer, {"averaged": "none"}),
+        (AveragingTrainer, {"averaged": "probe", "sap_options": {"schedule": "lagged"}}),
         (ControlTrainer, {"control": "random", "sap_options": {"schedule": "lagged"}}),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from sap_fast import SAPTrainer
 from sap_fast.baselines import (
+    AveragingTrainer,
     ControlTrainer,
     LisaTrainer,
     MixedTrainer,
@@ -70,7 +71,7 @@ class Method:
 #: Keys of a setting that are arguments of a trainer, by what they mean there.
 TRAINER_OPTIONS = frozenset(
     "probe_layers probe_shape safety_loss refusal_weight alignment_steps task_steps proximal "
-    "radius harm_weight".split()
+    "radius harm_weight averaged".split()
 )
 
 #: Keys that are neither of the trainer nor of the optimizer.
@@ -156,6 +157,12 @@ METHODS: dict[str, Method] = {
     "flipped": Method("Flipped probe", ControlTrainer, _CONTROLS, has_probe=True),
     "along": Method("Lean of the probe alone", ControlTrainer, _CONTROLS[:2], has_probe=True),
     "beside": Method("Probe without its lean", ControlTrainer, _CONTROLS[:2], has_probe=True),
+    "averaging": Method(
+        "SAP, averaged over steps",
+        AveragingTrainer,
+        tuple({"averaged": what, "probe_layers": EARLY} for what in ("probe", "direction")),
+        has_probe=True,
+    ),
     "sam": Method("SAM", SAMTrainer, ({"radius": 0.05}, {"radius": 0.2})),
     "lisa": Method(
         "Lisa",

@@ -9,6 +9,7 @@
 | `PanaceaTrainer` | a perturbation added after the tuning: Wang et al. 2025, arXiv:2501.18100 |
 | `freeze_layers` | frozen safety layers, SPPFT: Li et al. 2024, arXiv:2408.17003 |
 | `ControlTrainer` | SAP with a random or a flipped probe, or with one part of what its probe does |
+| `AveragingTrainer` | SAP with h, or its direction, averaged over steps |
 
 Every trainer takes the arguments of `sap_fast.SAPTrainer` and updates with the same AdamW, so that
 what differs is the method alone. Gradient blending without a probe is `SAPTrainer` itself, with
@@ -18,6 +19,7 @@ what differs is the method alone. Gradient blending without a probe is `SAPTrain
 from sap_fast.baselines.merging import merge_with_aligned
 from sap_fast.baselines.safety_layers import SafetyLayers, find_safety_layers, freeze_layers
 from sap_fast.baselines.trainers import (
+    AveragingTrainer,
     ControlTrainer,
     LisaTrainer,
     MixedTrainer,
@@ -26,6 +28,7 @@ from sap_fast.baselines.trainers import (
 )
 
 __all__ = [
+    "AveragingTrainer",
     "ControlTrainer",
     "LisaTrainer",
     "MixedTrainer",

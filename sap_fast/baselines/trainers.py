@@ -375,3 +375,73 @@ class ControlTrainer(SAPTrainer):
         for parameter in shared:
             _add_to_gradient(parameter, lean * direction[parameter], sign)
         self._unprobed = {}
+
+
+class AveragingTrainer(SAPTrainer):
+    """SAP with an average over past steps in the place of what one step finds.
+
+    h belongs to its batch, and the direction to four pairs: is what they miss, or what they say by
+    chance, in the way? A sum in which the step k steps ago counts decayᵏ takes the place of one
+    step's value.
+
+    Args:
+        *args: as for `SAPTrainer`.
+        averaged: `"probe"`: V is along the average of h, layer by layer, with the norm that this
+            step's V has. `"direction"`: the gradient of the safety loss is the average.
+        decay: in [0, 1).
+        **kwargs: as for `SAPTrainer`, with its schedule `"paper"`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        averaged: Literal["probe", "direction"],
+        decay: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        if averaged not in ("probe", "direction"):
+            raise ValueError(f"averaged={averaged!r} is not known; choose probe or direction")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay!r} is out of range; give 0 ≤ decay < 1")
+        self._averaged, self._decay = averaged, decay
+        #: Sums over past steps: of h by layer, of the safety gradient by parameter.
+        self._estimates: dict[int, Tensor] = {}
+        self._directions: dict[Tensor, Tensor] = {}
+        super().__init__(*args, **kwargs)
+        if self._sap_options.get("schedule", "paper") != "paper":
+            raise ValueError("an average needs schedule='paper', whose V is used where it is found")
+        if averaged == "direction":
+            self._sap_options["keep_direction"] = True
+
+    def compute_safety_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Return the safety loss; its gradient has that of past steps in it."""
+        loss = super().compute_safety_loss(model, inputs)
+        past = [(self._decay * g * p).sum() for p, g in self._directions.items()]
+        if not past:
+            return loss
+        slope = torch.stack(past).sum()
+        return loss + (slope - slope.detach())  # the gradient alone
+
+    def _run_inner_passes(
+        self, optimizer: FusedSAP, model: nn.Module, window: list[Any], num_items: Any
+    ) -> None:
+        super()._run_inner_passes(optimizer, model, window, num_items)
+        if self._averaged == "direction":
+            passes = optimizer._passes
+            if passes.safety_pass_ran and passes.direction is not None:
+                pairs = zip(passes.perturbed, passes.direction, strict=True)
+                self._directions = {parameter: d.clone() for parameter, d in pairs}
+        elif optimizer.needs_probe and self.probe_set is not None:
+            self._average_probe(self.probe_set)
+
+    def _average_probe(self, probe_set: ProbeSet) -> None:
+        for layer, h in probe_set.estimates.items():
+            past = self._estimates.get(layer)
+            self._estimates[layer] = h.clone() if past is None else h + self._decay * past
+        offsets = probe_set.offsets
+        probe_set.replace_offsets(
+            {
+                layer: [total * (offsets[layer].norm() / total.norm())]
+                for layer, total in self._estimates.items()
+            }
+        )
