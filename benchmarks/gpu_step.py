@@ -23,7 +23,6 @@ import gc
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,11 +34,9 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.cost_model import (
     LLAMA_1B,
@@ -52,7 +49,9 @@ from benchmarks.cost_model import (
     step_cost,
 )
 from benchmarks.provenance import RESULTS, replace_rows
-from benchmarks.series import Series, preset_period, summary
+from benchmarks.series import Series, preset_period, seconds_of, summary
+from benchmarks.step import RHO, add_lora, random_llama
+from benchmarks.step import Model as LlamaModel
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
 from sap_fast.optimizer import PRESETS
 
@@ -66,8 +65,6 @@ STEPS = 5
 WARM_UP_STEPS = 2
 ROWS, LENGTH = 4, 2048
 PAIRS, PART = 4, 64  # tokens of a prompt and of an answer
-#: What calibration finds for LoRA in bf16 (`benchmarks.fidelity`), so that it is not timed.
-RHO = 1.25e-2
 
 TINY = Model("tiny", 64, 4, 4, 2, 128, 512, tied=True)
 
@@ -104,34 +101,28 @@ CASES = {
 # ---- model and batches ----
 
 
-def build_model(case: Case, device: str) -> nn.Module:
+def build_model(case: Case, device: str) -> LlamaModel:
     """A random Llama on the device: bf16 below LoRA, fp32 where everything is trained."""
     shape = case.model
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=shape.tied,
-        pad_token_id=0,
-        attn_implementation="sdpa",
-    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if case.lora is None else torch.bfloat16)
     try:
-        torch.manual_seed(0)
         with torch.device(device):
-            model: nn.Module = LlamaForCausalLM(config)
+            model: LlamaModel = random_llama(
+                vocab_size=shape.vocabulary,
+                hidden_size=shape.hidden,
+                intermediate_size=shape.intermediate,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                max_position_embeddings=LENGTH,
+                tie_word_embeddings=shape.tied,
+                attn_implementation="sdpa",
+            )
     finally:
         torch.set_default_dtype(before)
     if case.lora is not None:
-        adapters = LoraConfig(
-            r=case.lora.rank, lora_dropout=0.05, target_modules=list(case.lora.targets)
-        )
-        model = get_peft_model(model, adapters)  # the adapters in fp32
+        model = add_lora(model, case.lora.targets, case.lora.rank)
     return model.train()
 
 
@@ -167,7 +158,7 @@ def make_batches(vocabulary: int, device: str, length: int) -> Batches:
 
 @contextmanager
 def configuration(
-    name: str, model: nn.Module, batches: Batches, case: Case, device: str
+    name: str, model: LlamaModel, batches: Batches, case: Case, device: str
 ) -> Iterator[Callable[[], None]]:
     """Yield what runs a step of a configuration, with an optimizer that lives as long."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -189,12 +180,12 @@ def configuration(
             adamw.zero_grad()
 
         if case.checkpointing == "layers":
-            model.activation_checkpointing_enable()  # type: ignore[operator]
+            model.activation_checkpointing_enable()
         try:
             yield adamw_step
         finally:
             if case.checkpointing == "layers":
-                model.activation_checkpointing_disable()  # type: ignore[operator]
+                model.activation_checkpointing_disable()
         return
 
     probes = ProbeSet(model)
@@ -202,9 +193,9 @@ def configuration(
         trained,
         probes,
         rho=RHO,
-        preset=name,  # type: ignore[arg-type]
+        preset=name,
         max_grad_norm=1.0,
-        checkpointing=case.checkpointing,  # type: ignore[arg-type]
+        checkpointing=case.checkpointing,
         **settings,
     )
 
@@ -235,14 +226,8 @@ def configuration(
 # ---- measuring ----
 
 
-def synchronize(device: str) -> None:
-    """Wait for the device."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
 def run_turn(
-    name: str, model: nn.Module, batches: Batches, case: Case, turn: int, device: str
+    name: str, model: LlamaModel, batches: Batches, case: Case, turn: int, device: str
 ) -> tuple[Series, int]:
     """Run some steps after others that are not timed, with nothing else on the device.
 
@@ -255,12 +240,9 @@ def run_turn(
     count = max(STEPS, preset_period(name))
     with configuration(name, model, batches, case, device) as step:
         for number in range(-WARM_UP_STEPS, count):
-            synchronize(device)
-            start = time.perf_counter()
-            step()
-            synchronize(device)
+            taken = seconds_of(step, device)
             if number >= 0:
-                seconds[turn * count + number] = time.perf_counter() - start
+                seconds[turn * count + number] = taken
         return seconds, torch.cuda.max_memory_allocated() if device != "cpu" else 0
 
 
@@ -279,11 +261,11 @@ def measure(case: Case, turns: int, device: str, length: int) -> list[Row]:
                 order.remove(name)
             else:
                 seconds[name] |= found
-        order.append(order.pop(0))
+        order = order[1:] + order[:1]
     return [row(case, name, seconds, peaks.get(name)) for name in CONFIGURATIONS]
 
 
-def release(model: nn.Module, device: str) -> None:
+def release(model: LlamaModel, device: str) -> None:
     """Free all but the model, and count the peak anew."""
     model.zero_grad()
     gc.collect()
@@ -314,10 +296,10 @@ def row(case: Case, name: str, seconds: dict[str, Series], peak: int | None) -> 
 # ---- the command ----
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(case: Case, rows: Sequence[Row], console: Console) -> None:
     """Print a table."""
     columns = ("configuration", "median_s", "times_adamw", "tokens_per_s", "tflop_per_s", "peak_gb")
-    table = Table(*columns, title=", ".join(str(rows[0][c]) for c in CASES["8b-lora"].facts()))
+    table = Table(*columns, title=", ".join(case.facts().values()))
     for one in rows:
         cells = [str(one.get(name, "")) for name in columns]
         if one["fits"] == "no":
@@ -350,14 +332,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cpu" and not options.quick:
         print("benchmarks.gpu_step: needs a CUDA device, and PyTorch finds none", file=sys.stderr)
         return 1
-    # Memory is predicted for whole batches, of which a model this small needs none.
     cases = [CASES[name] for name in options.case or CASES]
     if options.quick:
         cases = list(dict.fromkeys(replace(case, model=TINY) for case in cases))
     console = Console(width=150)
     for case in cases:
         rows = measure(case, options.turns, device, 32 if options.quick else LENGTH)
-        show(rows, console)
+        show(case, rows, console)
         path = replace_rows("gpu_step.csv", rows, tuple(case.facts()), options.results)
     console.print(f"Wrote {path}")
     return 0

@@ -19,7 +19,6 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import RESULTS, write_rows
+from benchmarks.series import seconds_of
 from sap_fast import FusedSAP, ops
 
 THREADS = int(os.environ.get("SAP_FAST_BENCHMARK_THREADS", "2"))
@@ -100,12 +100,6 @@ def make_state(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> State:
     )
 
 
-def synchronize() -> None:
-    """Wait for the device."""
-    if DEVICE != "cpu":
-        torch.accelerator.synchronize()
-
-
 def interleaved(
     benchmark: Any, contenders: Contenders, *, turning: bool = True, **facts: Any
 ) -> None:
@@ -125,11 +119,7 @@ def interleaved(
         if turning:
             order.append(order.pop(0))
         for name in order:
-            synchronize()
-            start = time.perf_counter()
-            contenders[name]()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(contenders[name], DEVICE))
 
     warm_up = 2
     benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=warm_up)

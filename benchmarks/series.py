@@ -7,12 +7,30 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from sap_fast.optimizer import PRESETS
 
 #: Seconds by the number of the round.
 Series = dict[int, float]
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Return the seconds of some work, from an idle device to an idle device."""
+    _synchronize(device)
+    start = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
 def preset_period(name: str) -> int:

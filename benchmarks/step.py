@@ -170,10 +170,10 @@ def random_llama(**settings: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**tied | settings))
 
 
-def add_lora(model: Model, targets: Sequence[str] = ("q_proj", "v_proj")) -> Model:
-    """Put LoRA on `model`: r=8, α=16, dropout 0.05; adapters in fp32."""
+def add_lora(model: Model, targets: Sequence[str] = ("q_proj", "v_proj"), rank: int = 8) -> Model:
+    """Put LoRA on `model`: α=16, dropout 0.05; adapters in fp32."""
     torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=list(targets))
+    config = LoraConfig(r=rank, lora_alpha=16, lora_dropout=0.05, target_modules=list(targets))
     return get_peft_model(model, config)
 
 
