@@ -32,6 +32,12 @@ class _WithoutProbe(SAPTrainer):
         return self._prepare_inputs(self._safety_collator(rows)[kind])
 
 
+def _refuse_lagged(sap_options: dict[str, Any], what: str) -> None:
+    """Raise for a schedule whose V is not used in the step that finds it."""
+    if sap_options.get("schedule", "paper") != "paper":
+        raise ValueError(f"{what} needs schedule='paper', whose V is used where it is found")
+
+
 def _gradients_of(
     optimizer: FusedSAP, backward: Callable[[], None]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -306,8 +312,7 @@ class ControlTrainer(SAPTrainer):
         #: By parameter: g without a probe, until the step is projected.
         self._unprobed: dict[Tensor, Tensor] = {}
         super().__init__(*args, **kwargs)
-        if self._sap_options.get("schedule", "paper") != "paper":
-            raise ValueError("a control needs schedule='paper', whose V is used where it is found")
+        _refuse_lagged(self._sap_options, "a control")
         if control in ("along", "beside"):
             self._sap_options["keep_direction"] = True
 
@@ -408,8 +413,7 @@ class AveragingTrainer(SAPTrainer):
         self._estimates: dict[int, Tensor] = {}
         self._directions: dict[Tensor, Tensor] = {}
         super().__init__(*args, **kwargs)
-        if self._sap_options.get("schedule", "paper") != "paper":
-            raise ValueError("an average needs schedule='paper', whose V is used where it is found")
+        _refuse_lagged(self._sap_options, "an average")
         if averaged == "direction":
             self._sap_options["keep_direction"] = True
 
