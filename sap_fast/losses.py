@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 
 from sap_fast import packing
 from sap_fast.packing import Packed, TensorMemo, logits_of, running
+from sap_fast.random_state import RandomState
 
 IGNORE_INDEX = -100
 """Label of a token that is not scored, as in `torch.nn.functional.cross_entropy`."""
@@ -451,8 +452,7 @@ def _scored_log_probs(
         scored = scored._replace(positions=token_index.flatten()[scored.positions])
     shape = inputs["input_ids"].shape
     if causal_lm not in _unchunkable:
-        cpu_random_state = torch.get_rng_state()
-        device_random_states = get_device_states(inputs["input_ids"])
+        before = RandomState([inputs["input_ids"].device])
         try:
             head = _find_head(causal_lm, compiled)
             test = causal_lm not in _chunkable
@@ -468,8 +468,7 @@ def _scored_log_probs(
             )
             # The forward is repeated under the dropout masks of this one: later passes of the step
             # replay the random state and must meet the same masks.
-            torch.set_rng_state(cpu_random_state)
-            set_device_states(*device_random_states, device_type=inputs["input_ids"].device.type)
+            before.restore()
         else:
             _chunkable.add(causal_lm)
             return call.log_probs(hidden, scored, vocabulary, total), outputs

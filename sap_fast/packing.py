@@ -28,7 +28,8 @@ from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
+
+from sap_fast.random_state import RandomState
 
 # Elements of the mask: 16 MiB as bool, 64 MiB as the fp32 that eager attention adds.
 MAX_MASK_ELEMENTS = 2**24
@@ -212,7 +213,7 @@ def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode without gradients; random state and modes are put back on any exit."""
     global _testing
     modes = [(module, module.training) for module in model.modules()]
-    cpu_state, device_states = torch.get_rng_state(), get_device_states(torch.empty(0).to(device))
+    random_state = RandomState([device])
     _testing = True
     try:
         for module, _ in modes:
@@ -226,8 +227,7 @@ def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
         # Before pytorch#165068 autocast kept the casts of weights made without gradients, and the
         # forward that follows in the same context would give those weights none.
         torch.clear_autocast_cache()
-        torch.set_rng_state(cpu_state)
-        set_device_states(*device_states, device_type=device.type)
+        random_state.restore()
 
 
 # ---- the packing ----
