@@ -34,6 +34,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sap_fast import packing
+from sap_fast.configuration import text_config, text_setting
 from sap_fast.packing import Packed, TensorMemo, logits_of, running
 from sap_fast.random_state import RandomState
 
@@ -98,7 +99,7 @@ def task_loss(
     loss = -total / (count.to(total.device) if isinstance(count, Tensor) else count)
     router_loss = getattr(outputs, "aux_loss", None)
     if router_loss is not None:
-        coefficient = _text_setting(_unwrap(model)[0], "router_aux_loss_coef") or 0.0
+        coefficient = text_setting(_unwrap(model)[0], "router_aux_loss_coef") or 0.0
         loss = loss + coefficient * router_loss.to(loss.device)
     return loss
 
@@ -505,20 +506,12 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
 def _pack(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: _Scored) -> Packed | None:
     if not packing.usable(model, causal_lm, batch):
         return None
-    key = _text_setting(causal_lm, "hidden_size"), packing.mask_dtype(causal_lm)
+    key = text_setting(causal_lm, "hidden_size"), packing.mask_dtype(causal_lm)
     if key not in scored.packings:
         device = batch["input_ids"].device
         with torch.inference_mode(False):  # it may serve a pass with gradients later
             scored.packings[key] = packing.pack(scored.tokens, scored.attended, *key, device)
     return scored.packings[key]
-
-
-def _text_setting(causal_lm: nn.Module, name: str) -> Any:
-    """The setting of the language model's config (a part of a multi-modal one), or None."""
-    config: Any = getattr(causal_lm, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, name, None)
 
 
 def _model_inputs(causal_lm: nn.Module, batch: Batch, left_padded: bool) -> dict[str, Any]:
@@ -546,13 +539,13 @@ def _find_head(causal_lm: nn.Module, compiled: bool) -> nn.Module:
     return head
 
 
-def _post_process(causal_lm: nn.Module, logits: Tensor) -> Tensor:
+def _post_process(config: Any, logits: Tensor) -> Tensor:
     """What known models do to their head's output, in the dtype in which they do it."""
-    if divisor := _text_setting(causal_lm, "logits_scaling"):  # Granite
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
         logits = logits / divisor
-    if factor := _text_setting(causal_lm, "logit_scale"):  # Cohere
+    if factor := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * factor
-    if cap := _text_setting(causal_lm, "final_logit_softcapping"):  # Gemma 2 and later
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and later
         logits = torch.tanh(logits / cap) * cap
     return logits
 
@@ -566,7 +559,7 @@ class _HeadCall:
     """
 
     def __init__(self, causal_lm: nn.Module, head: nn.Module, shape: torch.Size, test: bool):
-        self.causal_lm = causal_lm
+        self.config = text_config(causal_lm)
         self.head = head
         self.shape = shape
         self.test = test
@@ -632,7 +625,7 @@ class _HeadCall:
             raise _UnknownHeadError(
                 f"its logits {tuple(logits.shape)} are not of the shape of its head's output"
             )
-        expected = _post_process(self.causal_lm, self.test_logits).to(logits)
+        expected = _post_process(self.config, self.test_logits).to(logits)
         # The same operations give the same bits. Two units in the last place allow for a model that
         # rounds in another order or casts to fp32 earlier.
         tolerance = 2 * max(torch.finfo(x.dtype).eps for x in (self.test_logits, logits))
@@ -666,7 +659,7 @@ class _HeadCall:
         with torch.autocast(*self.autocast, cache_enabled=False):
             parameters = self._cast_parameters if parameters is None else parameters
             logits = functional_call(self.head, dict(parameters), (rows,))
-            return _token_log_probs(_post_process(self.causal_lm, logits), targets)
+            return _token_log_probs(_post_process(self.config, logits), targets)
 
     def cast(self, parameter: Tensor) -> Tensor:
         """Cast a parameter of a linear head as autocast would; that of another head stays."""

@@ -29,6 +29,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor, nn
 
+from sap_fast.configuration import text_config, text_setting
 from sap_fast.random_state import RandomState
 
 # Elements of the mask: 16 MiB as bool, 64 MiB as the fp32 that eager attention adds.
@@ -117,7 +118,7 @@ def _is_allowed(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]
     if tensors != {"input_ids", "attention_mask", "labels"}:
         return False  # what else there is for each token would have to be packed, too
     accepted = set(inspect.signature(causal_lm.forward).parameters)
-    config: Any = causal_lm.config.get_text_config()
+    config = text_config(causal_lm)
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     kinds = set(getattr(config, "layer_types", None) or ())
     return (
@@ -153,7 +154,7 @@ def logits_of(outputs: Any) -> Tensor:
 
 def mask_dtype(causal_lm: Any) -> torch.dtype:
     """What `pack` is to make the mask of: bool for SDPA, the model's dtype for eager attention."""
-    eager = causal_lm.config.get_text_config()._attn_implementation == "eager"
+    eager = text_setting(causal_lm, "_attn_implementation") == "eager"
     return causal_lm.dtype if eager else torch.bool
 
 
@@ -165,7 +166,7 @@ def _test(model: nn.Module, causal_lm: Any, device: torch.device) -> str | None:
     How much that is depends on the model and is measured by a third forward, with the plain causal
     mask over the packed rows. Medians, since one rounding can tip a router's choice.
     """
-    vocabulary = causal_lm.config.get_text_config().vocab_size
+    vocabulary = text_config(causal_lm).vocab_size
     tokens = torch.randint(vocabulary, (5, 14), generator=torch.Generator().manual_seed(0))
     tokens[1, :6] = tokens[0, :6]  # a prompt with two answers
     tokens[2, :9] = tokens[1, :9]  # and a branch inside the second

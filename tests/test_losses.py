@@ -620,7 +620,9 @@ def test_further_tensors_of_chosen_and_rejected_are_padded_where_they_are_per_to
 
 def test_settings_of_a_multi_modal_model_are_those_of_its_language_model():
     class MultiModal(EmbeddingModel):
-        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(logits_scaling=0.5))
+        config = SimpleNamespace(
+            get_text_config=lambda decoder: SimpleNamespace(logits_scaling=0.5)
+        )
 
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs).logits / 0.5
@@ -629,6 +631,24 @@ def test_settings_of_a_multi_modal_model_are_those_of_its_language_model():
     logits = model(batch["input_ids"], batch["attention_mask"])
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert_same(task_loss(model, batch), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("family", ["granite", "mixtral"])
+def test_settings_are_found_in_a_module_without_a_configuration(family):
+    class Holder(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = model
+
+        def get_output_embeddings(self):
+            return self.inner.lm_head
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    model, batch = build(family), make_batch()
+    # The logits are post-processed, or a warning would be an error; the router loss is part of it.
+    assert_same(task_loss(Holder(model), batch), model(**batch).loss, rtol=2e-6)
 
 
 def test_a_models_head_is_tested_at_its_first_use_only(monkeypatch):
