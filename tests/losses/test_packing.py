@@ -10,11 +10,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from sap_fast import packing
-from sap_fast.losses import contrastive_loss, difference_loss, response_log_probs, task_loss
-from sap_fast.packing import TensorMemo, pack
+from sap_fast.losses import (
+    contrastive_loss,
+    difference_loss,
+    packing,
+    response_log_probs,
+    task_loss,
+)
+from sap_fast.losses.packing import TensorMemo, pack
+from tests.losses.test_scoring import VOCABULARY, OddLlama, assert_same, build, gradients, with_lora
 from tests.oracle import naive_contrastive_loss, naive_task_loss, naive_token_log_probs
-from tests.test_losses import VOCABULARY, OddLlama, assert_same, build, gradients, with_lora
 
 CPU = torch.device("cpu")
 

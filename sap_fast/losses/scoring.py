@@ -14,7 +14,7 @@ tests that this gives the model's own logits. Where it does not, or can't, losse
 the model's own logits, and a warning says so.
 
 What sequences of a batch share at their start, and padding, is left out of the model's forward
-where the model allows (`sap_fast.packing`).
+where the model allows (`sap_fast.losses.packing`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from sap_fast import packing
 from sap_fast.configuration import text_config, text_setting
-from sap_fast.packing import Packed, TensorMemo, logits_of, running
+from sap_fast.losses import packing
+from sap_fast.losses.packing import Packed, TensorMemo, logits_of, running
 from sap_fast.random_state import RandomState
 
 IGNORE_INDEX = -100
@@ -75,7 +75,7 @@ def task_loss(
             transformers `Trainer`), by which the sum over this batch is divided. Default: those of
             this batch, which gives the mean.
         pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`sap_fast.packing`). Equal up to rounding without dropout; with it, a
+            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
             shared prefix draws one mask for all that share it.
 
     Returns:
@@ -118,7 +118,7 @@ def response_log_probs(
             model's forward.
         reduction: `"sum"` over the response tokens, or their `"mean"`.
         pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`sap_fast.packing`). Equal up to rounding without dropout; with it, a
+            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
             shared prefix draws one mask for all that share it.
 
     Returns:
@@ -153,7 +153,7 @@ def contrastive_loss(
             in the authors' code, which saturates (a gradient of 1e-28) on pairs that the model
             already tells apart.
         pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`sap_fast.packing`). Equal up to rounding without dropout; with it, a
+            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
             shared prefix draws one mask for all that share it.
 
     Returns:
@@ -186,7 +186,7 @@ def difference_loss(
         rejected: The harmful responses to the same prompts, row for row; S may differ.
         reduction: What stands for nll: the `"mean"` over a response's tokens, or their `"sum"`.
         pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`sap_fast.packing`). Equal up to rounding without dropout; with it, a
+            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
             shared prefix draws one mask for all that share it.
 
     Returns:
@@ -221,7 +221,7 @@ def refusal_loss(
         rejected: Not used; here so that the loss can stand where the others do.
         reduction: What stands for nll: the `"mean"` over a response's tokens, or their `"sum"`.
         pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`sap_fast.packing`). Equal up to rounding without dropout; with it, a
+            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
             shared prefix draws one mask for all that share it.
 
     Returns:
