@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sap_fast import ops, packing
+from sap_fast import ops
 from sap_fast.distributed import Ranks
+from sap_fast.losses import packing
 from sap_fast.ops.reference import accumulation_dtype
 from sap_fast.reuse import LowerForward
 
@@ -91,7 +92,7 @@ class ProbeSet:
         self._frozen = False
         self._forward_index = -1
         self._mask: Tensor | None = None
-        #: Where the tokens of a packed batch's sequences lie; see `sap_fast.packing`.
+        #: Where the tokens of a packed batch's sequences lie; see `sap_fast.losses.packing`.
         self._index: Tensor | None = None
         #: Only where the decoder stack is known: layers of an unknown order can't be skipped.
         self._lower = LowerForward(_lower_layers(model, self.modules[self.layers[0]]))
