@@ -18,10 +18,10 @@ from sap_fast.losses import (
     IGNORE_INDEX,
     contrastive_loss,
     difference_loss,
+    head,
     joint_loss,
     refusal_loss,
     response_log_probs,
-    scoring,
     task_loss,
 )
 
@@ -149,15 +149,15 @@ def assert_same(actual, expected, *, rtol=1e-5):
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", ROWS_PER_CHUNK * VOCABULARY * 4)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", ROWS_PER_CHUNK * VOCABULARY * 4)
 
 
 def test_a_gpu_gets_larger_chunks():
-    sizes = {device: scoring.CHUNK_BYTES[device] // (4 * VOCABULARY) for device in ("cpu", "cuda")}
+    sizes = {device: head.CHUNK_BYTES[device] // (4 * VOCABULARY) for device in ("cpu", "cuda")}
     assert sizes["cuda"] > sizes["cpu"] == ROWS_PER_CHUNK
     for device, expected in {"cpu": sizes["cpu"], "meta": sizes["cuda"]}.items():
         rows = torch.empty(1, 1, dtype=torch.bfloat16, device=device)
-        assert scoring._chunk_size(rows, VOCABULARY) == expected
+        assert head._chunk_size(rows, VOCABULARY) == expected
 
 
 @pytest.fixture(autouse=True)
@@ -380,7 +380,7 @@ def test_a_frozen_head_is_as_exact_as_one_that_runs_again(dtype, monkeypatch):
 
     exact = run(exact_model, False)
     ours = run(model, autocast)
-    monkeypatch.setattr(scoring, "_is_hooked", lambda head: True)
+    monkeypatch.setattr(head, "_is_hooked", lambda head: True)
     again = run(model, autocast)
     for fast, reference, value in zip(ours, again, exact, strict=True):
         assert (fast - value).norm() <= 1.1 * (reference - value).norm() + 1e-3 * value.norm()
@@ -394,7 +394,7 @@ def test_the_gradient_of_a_frozen_heads_rows_is_multiplied_in_fp32():
     def log_probs(rows, targets):
         return (rows * weight).sum(1)
 
-    ours = scoring._FrozenHead.apply(rows, torch.zeros(4), 3, log_probs)
+    ours = head._FrozenHead.apply(rows, torch.zeros(4), 3, log_probs)
     (gradient,) = torch.autograd.grad(ours, rows, incoming)
     assert torch.equal(gradient, (incoming[:, None] * weight).bfloat16())
 
@@ -730,7 +730,7 @@ def peak_bytes(run):
 def test_full_logits_never_exist(loss_name, monkeypatch):
     vocabulary, rows_per_chunk = 128_000, 16
     chunk = rows_per_chunk * vocabulary
-    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", 4 * chunk)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * chunk)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -766,7 +766,7 @@ def test_full_logits_never_exist(loss_name, monkeypatch):
 
 
 def test_a_chunk_has_at_least_one_row(monkeypatch):
-    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)
     model, batch = build(), make_batch()
     assert_same(task_loss(model, batch), model(**batch).loss, rtol=2e-6)
 
