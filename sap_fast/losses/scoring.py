@@ -1,21 +1,4 @@
-"""Task loss and safety losses over response tokens; the full B×S×V logits never exist.
-
-A batch is a mapping with `input_ids`, `attention_mask` and `labels`, each (B, S). `labels` equal
-`input_ids` where a token is scored and are `IGNORE_INDEX` elsewhere. Position s predicts token s+1.
-A token is scored where its label says so and neither it nor the token before it is padding, so the
-padding side does not change a loss.
-
-How the logits are avoided: the model runs as it was given, wrappers included, while hooks on its
-output embeddings (the head) keep the hidden states and let only the last position through. The head
-is then applied to the scored positions alone, a chunk at a time. The gradient of a chunk is found
-with it, where it is known by then what it will be multiplied by (in the task loss) or where the
-head is frozen; else the chunk is computed again in the backward pass. A model's first use also
-tests that this gives the model's own logits. Where it does not, or can't, losses are computed from
-the model's own logits, and a warning says so.
-
-What sequences of a batch share at their start, and padding, is left out of the model's forward
-where the model allows (`sap_fast.losses.packing`).
-"""
+"""What of a batch is scored, and the log-probabilities of it."""
 
 from __future__ import annotations
 
@@ -45,76 +28,24 @@ IGNORE_INDEX = -100
 """Label of a token that is not scored, as in `torch.nn.functional.cross_entropy`."""
 
 Batch = Mapping[str, Tensor]
+"""`input_ids`, `attention_mask`, `labels`, each (B, S), and what else the model's forward takes."""
+
 Reduction = Literal["sum", "mean"]
-
-
-def task_loss(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    num_items: int | Tensor | None = None,
-    pack: bool = True,
-) -> Tensor:
-    """Negative log-likelihood of the response tokens of `batch`, in nats per token.
-
-    Equals the `loss` that a transformers model returns for `labels=`, with the router loss of a
-    mixture of experts where `output_router_logits` asks for it; only padding is never scored.
-    Synchronises with the host before the forward, to find the scored positions; not again for the
-    same tensors, unchanged.
-
-    Args:
-        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
-        batch: `input_ids`, `attention_mask`, `labels`, each (B, S), and further tensors for the
-            model's forward.
-        num_items: Scored tokens of the whole accumulated batch (`num_items_in_batch` of the
-            transformers `Trainer`), by which the sum over this batch is divided. Default: those of
-            this batch, which gives the mean.
-        pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
-            shared prefix draws one mask for all that share it.
-
-    Returns:
-        A scalar, fp32 (fp64 for an fp64 model).
-
-    Raises:
-        ValueError: No token of `batch` is scored, `num_items` is an int below 1, or `batch` is
-            malformed.
-    """
-    if isinstance(num_items, int) and num_items < 1:
-        raise ValueError(f"num_items is {num_items}; expected at least 1, or None for the mean")
-    _check_batch(batch, "batch")
-    scored = _find_scored(batch)
-    if not scored.counts.any():
-        raise ValueError(
-            f"batch has no scored token in any of its {len(scored.counts)} rows: "
-            f"{_WHY_NOTHING_IS_SCORED}"
-        )
-    total, outputs = _scored_log_probs(model, batch, scored, pack, total=True)
-    count = len(scored.targets) if num_items is None else num_items
-    loss = -total / (count.to(total.device) if isinstance(count, Tensor) else count)
-    router_loss = getattr(outputs, "aux_loss", None)
-    if router_loss is not None:
-        coefficient = text_setting(_unwrap(model)[0], "router_aux_loss_coef") or 0.0
-        loss = loss + coefficient * router_loss.to(loss.device)
-    return loss
+"""What of the tokens' log-probabilities stands for a response's."""
 
 
 def response_log_probs(
     model: nn.Module, batch: Batch, *, reduction: Reduction = "sum", pack: bool = True
 ) -> Tensor:
-    """Log-probability of each row's response given its prompt, in nats.
+    """Returns the log-probability of each row's response given its prompt, in nats.
 
-    Synchronises with the host before the forward, to find the scored positions; not again for the
-    same tensors, unchanged.
+    What it shares with the losses is said at `sap_fast.losses`.
 
     Args:
-        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
-        batch: `input_ids`, `attention_mask`, `labels`, each (B, S), and further tensors for the
-            model's forward.
+        model: A causal language model, possibly wrapped.
+        batch: Prompts with their responses, (B, S).
         reduction: `"sum"` over the response tokens, or their `"mean"`.
-        pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
-            shared prefix draws one mask for all that share it.
+        pack: Compute shared prefixes once, and no padding.
 
     Returns:
         (B,), fp32 (fp64 for an fp64 model).
@@ -122,155 +53,16 @@ def response_log_probs(
     Raises:
         ValueError: A row has no scored token, `reduction` is unknown, or `batch` is malformed.
     """
-    return _checked_log_probs(model, batch, "batch", reduction, pack)
+    return checked_log_probs(model, batch, "batch", reduction, pack)
 
 
-def contrastive_loss(
-    model: nn.Module,
-    chosen: Batch,
-    rejected: Batch,
-    *,
-    temperature: float = 1.0,
-    reduction: Reduction = "mean",
-    pack: bool = True,
-) -> Tensor:
-    """Mean over pairs of −log σ((log p(chosen) − log p(rejected)) / temperature).
-
-    The safety loss of arXiv:2505.16737v2. Both batches run as one forward. Synchronises with the
-    host before it, to find the scored positions; not again for the same tensors, unchanged.
-
-    Args:
-        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
-        chosen: The safe responses, a batch of B rows.
-        rejected: The harmful responses to the same prompts, row for row; S may differ.
-        temperature: τ, above 0. The default leaves the paper's loss as it is.
-        reduction: What stands for log p: the `"mean"` over a response's tokens, or their `"sum"` as
-            in the authors' code, which saturates (a gradient of 1e-28) on pairs that the model
-            already tells apart.
-        pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
-            shared prefix draws one mask for all that share it.
-
-    Returns:
-        A scalar, fp32 (fp64 for an fp64 model).
-
-    Raises:
-        ValueError: A row has no scored token, the batches do not pair, or `temperature` or
-            `reduction` is out of range.
-    """
-    margins = _margins(model, chosen, rejected, temperature, reduction, pack)[1]
-    return -F.logsigmoid(margins).mean()
-
-
-def difference_loss(
-    model: nn.Module,
-    chosen: Batch,
-    rejected: Batch,
-    *,
-    reduction: Reduction = "mean",
-    pack: bool = True,
-) -> Tensor:
-    """Mean over pairs of nll(chosen) − nll(rejected).
-
-    The safety loss of arXiv:2505.16737v1. Both batches run as one forward. Synchronises with the
-    host before it, to find the scored positions; not again for the same tensors, unchanged.
-
-    Args:
-        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
-        chosen: The safe responses, a batch of B rows.
-        rejected: The harmful responses to the same prompts, row for row; S may differ.
-        reduction: What stands for nll: the `"mean"` over a response's tokens, or their `"sum"`.
-        pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
-            shared prefix draws one mask for all that share it.
-
-    Returns:
-        A scalar, fp32 (fp64 for an fp64 model).
-
-    Raises:
-        ValueError: A row has no scored token, the batches do not pair, or `reduction` is unknown.
-    """
-    chosen_log_probs, rejected_log_probs = _pair_log_probs(model, chosen, rejected, reduction, pack)
-    return (rejected_log_probs - chosen_log_probs).mean()
-
-
-def refusal_loss(
-    model: nn.Module,
-    chosen: Batch,
-    rejected: Batch | None = None,
-    *,
-    reduction: Reduction = "mean",
-    pack: bool = True,
-) -> Tensor:
-    """Mean over rows of nll(chosen), whatever else a model might say.
-
-    The losses of pairs can be lowered by making the given harmful response unlikely, while another
-    that is in no pair becomes the likeliest; this one can't, and runs half the tokens. But nothing
-    in it speaks against harmful responses that the task data hold, and it may refuse what is
-    harmless after a narrow task (docs/study.md, row 40). Synchronises with the host before the
-    forward, as `response_log_probs` does.
-
-    Args:
-        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
-        chosen: The safe responses, a batch of B rows.
-        rejected: Not used; here so that the loss can stand where the others do.
-        reduction: What stands for nll: the `"mean"` over a response's tokens, or their `"sum"`.
-        pack: Compute what sequences share at their start once, and no padding, where that pays and
-            the model allows (`losses.packing`). Equal up to rounding without dropout; with it, a
-            shared prefix draws one mask for all that share it.
-
-    Returns:
-        A scalar, fp32 (fp64 for an fp64 model).
-
-    Raises:
-        ValueError: A row has no scored token, or `reduction` is unknown.
-    """
-    return -_checked_log_probs(model, chosen, "chosen", reduction, pack).mean()
-
-
-def joint_loss(
-    model: nn.Module,
-    chosen: Batch,
-    rejected: Batch,
-    *,
-    temperature: float = 1.0,
-    reduction: Reduction = "mean",
-    pack: bool = True,
-) -> Tensor:
-    """The value of `contrastive_loss`, with the gradient of it plus `refusal_loss`.
-
-    For a level that is held (`FusedSAP(safety_level=…)`). Whether a model still tells the pairs
-    apart is the better measure of what tuning does to it, as a narrow task moves the likelihood of
-    refusals whatever is refused; but that likelihood is the better direction, as it also counts
-    where the model would open as no pair does. Both come from one forward. As the gradient is not
-    that of the value, a line search has no use for this loss.
-
-    Args:
-        model: A causal LM, possibly wrapped (PEFT, DDP, `torch.compile`).
-        chosen: as for `contrastive_loss`.
-        rejected: as for `contrastive_loss`.
-        temperature: as for `contrastive_loss`; the refusals' likelihood has none.
-        reduction: as for `contrastive_loss`, of both.
-        pack: as for `contrastive_loss`.
-
-    Returns:
-        A scalar, fp32 (fp64 for an fp64 model).
-
-    Raises:
-        ValueError: as `contrastive_loss`.
-    """
-    chosen_log_probs, margins = _margins(model, chosen, rejected, temperature, reduction, pack)
-    refusal = -chosen_log_probs.mean()
-    return -F.logsigmoid(margins).mean() + (refusal - refusal.detach())
-
-
-_WHY_NOTHING_IS_SCORED = (
+WHY_NOTHING_IS_SCORED = (
     f"every label is {IGNORE_INDEX} or at padding. Expected labels equal to input_ids on the "
     "response; a prompt longer than the maximum length leaves none"
 )
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """The N scored positions of a (B, S) batch, and what packing has to know."""
 
     positions: Tensor  # (N,) row·S + s where the token is predicted; on the batch's device
@@ -283,12 +75,14 @@ class _Scored(NamedTuple):
     packings: dict[tuple[int, torch.dtype], Packed | None]  # by hidden size and dtype of the mask
 
 
-def _check_reduction(reduction: str) -> None:
+def check_reduction(reduction: str) -> None:
+    """Raises `ValueError` unless `reduction` is known."""
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}; expected 'sum' or 'mean'")
 
 
-def _check_batch(batch: Batch, argument: str) -> None:
+def check_batch(batch: Batch, argument: str) -> None:
+    """Raises `ValueError` that names `argument` unless the three tensors are there, all (B, S)."""
     for key in ("input_ids", "attention_mask", "labels"):
         if key not in batch:
             raise ValueError(
@@ -303,12 +97,13 @@ def _check_batch(batch: Batch, argument: str) -> None:
             )
 
 
-def _check_every_row_is_scored(counts: Tensor, argument: str) -> None:
+def check_every_row_is_scored(counts: Tensor, argument: str) -> None:
+    """Raises `ValueError` that names `argument` and the rows without a scored token."""
     if not counts.all():
         rows = (counts == 0).nonzero().squeeze(1).tolist()
         raise ValueError(
             f"{argument} has no scored token in rows {rows} of its {len(counts)}: "
-            f"{_WHY_NOTHING_IS_SCORED}"
+            f"{WHY_NOTHING_IS_SCORED}"
         )
 
 
@@ -317,12 +112,12 @@ def _check_every_row_is_scored(counts: Tensor, argument: str) -> None:
 _found = TensorMemo(8)
 
 
-def _find_scored(batch: Batch, *originals: Batch) -> _Scored:
-    """The scored positions of `batch`, which was put together from `originals` if there are any."""
+def find_scored(batch: Batch, *originals: Batch) -> Scored:
+    """Finds the scored positions of `batch`, which may be put together from `originals`."""
     keys = ("input_ids", "attention_mask", "labels")
     tensors = [original[key] for original in originals or (batch,) for key in keys]
 
-    def find() -> _Scored:
+    def find() -> Scored:
         labels = batch["labels"]
         # All that the host has to know in one copy. It and the copies back wait for the device, so
         # they are made here, before the forward is queued.
@@ -334,7 +129,7 @@ def _find_scored(batch: Batch, *originals: Batch) -> _Scored:
         scored = labelled[:, 1:] & attended[:, 1:] & attended[:, :-1]
         positions = F.pad(scored, (0, 1)).flatten().nonzero().squeeze(1).to(labels.device)
         counts = scored.sum(dim=1)
-        return _Scored(
+        return Scored(
             positions=positions,
             targets=labels.flatten()[positions + 1],
             counts=counts,
@@ -348,50 +143,23 @@ def _find_scored(batch: Batch, *originals: Batch) -> _Scored:
     return _found.get(tensors, find)
 
 
-def _checked_log_probs(
+def checked_log_probs(
     model: nn.Module, batch: Batch, argument: str, reduction: Reduction, pack: bool
 ) -> Tensor:
-    _check_reduction(reduction)
-    _check_batch(batch, argument)
-    scored = _find_scored(batch)
-    _check_every_row_is_scored(scored.counts, argument)
-    return _row_log_probs(model, batch, scored, reduction, pack)
+    """Returns what `row_log_probs` gives for the batch given as `argument`, once it is checked."""
+    check_reduction(reduction)
+    check_batch(batch, argument)
+    scored = find_scored(batch)
+    check_every_row_is_scored(scored.counts, argument)
+    return row_log_probs(model, batch, scored, reduction, pack)
 
 
-def _margins(
-    model: nn.Module,
-    chosen: Batch,
-    rejected: Batch,
-    temperature: float,
-    reduction: Reduction,
-    pack: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return log p(chosen), and (log p(chosen) − log p(rejected)) / temperature."""
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; expected a number above 0")
-    chosen_log_probs, rejected_log_probs = _pair_log_probs(model, chosen, rejected, reduction, pack)
-    return chosen_log_probs, (chosen_log_probs - rejected_log_probs) / temperature
+def concatenate(chosen: Batch, rejected: Batch) -> dict[str, Tensor]:
+    """Makes one batch of 2B rows, padded on the right to the longer S, also where padding is left.
 
-
-def _pair_log_probs(
-    model: nn.Module, chosen: Batch, rejected: Batch, reduction: Reduction, pack: bool
-) -> tuple[Tensor, Tensor]:
-    _check_reduction(reduction)
-    _check_batch(chosen, "chosen")
-    _check_batch(rejected, "rejected")
-    pairs, others = len(chosen["input_ids"]), len(rejected["input_ids"])
-    if pairs != others:
-        raise ValueError(f"chosen has {pairs} rows and rejected {others}; expected pairs")
-    batch = _concatenate(chosen, rejected)
-    scored = _find_scored(batch, chosen, rejected)
-    _check_every_row_is_scored(scored.counts[:pairs], "chosen")
-    _check_every_row_is_scored(scored.counts[pairs:], "rejected")
-    log_probs = _row_log_probs(model, batch, scored, reduction, pack)
-    return log_probs[:pairs], log_probs[pairs:]
-
-
-def _concatenate(chosen: Batch, rejected: Batch) -> dict[str, Tensor]:
-    """One batch of 2B rows, padded on the right to the longer S, also where padding is left."""
+    Raises:
+        ValueError: The two hold different tensors.
+    """
     batches = [
         {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         for batch in (chosen, rejected)
@@ -413,10 +181,11 @@ def _concatenate(chosen: Batch, rejected: Batch) -> dict[str, Tensor]:
     return {key: torch.cat([padded(batch, key) for batch in batches]) for key in batches[0]}
 
 
-def _row_log_probs(
-    model: nn.Module, batch: Batch, scored: _Scored, reduction: Reduction, pack: bool
+def row_log_probs(
+    model: nn.Module, batch: Batch, scored: Scored, reduction: Reduction, pack: bool
 ) -> Tensor:
-    log_probs, _ = _scored_log_probs(model, batch, scored, pack)
+    """Returns each row's log-probability (B,), the sum or the mean over its scored tokens."""
+    log_probs, _ = scored_log_probs(model, batch, scored, pack)
     # Scattered over the positions and summed along the row: index_add would add in an order that
     # differs from run to run on a GPU.
     shape = batch["input_ids"].shape
@@ -431,11 +200,11 @@ _chunkable: WeakSet[nn.Module] = WeakSet()
 _unchunkable: WeakSet[nn.Module] = WeakSet()
 
 
-def _scored_log_probs(
-    model: nn.Module, batch: Batch, scored: _Scored, pack: bool, total: bool = False
+def scored_log_probs(
+    model: nn.Module, batch: Batch, scored: Scored, pack: bool, total: bool = False
 ) -> tuple[Tensor, Any]:
-    """Log-probabilities (N,) of the scored tokens, or their total, and what the model returned."""
-    causal_lm, compiled = _unwrap(model)
+    """Returns the scored tokens' log-probabilities (N,) or their total, and the model's outputs."""
+    causal_lm, compiled = unwrap(model)
     packed = _pack(model, causal_lm, batch, scored) if pack else None
     if packed is None:
         inputs, token_index = _model_inputs(causal_lm, batch, scored.left_padded), None
@@ -480,8 +249,8 @@ def _scored_log_probs(
     return log_probs.sum() if total else log_probs, outputs
 
 
-def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The causal LM inside DDP, PEFT and compiled wrappers, and whether one of them is compiled."""
+def unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
+    """Returns the causal LM inside DDP, PEFT and compiled wrappers, and whether one is compiled."""
     compiled = False
     while True:
         # Not by getattr, which compiled and PEFT modules answer for what they wrap.
@@ -496,7 +265,7 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
         model = inner
 
 
-def _pack(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: _Scored) -> Packed | None:
+def _pack(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: Scored) -> Packed | None:
     if not packing.usable(model, causal_lm, batch):
         return None
     key = text_setting(causal_lm, "hidden_size"), packing.mask_dtype(causal_lm)
@@ -520,5 +289,5 @@ def _model_inputs(causal_lm: nn.Module, batch: Batch, left_padded: bool) -> dict
     return inputs
 
 
-def _scored_rows(features: Tensor, scored: _Scored) -> Tensor:
+def _scored_rows(features: Tensor, scored: Scored) -> Tensor:
     return features.flatten(0, 1).index_select(0, scored.positions.to(features.device))
