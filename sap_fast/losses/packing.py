@@ -20,11 +20,11 @@ import inspect
 import sys
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -338,40 +338,3 @@ def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
         if a != b:
             return position
     return min(len(left), len(right))
-
-
-# ---- what is remembered of a batch ----
-
-
-class TensorMemo:
-    """Results by the tensors that they were computed from, while those live unchanged.
-
-    Args:
-        size: Results to keep at most; the oldest is dropped.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._results: dict[tuple[int, ...], tuple[list[ref[Tensor]], list[int], Any]] = {}
-
-    def get(self, tensors: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
-        """Return what `compute` returned for these tensors, or call it."""
-        if any(tensor.is_inference() for tensor in tensors):
-            return compute()  # they don't count their versions
-        key = tuple(id(tensor) for tensor in tensors)
-        versions = [tensor._version for tensor in tensors]
-        entry = self._results.get(key)
-        if entry is not None and entry[1] == versions:
-            return entry[2]
-        # Else a result that is first wanted in inference mode could not be used for training.
-        with torch.inference_mode(False):
-            result = compute()
-
-        def forget(_: ref[Tensor]) -> None:
-            self._results.pop(key, None)
-
-        self._results.pop(key, None)
-        if len(self._results) >= self._size:
-            self._results.pop(next(iter(self._results)))
-        self._results[key] = [ref(tensor, forget) for tensor in tensors], versions, result
-        return result

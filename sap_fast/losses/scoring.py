@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from sap_fast.losses.head import (
     recomputed,
     token_log_probs,
 )
-from sap_fast.losses.packing import Packed, TensorMemo, logits_of, running
+from sap_fast.losses.packing import Packed, logits_of, running
 from sap_fast.random_state import RandomState
 
 IGNORE_INDEX = -100
@@ -105,6 +105,40 @@ def check_every_row_is_scored(counts: Tensor, argument: str) -> None:
             f"{argument} has no scored token in rows {rows} of its {len(counts)}: "
             f"{WHY_NOTHING_IS_SCORED}"
         )
+
+
+class TensorMemo:
+    """Results by the tensors that they were computed from, while those live unchanged.
+
+    Args:
+        size: Results to keep at most; the oldest is dropped.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._results: dict[tuple[int, ...], tuple[list[ref[Tensor]], list[int], Any]] = {}
+
+    def get(self, tensors: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
+        """Returns what `compute` returned for these tensors, or calls it."""
+        if any(tensor.is_inference() for tensor in tensors):
+            return compute()  # they don't count their versions
+        key = tuple(id(tensor) for tensor in tensors)
+        versions = [tensor._version for tensor in tensors]
+        entry = self._results.get(key)
+        if entry is not None and entry[1] == versions:
+            return entry[2]
+        # Else a result that is first wanted in inference mode could not be used for training.
+        with torch.inference_mode(False):
+            result = compute()
+
+        def forget(_: ref[Tensor]) -> None:
+            self._results.pop(key, None)
+
+        self._results.pop(key, None)
+        if len(self._results) >= self._size:
+            self._results.pop(next(iter(self._results)))
+        self._results[key] = [ref(tensor, forget) for tensor in tensors], versions, result
+        return result
 
 
 # What was found for the last batches: of the passes of a step, only the first has to wait for the

@@ -17,7 +17,8 @@ from sap_fast.losses import (
     response_log_probs,
     task_loss,
 )
-from sap_fast.losses.packing import TensorMemo, pack
+from sap_fast.losses.packing import pack
+from sap_fast.losses.scoring import TensorMemo
 from tests.losses.test_scoring import VOCABULARY, OddLlama, assert_same, build, gradients, with_lora
 from tests.oracle import naive_contrastive_loss, naive_task_loss, naive_token_log_probs
 
