@@ -60,18 +60,18 @@ _testing = False
 
 
 def current_index() -> Tensor | None:
-    """`Packed.token_index` of the forward that is running, or None if its batch is not packed."""
+    """Returns `Packed.token_index` of the running forward, or None if its batch is not packed."""
     return _index
 
 
 def being_tested() -> bool:
-    """Whether the forward that is running is one of `usable`'s, whose result nothing depends on."""
+    """Says whether the forward that is running is one of `usable`'s, whose result is not used."""
     return _testing
 
 
 @contextmanager
 def running(index: Tensor | None) -> Iterator[None]:
-    """Let `current_index` return `index` meanwhile."""
+    """Lets `current_index` return `index` meanwhile."""
     global _index
     before, _index = _index, index
     try:
@@ -81,7 +81,7 @@ def running(index: Tensor | None) -> Iterator[None]:
 
 
 def usable(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether packing leaves the result as it is, by the model's configuration and by a test.
+    """Says whether packing leaves the result as it is, by the configuration and by a test.
 
     The test runs at the first call for a model that its configuration allows. It costs three
     forwards of some 50 tokens once. It does not depend on the batch, so that all ranks of a
@@ -146,20 +146,20 @@ def _forbids(module: nn.Module) -> bool:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return the logits among what a causal LM returned."""
+    """Returns the logits among what a causal LM returned."""
     if isinstance(outputs, Tensor):
         return outputs
     return outputs.logits if hasattr(outputs, "logits") else outputs[0]
 
 
 def mask_dtype(causal_lm: Any) -> torch.dtype:
-    """What `pack` is to make the mask of: bool for SDPA, the model's dtype for eager attention."""
+    """Returns the dtype of the mask: bool for SDPA, the model's dtype for eager attention."""
     eager = text_setting(causal_lm, "_attn_implementation") == "eager"
     return causal_lm.dtype if eager else torch.bool
 
 
 def _test(model: nn.Module, causal_lm: Any, device: torch.device) -> str | None:
-    """Say why packing does not give a model's log-probabilities, or None if it does.
+    """Says why packing does not give a model's log-probabilities, or None if it does.
 
     A plain and a packed forward differ by rounding (in bf16 by some 1e-2 of what the context
     changes) where the model obeys the mask, and by all that the context changes where it does not.
@@ -211,7 +211,7 @@ def _test(model: nn.Module, causal_lm: Any, device: torch.device) -> str | None:
 
 @contextmanager
 def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; random state and modes are put back on any exit."""
+    """Sets evaluation mode without gradients; puts modes and random state back on any exit."""
     global _testing
     modes = [(module, module.training) for module in model.modules()]
     random_state = RandomState([device])
@@ -237,7 +237,7 @@ def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
 def pack(
     tokens: Tensor, attended: Tensor, hidden_size: int, mask: torch.dtype, device: torch.device
 ) -> Packed | None:
-    """Pack a batch into the number of rows that costs least; None if padding it costs no more.
+    """Packs a batch into the number of rows that costs least; None if padding it costs no more.
 
     Args:
         tokens: (B, L) int64, on the host.
@@ -285,7 +285,7 @@ class _Sequences:
         self.shared = [0, *(_common_prefix(a, b) for a, b in pairwise(self.sequences))]
 
     def cut(self, capacity: int) -> list[int]:
-        """Start a new row only where the next sequence's tokens would exceed `capacity`."""
+        """Starts a new row only where the next sequence's tokens would exceed `capacity`."""
         starts = [0]
         used = self.lengths[0]
         for rank in range(1, len(self.lengths)):
@@ -296,7 +296,7 @@ class _Sequences:
         return starts
 
     def lay_out(self, starts: Sequence[int], mask: torch.dtype, device: torch.device) -> Packed:
-        """Build the packed rows that start at the sequences `starts`."""
+        """Builds the packed rows that start at the sequences `starts`."""
         bounds = [*starts, len(self.lengths)]
         added = [
             self.lengths[rank] - (0 if rank in starts else self.shared[rank])
