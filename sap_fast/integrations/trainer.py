@@ -321,17 +321,6 @@ class SAPTrainerMixin(_Base):
     ) -> None:
         passes = optimizer.passes
 
-        def safety() -> Tensor:
-            model.train()
-            rows = self._safety_batches.rows(
-                passes.direction.taken, self.args.process_index, self.args.world_size
-            )
-            loss = self.compute_safety_loss(
-                model, self._prepare_inputs(self._safety_collator(rows))
-            )
-            self.accelerator.backward(loss)
-            return loss.detach()
-
         def task(part: list[Any]) -> Tensor:
             items = num_items
             if part is not window and num_items is not None:
@@ -339,17 +328,34 @@ class SAPTrainerMixin(_Base):
             # What a loss is divided by that no number of items scales.
             self.current_gradient_accumulation_steps = len(part)
             try:
-                losses = [
-                    super(SAPTrainerMixin, self).training_step(model, micro_batch, items)
-                    for micro_batch in part
-                ]
+                return self._backward_of_task(model, part, items)
             finally:
                 self.current_gradient_accumulation_steps = len(window)
-            return torch.stack(losses).sum()
 
         # What a log wants to know about this step costs a buffer; other steps go without.
-        passes.measures_lean = self._logs_after_this_step()
-        optimizer.inner_passes(task, safety, window)
+        passes.measures_lean = self._measures_lean()
+        optimizer.inner_passes(
+            task, lambda: self._backward_of_safety(model, passes.direction.taken), window
+        )
+
+    def _backward_of_task(self, model: nn.Module, batches: list[Any], num_items: Any) -> Tensor:
+        """Run the trainer's own step on micro-batches, not in the task pass; return L_task."""
+        losses = []
+        for micro_batch in batches:
+            losses.append(super().training_step(model, micro_batch, num_items))
+        return torch.stack(losses).sum()
+
+    def _backward_of_safety(self, model: nn.Module, number: int) -> Tensor:
+        """Run forward and backward on the rows of safety pass `number`; return L_safe."""
+        model.train()
+        rows = self._safety_batches.rows(number, self.args.process_index, self.args.world_size)
+        loss = self.compute_safety_loss(model, self._prepare_inputs(self._safety_collator(rows)))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _measures_lean(self) -> bool:
+        """Say whether the step keeps its direction to its end; see `SafetyPasses.measures_lean`."""
+        return self._logs_after_this_step()
 
     @contextmanager
     def _figures_set_aside(self) -> Iterator[None]:
