@@ -136,7 +136,7 @@ def compare(
     """
     from sap_fast.cli.compare import compare as run_compare
     from sap_fast.cli.evaluate import EvaluationFiles
-    from sap_fast.cli.report import results_table
+    from sap_fast.reports.report import results_table
 
     files = EvaluationFiles(held_out, harmful, harmless, settings.max_length)
     with _interruptible():
@@ -188,8 +188,9 @@ def landscape(
     arXiv:2405.17374. The weights move in place; only one direction is held beside them.
     Interrupted, the same command goes on where it stopped.
     """
-    from sap_fast.cli.landscape import LandscapeSettings, landscape_table
+    from sap_fast.cli.landscape import LandscapeSettings
     from sap_fast.cli.landscape import landscape as run_landscape
+    from sap_fast.reports.landscape import landscape_table
 
     for name, number in (
         ("directions", directions),

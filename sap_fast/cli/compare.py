@@ -13,9 +13,10 @@ from typing import Any
 from sap_fast.cli.console import UserError, console
 from sap_fast.cli.evaluate import EvaluationFiles, as_json, evaluate
 from sap_fast.cli.finetune import prepare, removed_on_failure, settings_of
-from sap_fast.cli.report import ReportInfo, ReportRun, write_report
 from sap_fast.cli.settings import BLENDING_WEIGHT, Accepted, FinetuneSettings
 from sap_fast.data import load_requests, load_task_dataset
+from sap_fast.reports.pages import file_name
+from sap_fast.reports.report import ReportInfo, ReportRun, write_report
 
 METHODS = {
     "adamw": ("AdamW", "plain fine-tuning"),
@@ -166,11 +167,11 @@ def _info(settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, 
     rows = {
         "model": Path(settings.model).name,
         "trained": how,
-        "task rows": Path(settings.task).name,
-        "safety rows": Path(settings.safety).name if settings.safety else "–",
-        "harmful requests": Path(files.harmful).name if files.harmful else "–",
-        "harmless requests": Path(files.harmless).name if files.harmless else "–",
-        "held-out task rows": Path(files.task).name if files.task else "–",
+        "task rows": file_name(settings.task),
+        "safety rows": file_name(settings.safety),
+        "harmful requests": file_name(files.harmful),
+        "harmless requests": file_name(files.harmless),
+        "held-out task rows": file_name(files.task),
         "batch": f"{settings.batch_size} × {settings.accumulate}",
         "learning rate": f"{settings.learning_rate:g}",
         "seed": str(settings.seed),

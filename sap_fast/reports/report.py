@@ -21,11 +21,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 from rich.text import Text
 
-from sap_fast.cli.pages import MARKERS, Picture, picture, render, replace_text
 from sap_fast.evaluation import paired_difference
-
-MISSING = "–"
-"""Stands for a figure that was not measured."""
+from sap_fast.reports.pages import MARKERS, MISSING, Picture, picture, render, replace_text
 
 _Line: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Steps, and a figure at each of them."""

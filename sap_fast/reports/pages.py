@@ -13,6 +13,9 @@ import matplotlib
 from cycler import cycler
 from matplotlib.figure import Figure
 
+MISSING = "–"
+"""Stands for what was not measured or not given."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -94,6 +97,11 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template.name).render(**values)
+
+
+def file_name(path: str | None) -> str:
+    """Returns the name of a file without its folder, or `MISSING` where none was given."""
+    return Path(path).name if path else MISSING
 
 
 def replace_text(path: Path, text: str) -> Path:
