@@ -85,50 +85,61 @@ def write_landscape(
 
 
 def _pictures(rows: Sequence[Row]) -> list[Picture]:
-    names = list(dict.fromkeys(row["direction"] for row in rows))
-    size = (9.0, 3.4)
-    found = [
-        picture(
+    names = dict.fromkeys(row["direction"] for row in rows)
+    loss = " and task loss" * _has_loss(rows)
+    kinds = [
+        (
+            [name for name in names if name not in (SAFETY, TUNING)],
             "Around the model",
-            "Harmful requests refused (bands: 95 % intervals over requests) and task loss where "
-            "every parameter has moved at random by α of its own norm.",
-            "Line plot: share of harmful requests refused and task loss over α.",
-            partial(
-                _draw,
-                rows,
-                [name for name in names if name not in (SAFETY, TUNING)],
-                "step α, in norms of each parameter",
-            ),
-            size,
-        )
+            f"Harmful requests refused (bands: 95 % intervals over requests){loss} where every "
+            "parameter has moved at random by α of its own norm.",
+            "step α, in norms of each parameter",
+        ),
+        (
+            [SAFETY],
+            "Along the gradient of the safety loss",
+            "The same where all weights W have moved by α‖W‖ along it, as SAP moves them with "
+            "ρ = α. It leads uphill in the safety loss: to the right lies harm.",
+            "step α, in norms of all weights",
+        ),
+        (
+            [TUNING],
+            "From the base model to this one, and beyond",
+            "The same along the straight line that the fine-tuning came: the base model at −1, "
+            "this model at 0.",
+            "base model at −1, this model at 0",
+        ),
     ]
-    if SAFETY in names:
-        found.append(
-            picture(
-                "Along the gradient of the safety loss",
-                "The same where all weights W have moved by α‖W‖ along it, as SAP moves them with "
-                "ρ = α. It leads uphill in the safety loss: to the right lies harm.",
-                "Line plot: share of harmful requests refused and task loss along the gradient.",
-                partial(_draw, rows, [SAFETY], "step α, in norms of all weights"),
-                size,
-            )
+    return [
+        picture(
+            title, caption, _spoken(rows, shown), partial(_draw, rows, shown, label), (9.0, 3.4)
         )
-    if TUNING in names:
-        found.append(
-            picture(
-                "From the base model to this one, and beyond",
-                "The same along the straight line that the fine-tuning came: the base model at −1, "
-                "this model at 0.",
-                "Line plot: share of harmful requests refused and task loss from base to tuned.",
-                partial(_draw, rows, [TUNING], "base model at −1, this model at 0"),
-                size,
-            )
-        )
-    return found
+        for directions, title, caption, label in kinds
+        if (shown := [name for name in directions if name in names])
+    ]
+
+
+def _has_loss(rows: Sequence[Row]) -> bool:
+    return any(row["task_loss"] is not None for row in rows)
+
+
+def _spoken(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Returns what a picture shows, for those who cannot see it."""
+    spoken = []
+    for name in names:
+        found = _of(rows, name)
+        worst = min(found, key=lambda row: row["refused_harmful"])
+        first, last, least = (_share_at(row) for row in (found[0], found[-1], worst))
+        spoken.append(f"{name}: from {first} to {last}, least {least}")
+    return f"Share of harmful requests refused, {'; '.join(spoken)}."
+
+
+def _share_at(row: Row) -> str:
+    return f"{row['refused_harmful']:.0%} at α = {row['alpha']:.3g}"
 
 
 def _draw(rows: Sequence[Row], names: Sequence[str], label: str, figure: Figure) -> None:
-    has_loss = any(row["task_loss"] is not None for row in rows)
+    has_loss = _has_loss(rows)
     panels = np.atleast_1d(figure.subplots(1, 1 + has_loss))
     for number, name in enumerate(names):
         found = _of(rows, name)
