@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 from rich.table import Table
 
 from sap_fast.evaluation.landscape import visage
@@ -163,6 +169,11 @@ def _draw(rows: Sequence[Row], names: Sequence[str], label: str, figure: Figure)
     if has_loss:
         panels[1].set(xlabel=label, ylabel="task loss, nats")
         panels[1].set_yscale("log")
+        # Of a range too narrow for two of these it makes even steps. Powers of ten would be
+        # formulas, which these pictures do not read.
+        panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[1].yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        panels[1].yaxis.set_minor_formatter(NullFormatter())
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))

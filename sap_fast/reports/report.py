@@ -363,7 +363,7 @@ _STEP_PICTURES = {
     "sap/lean": (
         "Lean",
         "How far the probe turns the update away from the harmful direction: above 0 it does what "
-        "it is for. With the lagged schedule this includes what plain fine-tuning would do.",
+        "it is for.",
     ),
     "sap/safety_loss": (
         "Safety loss",

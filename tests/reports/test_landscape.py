@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from sap_fast.reports.landscape import (
     SAFETY,
     TUNING,
     Row,
+    _draw,
     landscape_table,
     shares_by_direction,
     write_landscape,
@@ -108,3 +110,17 @@ def test_table_for_the_terminal() -> None:
     printed = " ".join(console.export_text().split())
     for words in ("90.0%", "55.0% (50.0% – 60.0%)", "10.0% at α = +0.0001", "50.0% at α = +0.5"):
         assert words in printed
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 100.0])
+def test_losses_are_numbers_on_the_axis(spread: float) -> None:
+    rows = points("random 0")
+    for row in rows:
+        row["task_loss"] = 1.5 + spread * abs(row["alpha"])
+    figure = Figure()
+    _draw(rows, ["random 0"], "step", figure)
+    figure.canvas.draw()
+    low, high = figure.axes[1].get_ylim()
+    labels = figure.axes[1].get_yticklabels()
+    shown = [float(label.get_text()) for label in labels if low <= label.get_position()[1] <= high]
+    assert len(shown) >= 2
