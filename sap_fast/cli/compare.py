@@ -32,7 +32,7 @@ def compare(
     blend: float = BLENDING_WEIGHT,
     others: dict[str, tuple[str, str]] | None = None,
 ) -> tuple[ReportInfo, list[ReportRun]]:
-    """Fine-tune with each method, evaluate every model, write `report.html` and `results.json`.
+    """Fine-tunes with each method, evaluates every model, writes `report.html` and `results.json`.
 
     Finished parts are kept: the same call again goes on where an interrupted one stopped. Each
     fine-tuning runs in a process of its own, so that its peak memory is its own.
@@ -164,6 +164,7 @@ def _evaluate(
 
 def _info(settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, Any]) -> ReportInfo:
     how = "every parameter" if settings.full else f"a LoRA adapter of rank {settings.lora_r}"
+    every = settings.direction_every
     rows = {
         "model": Path(settings.model).name,
         "trained": how,
@@ -176,9 +177,12 @@ def _info(settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, 
         "learning rate": f"{settings.learning_rate:g}",
         "seed": str(settings.seed),
         "precision": settings.precision,
-        "probe": f"rule {settings.probe_rule}, size {settings.probe_lr:g}, layers "
-        f"{settings.probe_layers}, preset {settings.preset}, schedule {settings.schedule}, rho "
-        f"{settings.rho}",
+        "safety direction": "taken "
+        + ("at every step" if every == 1 else f"every {every} steps")
+        + f", blended in by the rule {settings.rule}",
+        "probe": f"layers {settings.probe_layers}, size {settings.probe_size:g}, rule "
+        f"{settings.probe_rule}, rows {settings.probe_rows:g}, rho {settings.rho}, difference "
+        f"{settings.difference}",
     }
     rows |= record.get("environment", {})
     summary = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
-from sap_fast.cli.finetune import removed_on_failure, settings_of
+from sap_fast.cli.finetune import refuse_other_settings, removed_on_failure
 from sap_fast.cli.models import load_model
 from sap_fast.data import (
     SafetyCollator,
@@ -51,7 +51,7 @@ class LandscapeSettings:
     trust_remote_code: bool = False
 
     def alphas(self, direction: str) -> list[float]:
-        """Return the steps along a direction; 0, the model itself, is one of them.
+        """Returns the steps along a direction; 0, the model itself, is one of them.
 
         Along the fine-tuning direction −1 is the base model, and is one of them, too.
         """
@@ -65,7 +65,7 @@ class LandscapeSettings:
 
 
 def landscape(settings: LandscapeSettings) -> list[Row]:
-    """Measure a landscape, or what an interrupted run left of it, and write the page.
+    """Measures a landscape, or what an interrupted run left of it, and writes the page.
 
     Args:
         settings: what to measure.
@@ -109,17 +109,10 @@ def landscape(settings: LandscapeSettings) -> list[Row]:
 
 
 def _rows_of(settings: LandscapeSettings, work: Path) -> list[Row]:
-    """Return what an earlier run with these settings has measured."""
+    """Returns what an earlier run with these settings has measured."""
     if not (work / "run.json").exists() or not (work / "landscape.csv").exists():
         return []
-    begun, now = settings_of(work / "run.json"), dataclasses.asdict(settings)
-    changed = [name for name in now if name != "output" and begun.get(name) != now[name]]
-    if changed:
-        what = ", ".join(f"{name}: {begun.get(name)} then, {now[name]} now" for name in changed)
-        raise UserError(
-            f"{work} holds an unfinished landscape with other settings ({what}); give the same "
-            "settings to go on, or remove that folder to start over"
-        )
+    refuse_other_settings(work, dataclasses.asdict(settings))
     with (work / "landscape.csv").open(newline="", encoding="utf-8") as file:
         rows = [
             row | {name: float(row[name]) if row[name] else None for name in COLUMNS[1:]}
@@ -193,7 +186,7 @@ class _Ground:
         return gradients
 
     def _base(self, name: str) -> list[Tensor]:
-        """Return the parameters of the base model in the order of this model's."""
+        """Returns the parameters of the base model in the order of this model's."""
         try:
             base = dict(self._load(name)[0].named_parameters())
         except UserError as error:
@@ -208,7 +201,7 @@ class _Ground:
         return [base[parameter] for parameter in mine]
 
     def _tuning(self) -> list[Tensor]:
-        """Return W − W_base, as it is: its length is what the tuning did."""
+        """Returns W − W_base, as it is: its length is what the tuning did."""
         assert self.settings.base is not None
         pairs = zip(self._base(self.settings.base), self.parameters, strict=True)
         # In the place of the base's own weights: no third copy.
@@ -235,7 +228,7 @@ class _Ground:
 
 
 def _measure(ground: _Ground, name: str, rows: list[Row], path: Path, bar: Bar) -> list[Row]:
-    """Measure what of a direction is missing, adding row by row to the file at `path`."""
+    """Measures what of a direction is missing, adding row by row to the file at `path`."""
     alphas = ground.settings.alphas(name)
     done = {row["alpha"] for row in rows if row["direction"] == name}
     bar.advance(sum(alpha in done for alpha in alphas))

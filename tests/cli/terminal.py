@@ -22,19 +22,25 @@ class Terminal:
     monkeypatch: pytest.MonkeyPatch
     capsys: pytest.CaptureFixture[str]
     shown: str = ""
+    output: str = ""
 
     def run(self, *arguments: str) -> int:
-        """Run a command; returns its exit status, and leaves what it printed in `shown`."""
+        """Runs a command; returns its exit status, and leaves what it showed in `shown`."""
         self.monkeypatch.setattr(sys, "argv", ["sap-fast", *arguments])
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main()
-        output, self.shown = self.capsys.readouterr()
-        assert "Traceback" not in output + self.shown
+        self.output, self.shown = self.capsys.readouterr()
+        assert "Traceback" not in self.output + self.shown
         return int(stopped.value.code or 0)
 
+    def help(self, *command: str) -> str:
+        """Returns the help of a command, or of all together."""
+        assert self.run(*command, "--help") == 0
+        return self.output
+
     def refusal(self, *arguments: str) -> str:
-        """Run a command that has to fail and to leave nothing; returns its one line of error."""
+        """Runs a command that has to fail and to leave nothing; returns its one line of error."""
         folder = Path(self.files["task"]).parent
         before = sorted(folder.rglob("*"))
 
@@ -50,7 +56,7 @@ class Terminal:
         return line
 
     def command(self, name: str, output: Path, *more: str) -> list[str]:
-        """Arguments of a short run of any command; those in `more` take precedence."""
+        """Returns the arguments of a short run of any command; those in `more` take precedence."""
         evaluated = ["--harmful", self.files["harmful"], "--harmless", self.files["harmless"]]
         arguments = {
             "finetune": self.finetuning(output),
@@ -69,7 +75,7 @@ class Terminal:
         return [*arguments[name], *more]
 
     def finetuning(self, output: Path, *more: str, model: Path | None = None) -> list[str]:
-        """Arguments of a short fine-tuning, with SAP unless `more` says otherwise."""
+        """Returns the arguments of a short fine-tuning, with SAP unless `more` says otherwise."""
         return ["finetune", "--optimizer", "sap", *self._training(output, model), *more]
 
     def _training(self, output: Path, model: Path | None = None) -> list[str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sap_fast.cli import main
-from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.cli.settings import GONE, FinetuneSettings, flag
 from tests.cli.terminal import Terminal
 
 # What each file of rows may be, and what the error then says besides its name.
@@ -133,16 +133,53 @@ def test_a_damaged_record_of_an_unfinished_run_is_one_line(
         shutil.rmtree(record.parent)
 
 
-def test_help_teaches_every_setting() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "sap_fast.cli", "finetune", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"COLUMNS": "200", "PATH": ""},
-    ).stdout
-    for name in FinetuneSettings.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in shown
+@pytest.mark.parametrize("command", ["finetune", "landscape"])
+def test_an_unfinished_run_of_another_version_is_one_line(
+    terminal: Terminal, tmp_path: Path, command: str
+) -> None:
+    work = tmp_path / "out.unfinished"
+    work.mkdir()
+    (work / "run.json").write_text(json.dumps({"settings": {"model": "m", "probe_lr": 3e-3}}))
+    (work / "landscape.csv").touch()
+    line = terminal.refusal(*terminal.command(command, tmp_path / "out"))
+    assert f"{work} was begun with another version of sap-fast; remove that folder" in line
+
+
+COMMANDS = ("finetune", "evaluate", "compare", "doctor", "landscape")
+
+
+@pytest.mark.parametrize("option", GONE)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_that_is_gone_says_what_took_its_place(
+    terminal: Terminal, tmp_path: Path, command: str, option: str
+) -> None:
+    for given in ([option, "1"], [f"{option}=1"]):
+        line = terminal.refusal(*terminal.command(command, tmp_path / "out", *given))
+        assert line == f"Error: {option} is gone: {GONE[option]}"
+
+
+def test_what_took_the_place_of_an_option_exists() -> None:
+    known = {flag(name) for name in FinetuneSettings.__dataclass_fields__}
+    for option, cure in GONE.items():
+        assert option not in known
+        named = set(re.findall(r"--[a-z-]+", cure)) - {option}
+        assert named and named <= known
+
+
+def options_shown(help_: str) -> set[str]:
+    return set(re.findall(r"^│ [* ]*(--[a-z-]+)", help_, flags=re.MULTILINE))
+
+
+def test_help_teaches_every_setting(terminal: Terminal) -> None:
+    terminal.monkeypatch.setenv("COLUMNS", "200")
+    every = {flag(name) for name in FinetuneSettings.__dataclass_fields__}
+    assert options_shown(terminal.help("finetune")) == every | {"--help"}
+    assert options_shown(terminal.help("compare")) >= every - {"--optimizer"}
+    assert "--optimizer" not in options_shown(terminal.help("compare"))
+    for command in COMMANDS:
+        assert not [option for option in GONE if option in terminal.help(command)]
+    for command in COMMANDS:
+        assert command in terminal.help()
 
 
 def test_without_the_extra_the_command_says_what_to_install(
