@@ -232,6 +232,7 @@ def _trainer(
     task_rows: list[Any],
     safety_rows: list[Any] | None,
 ) -> Trainer:
+    probes = settings.optimizer == "sap"
     arguments = TrainingArguments(
         output_dir=str(work / "checkpoints"),
         num_train_epochs=settings.epochs,
@@ -247,7 +248,7 @@ def _trainer(
         # Without an accelerator it has to be said, or bf16 is refused.
         use_cpu=not torch.accelerator.is_available(),
         # With a probe, the probe set does it: pass by pass.
-        activation_checkpointing=settings.optimizer != "sap" and settings.checkpointing != "none",
+        activation_checkpointing=not probes and settings.checkpointing != "none",
         seed=settings.seed,
         data_seed=settings.seed,
         optim="adamw_torch",
@@ -276,8 +277,8 @@ def _trainer(
         safety_collator=SafetyCollator(pad),
         safety_batch_size=settings.safety_batch_size,
         safety_loss=settings.descended_loss,
-        method=settings.optimizer,
-        probe=settings.probe() if settings.optimizer == "sap" else None,
+        method="sap" if probes else "blend",
+        probe=settings.probe() if probes else None,
         sap_options=settings.sap_options(),
     )
 

@@ -102,8 +102,9 @@ def test_each_optimizer_has_its_own_loss_weight_and_level(
     trainer, _ = finetune_module.prepare(settings, tmp_path)
     assert isinstance(trainer, SAPTrainer)
     assert trainer._safety_loss is loss
-    assert trainer.sap_optimizer.safety_weight == weight
-    assert trainer.sap_optimizer.safety_level == level
+    passes = trainer.sap_optimizer.passes
+    assert passes.safety_weight == weight
+    assert passes.safety_level == level
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(
