@@ -65,12 +65,7 @@ def _compare(
     blend: float,
     others: dict[str, tuple[str, str]] | None,
 ) -> tuple[ReportInfo, list[ReportRun]]:
-    planned = {}
-    for method in METHODS:
-        changes: dict[str, Any] = {"optimizer": method, "output": str(folder / method)}
-        if method == "blend":
-            changes["safety_weight"] = blend
-        planned[method] = dataclasses.replace(settings, **changes)
+    planned = planned_runs(settings, blend)
     # Every mistake shows before the first hour of work, not after it.
     for file in (files.harmful, files.harmless):
         if file is not None:
@@ -117,6 +112,22 @@ def _compare(
     results = {"info": dataclasses.asdict(info), "runs": [dataclasses.asdict(run) for run in runs]}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return info, runs
+
+
+def planned_runs(settings: FinetuneSettings, blend: float) -> dict[str, FinetuneSettings]:
+    """Returns the settings of the run with each method; arguments as for `compare`."""
+    planned = {}
+    for method in METHODS:
+        changes: dict[str, Any] = {
+            "optimizer": method,
+            "output": str(Path(settings.output) / method),
+        }
+        if method == "blend":
+            changes["safety_weight"] = blend
+        elif not settings.safety_weight:
+            changes["rule"] = "blend"  # of no use there: these runs blend nothing in
+        planned[method] = dataclasses.replace(settings, **changes)
+    return planned
 
 
 def _finetune(settings: FinetuneSettings) -> Path:

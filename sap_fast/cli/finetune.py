@@ -88,6 +88,11 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
         )
     if settings.optimizer == "blend" and settings.blending_weight == 0:
         raise UserError("--safety-weight 0: --optimizer blend needs a number > 0, such as 0.3")
+    if settings.optimizer == "sap" and settings.rule != "blend" and settings.blending_weight == 0:
+        raise UserError(
+            f"--rule {settings.rule}: --optimizer sap blends nothing in; give a --safety-weight "
+            "> 0 too, such as 0.3"
+        )
     set_seed(settings.seed)  # for the first values of the adapter
     model, tokenizer = load_trained_model(settings)
     task_rows = load_task_dataset(settings.task, tokenizer, settings.max_length)

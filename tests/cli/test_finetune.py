@@ -104,7 +104,7 @@ def test_each_optimizer_has_its_own_loss_weight_and_level(
     assert trainer._safety_loss is loss
     passes = trainer.sap_optimizer.passes
     assert passes.safety_weight == weight
-    assert passes.safety_level == level
+    assert passes.level.setting == level
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(

@@ -24,6 +24,7 @@ from tests.cli.terminal import Terminal
         (["--probe-layers", "7"], "7 is out of range for a model of 3 layers"),
         (["--lora-target", "w_q"], "--lora-target w_q: does not fit the model"),
         (["--optimizer", "blend", "--safety-weight", "0"], "--safety-weight 0"),
+        (["--rule", "project"], "--rule project: --optimizer sap blends nothing in"),
         (["--rule", "harsh"], "--rule harsh: expected blend or project or floor"),
         (["--difference", "none"], "--difference none: expected central or forward"),
         (["--lr-schedule", "steep"], "--lr-schedule steep: expected linear or cosine"),
