@@ -198,7 +198,7 @@ def _info(settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, 
     rows |= record.get("environment", {})
     summary = [
         f"{rows['model']} was fine-tuned on {rows['task rows']} ({how}), on the same data in the "
-        "same order, with plain AdamW, with gradient blending and with Safety-Aware Probing "
-        "(FusedSAP). Every model was then asked the same requests."
+        "same order, with plain AdamW, with blending (BlendedAdamW) and with Safety-Aware "
+        "Probing (FusedSAP). Every model was then asked the same requests."
     ]
     return ReportInfo("Fine-tuning with and without SAP", summary, rows, baseline="AdamW")

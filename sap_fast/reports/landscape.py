@@ -15,6 +15,7 @@ from matplotlib.ticker import (
     MaxNLocator,
     NullFormatter,
     PercentFormatter,
+    ScalarFormatter,
     StrMethodFormatter,
 )
 from rich.table import Table
@@ -125,6 +126,13 @@ def _pictures(rows: Sequence[Row]) -> list[Picture]:
     ]
 
 
+def _plain_numbers() -> ScalarFormatter:
+    """Returns a formatter that writes as many digits as tell the ticks apart."""
+    formatter = ScalarFormatter(useOffset=False)
+    formatter.set_scientific(False)
+    return formatter
+
+
 def _has_loss(rows: Sequence[Row]) -> bool:
     return any(row["task_loss"] is not None for row in rows)
 
@@ -172,7 +180,7 @@ def _draw(rows: Sequence[Row], names: Sequence[str], label: str, figure: Figure)
         # Of a range too narrow for two of these it makes even steps. Powers of ten would be
         # formulas, which these pictures do not read.
         panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panels[1].yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        panels[1].yaxis.set_major_formatter(_plain_numbers())
         panels[1].yaxis.set_minor_formatter(NullFormatter())
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(6))

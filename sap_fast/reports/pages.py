@@ -19,13 +19,17 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in two colour schemes, as data URIs, with what goes around it."""
+    """A picture in two colour schemes, as data URIs, with what goes around it.
+
+    `is_wide` says that it has to be scrolled on a narrow screen to be read.
+    """
 
     title: str
     caption: str
     alternative: str
     light: str
     dark: str
+    is_wide: bool
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def picture(
 ) -> Picture:
     """Returns what `draw` puts on a figure of `size` inches, once for each theme."""
     light, dark = (_svg_uri(draw, size, theme) for theme in (_LIGHT, _DARK))
-    return Picture(title, caption, alternative, light, dark)
+    return Picture(title, caption, alternative, light, dark, is_wide=size[0] > 6)
 
 
 def _svg_uri(draw: Callable[[Figure], None], size: tuple[float, float], theme: _Theme) -> str:

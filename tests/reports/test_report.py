@@ -243,7 +243,7 @@ def test_page_can_be_read_without_eyes(page: Page) -> None:
         "Lean: FusedSAP from 0.01 at step 1 to 0.05 at step 5.",
         "Safety loss: FusedSAP from 0.5 at step 1 to 0.1 at step 5.",
         "Weight perturbation ‖ΔW‖: FusedSAP from 1.1 at step 1 to 1.5 at step 5.",
-        "Probe estimate by layer, FusedSAP, at the last step: layer 2 0.5, layer 10 1.",
+        "Probe gradient by layer, FusedSAP, at the last step: layer 2 0.5, layer 10 1.",
     ]
     headers = page.attributes("th")
     assert headers
@@ -254,6 +254,10 @@ def test_figures_that_stay_the_same_are_told_and_not_drawn(page: Page, tmp_path:
     assert not any(text.startswith(("Agreement", "Probe size")) for text in page.alternatives)
     assert ["FusedSAP", "0.0125", "0.999", "3"] in page.rows
 
+    rounded = [row | {"sap/probe_sizes/2": 3e-3 + 1e-9 * row["step"]} for row in SAP.metrics]
+    page = write(tmp_path, [ADAMW, replace(SAP, metrics=rounded)])
+    assert not any(text.startswith("Probe size") for text in page.alternatives)
+
     changing = [row | {"sap/rho_agreement": 1 / row["step"]} for row in SAP.metrics]
     page = write(tmp_path, [ADAMW, replace(SAP, metrics=changing)])
     assert "Agreement: FusedSAP from 1 at step 1 to 0.2 at step 5." in page.alternatives
@@ -262,7 +266,7 @@ def test_figures_that_stay_the_same_are_told_and_not_drawn(page: Page, tmp_path:
 def test_every_run_gets_a_picture_of_its_layers(tmp_path: Path) -> None:
     page = write(tmp_path, [ADAMW, SAP, replace(SAP, name="Second")])
     titles = [text.partition(", at")[0] for text in page.alternatives if "by layer" in text]
-    assert titles == ["Probe estimate by layer, FusedSAP", "Probe estimate by layer, Second"]
+    assert titles == ["Probe gradient by layer, FusedSAP", "Probe estimate by layer, Second"]
 
 
 def test_series_skips_rows_without_the_figure() -> None:
