@@ -161,3 +161,17 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(
     terminal.monkeypatch.setattr(finetune_module._Recorder, "on_log", interrupted)
     assert terminal.run(*terminal.finetuning(tmp_path / "new" / "tuned")) == 130
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_makes_sap_cheaper_and_joins_it_with_blending(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    output = tmp_path / "tuned"
+    more = ["--probe-rows", "0.5", "--direction-every", "2", "--probe-layers", "0,1"]
+    more += ["--safety-weight", "0.1", "--safety-level", "always", "--rule", "floor"]
+    more += ["--checkpointing", "layers"]
+    assert terminal.run(*terminal.finetuning(output, *more)) == 0, terminal.shown
+    rows = metrics(output)
+    # A kept direction is not measured again.
+    assert ["sap/safety_loss" in row for row in rows] == [True, False] * 2
+    assert all({"sap/probe_sizes/0", "sap/probe_sizes/1"} <= row.keys() for row in rows)
