@@ -266,7 +266,7 @@ def test_figures_that_stay_the_same_are_told_and_not_drawn(page: Page, tmp_path:
 def test_every_run_gets_a_picture_of_its_layers(tmp_path: Path) -> None:
     page = write(tmp_path, [ADAMW, SAP, replace(SAP, name="Second")])
     titles = [text.partition(", at")[0] for text in page.alternatives if "by layer" in text]
-    assert titles == ["Probe gradient by layer, FusedSAP", "Probe estimate by layer, Second"]
+    assert titles == ["Probe gradient by layer, FusedSAP", "Probe gradient by layer, Second"]
 
 
 def test_series_skips_rows_without_the_figure() -> None:
