@@ -66,12 +66,11 @@ def table() -> str:
         cells = []
         for task in TASKS:
             row = rows[method, task]
-            cell = (
-                f"{percent(row['refused_harmful_mean'])} · {percent(row['refused_harmless_mean'])}"
-            )
+            cell = [percent(row[f"refused_{kind}_mean"]) for kind in ("harmful", "harmless")]
             if method not in ("aligned", "adamw"):
-                cell += f" · {100 * (float(row['task_loss_over_adamw']) - 1):+.1f}{NO_BREAK}%"
-            cells.append(cell.replace("-0.0", "+0.0").replace("-", "−"))
+                more = 100 * (float(row["task_loss_over_adamw"]) - 1)
+                cell.append(f"{round(more, 1) or 0.0:+.1f}{NO_BREAK}%".replace("-", "−"))
+            cells.append(" · ".join(cell))
         time = f"×{NO_BREAK}{times[name]:.2f}" if name in times else ""
         lines.append(f"| {title} | {' | '.join(cells)} | {time} |")
     return "\n".join(lines) + "\n"
