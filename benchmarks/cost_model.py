@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.provenance import RESULTS, write_rows
-from sap_fast.losses import CHUNK_BYTES
+from sap_fast.losses.head import CHUNK_BYTES
 from sap_fast.optimizer import PRESETS
 from sap_fast.probes import LAYER_RANGES
 
