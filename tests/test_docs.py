@@ -98,6 +98,14 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
         assert (page.parent / target).is_file(), target
 
 
+def test_every_place_that_a_change_touches_is_there() -> None:
+    text = (DOCS / "changing-it.md").read_text(encoding="utf-8")
+    places = re.findall(r"`((?:sap_fast|csrc|tests|benchmarks|examples)/[\w./]*)`", text)
+    assert len(places) > 15
+    for place in places:
+        assert (ROOT / place).exists(), place
+
+
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_the_code_of_a_page_runs(
     page: str, names: dict[str, Any], capsys: pytest.CaptureFixture[str]
