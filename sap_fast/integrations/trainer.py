@@ -247,8 +247,8 @@ class SAPTrainerMixin(_Base):
         while not isinstance(optimizer, BlendedAdamW):
             if not hasattr(optimizer, "optimizer"):
                 raise TypeError(
-                    f"the trainer's optimizer is a {type(self.optimizer).__name__}, neither "
-                    "FusedSAP nor BlendedAdamW; leave optimizers= out, or give one of these"
+                    f"the trainer's optimizer is of {type(optimizer).__name__}, neither FusedSAP "
+                    "nor BlendedAdamW; leave optimizers= out, or give one of these"
                 )
             optimizer = optimizer.optimizer
         return optimizer
