@@ -209,17 +209,13 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
                   const c10::List<std::optional<at::Tensor>>& directions, const at::Tensor& lr,
                   double beta1, double beta2, double eps, double weight_decay, bool maximize,
                   const std::optional<at::Tensor>& blend,
-                  const std::optional<at::Tensor>& gradient_scale,
-                  const std::optional<at::Tensor>& found_inf) {
+                  const std::optional<at::Tensor>& gradient_scale) {
   const AdamWLists lists =
       check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, directions, blend.has_value());
   check_scalar("lr", lr);
   if (blend.has_value()) check_scalar("blend", *blend);
   if (gradient_scale.has_value()) check_scalar("gradient_scale", *gradient_scale);
-  if (found_inf.has_value()) check_scalar("found_inf", *found_inf);
   const Kernels& kernel = kernels();
-  if (value_of(found_inf, 0) != 0) return;
-
   const GradientCoefficients gradient{
       maximize ? -1.0f : 1.0f,
       static_cast<float>(value_of(blend, 0)),

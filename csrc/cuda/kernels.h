@@ -70,7 +70,6 @@ struct AdamWOptions {
   bool maximize;
   Scalar blend;           // not read without directions
   Scalar gradient_scale;  // 1: leaves the gradient
-  Scalar found_inf;       // not 0: nothing is updated or counted
 };
 
 // Bytes of scratch for `tensors` tensors.

@@ -252,7 +252,6 @@ def adamw_blend_(
     maximize: bool = False,
     blend: Tensor | None = None,
     gradient_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Blend, unscale, clip and update with AdamW; see `reference.adamw_blend_`."""
@@ -271,7 +270,6 @@ def adamw_blend_(
         maximize=maximize,
         blend=blend,
         gradient_scale=gradient_scale,
-        found_inf=found_inf,
     )
 
 

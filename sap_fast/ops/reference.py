@@ -161,13 +161,16 @@ def adamw_blend_(
     maximize: bool,
     blend: Tensor | None,
     gradient_scale: Tensor | None,
-    found_inf: Tensor | None,
 ) -> None:
     """Blend, unscale, clip and update with AdamW; gradients are read, not written.
 
     g ← gradient_scale·(±g + blend·d), then AdamW with decoupled weight decay (Loshchilov & Hutter,
     arXiv:1711.05101). Without `blend` and `gradient_scale` an fp32 parameter gets the bits that
     `torch.optim.AdamW` gives it on the CPU.
+
+    There is no `found_inf` as PyTorch's fused optimizers have it. A `torch.amp.GradScaler` already
+    skips `step()` on the host. Counters on the host could follow a skip inside of a kernel only by
+    waiting for the device.
 
     Args:
         params: parameters.
@@ -185,10 +188,7 @@ def adamw_blend_(
         maximize: ascend the task objective; the blended safety loss is descended all the same.
         blend: γ‖g‖/‖d‖, 0-d. Zero leaves the gradient, whatever d holds.
         gradient_scale: clipping coefficient, or 1/loss scale, or their product; 0-d.
-        found_inf: 0-d; where it is not zero nothing is updated or counted. Waits for the device.
     """
-    if found_inf is not None and bool(found_inf):
-        return
     for index, parameter in enumerate(params):
         gradient = -_wide(grads[index]) if maximize else _wide(grads[index])
         direction = directions[index] if directions else None

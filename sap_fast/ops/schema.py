@@ -34,8 +34,8 @@ SCHEMAS = {
     "adamw_blend_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] steps, Tensor?[] directions, *, Tensor lr, float beta1, float beta2, "
-        "float eps, float weight_decay, bool maximize, Tensor? blend, Tensor? gradient_scale, "
-        "Tensor? found_inf) -> ()"
+        "float eps, float weight_decay, bool maximize, Tensor? blend, "
+        "Tensor? gradient_scale) -> ()"
     ),
 }
 

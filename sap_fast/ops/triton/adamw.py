@@ -80,32 +80,16 @@ def adamw(
 
 
 @triton.jit(do_not_specialize=["tensors"])
-def load_steps_kernel(
+def count_steps_kernel(
     addresses: tl.tensor, counts: tl.tensor, tensors: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """Gather the step counters, one more than they are stored."""
+    """Count the step counters up where they lie, and gather them."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < tensors
     steps = tl.load(addresses + index, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-    tl.store(counts + index, tl.load(steps, mask=inside, other=0.0) + 1.0, mask=inside)
-
-
-@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["found_inf"])
-def store_steps_kernel(
-    addresses: tl.tensor,
-    counts: tl.tensor,
-    found_inf: tl.tensor | None,
-    tensors: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Scatter the step counters, unless an infinity was found."""
-    if found_inf is not None:
-        if tl.load(found_inf) != 0.0:
-            return
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < tensors
-    steps = tl.load(addresses + index, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-    tl.store(steps, tl.load(counts + index, mask=inside, other=0.0), mask=inside)
+    count = tl.load(steps, mask=inside, other=0.0) + 1.0
+    tl.store(steps, count, mask=inside)
+    tl.store(counts + index, count, mask=inside)
 
 
 @triton.jit
@@ -153,14 +137,13 @@ def _adamw_block(
     store_block(exp_avg_sqs, exp_avg_sq, size, BLOCK, WHOLE)
 
 
-@triton.jit(do_not_specialize_on_alignment=["blend", "gradient_scale", "found_inf"])
+@triton.jit(do_not_specialize_on_alignment=["blend", "gradient_scale"])
 def adamw_blend_kernel(
     addresses: tl.tensor,
     chunks: tl.tensor,
     coefficients: tl.tensor,
     blend: tl.tensor | None,
     gradient_scale: tl.tensor | None,
-    found_inf: tl.tensor | None,
     sign: tl.tensor,
     gradient_weight: tl.tensor,
     beta2: tl.tensor,
@@ -170,9 +153,6 @@ def adamw_blend_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """The update of one chunk; without `blend` the table has no directions."""
-    if found_inf is not None:
-        if tl.load(found_inf) != 0.0:
-            return
     tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
     OPERANDS: tl.constexpr = 4 if blend is None else 5
     params = load_address(addresses, tensor, 0, OPERANDS, DTYPE) + offset
@@ -252,7 +232,6 @@ def adamw_blend_(
     maximize: bool,
     blend: Tensor | None,
     gradient_scale: Tensor | None,
-    found_inf: Tensor | None,
 ) -> None:
     """See `reference.adamw_blend_`; nothing here waits for the device."""
     operands = [
@@ -267,15 +246,10 @@ def adamw_blend_(
     device = params[0].device
     _check_steps(steps, len(params), device)
     check_overlaps([*operands, Operand("steps", steps, written=True)])
-    if found_inf is not None and found_inf.device != device and found_inf.device.type == "cpu":
-        if bool(found_inf):
-            return
-        found_inf = None
     with on_device(device):
         gradient_factor = (
             None if gradient_scale is None else scalar("gradient_scale", gradient_scale, device)
         )
-        skip = None if found_inf is None else scalar("found_inf", found_inf, device)
         weight = None if blend is None else scalar("blend", blend, device)
         rate = scalar("lr", lr, device, torch.float64)
         with interrupts_deferred():
@@ -283,14 +257,13 @@ def adamw_blend_(
                 members = [steps[index] for index in table.members]
                 step_table = address_table([step.data_ptr() for step in members], device)
                 counts = torch.empty(len(members), dtype=torch.float32, device=device)
-                grid = (triton.cdiv(len(members), STEP_BLOCK),)
                 launch(
-                    load_steps_kernel,
-                    grid,
+                    count_steps_kernel,
+                    (triton.cdiv(len(members), STEP_BLOCK),),
                     step_table,
                     counts,
                     len(members),
-                    written=(),
+                    written=members,
                     BLOCK=STEP_BLOCK,
                 )
                 has_directions = table.addresses.shape[1] == 5
@@ -302,7 +275,6 @@ def adamw_blend_(
                     _coefficients(counts, rate, beta1, beta2, weight_decay),
                     weight if has_directions else None,
                     gradient_factor,
-                    skip,
                     -1.0 if maximize else 1.0,
                     1 - beta1,
                     beta2,
@@ -311,16 +283,6 @@ def adamw_blend_(
                     written=table.written,
                     DTYPE=DTYPES[table.dtype],
                     BLOCK=BLOCK,
-                )
-                launch(
-                    store_steps_kernel,
-                    grid,
-                    step_table,
-                    counts,
-                    skip,
-                    len(members),
-                    written=members,
-                    BLOCK=STEP_BLOCK,
                 )
 
 

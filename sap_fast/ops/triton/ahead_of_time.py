@@ -119,7 +119,7 @@ def _kernels() -> dict[str, Kernel]:
                 },
             )
         numbers = ("sign", "gradient_weight", "beta2", "square_weight", "eps")
-        every = ("blend", "gradient_scale", "found_inf")
+        every = ("blend", "gradient_scale")
         for variant, given in (("adamw", ()), ("adamw_blend", every)):
             found[f"{variant}_{name}"] = Kernel(
                 adamw.adamw_blend_kernel,
@@ -180,13 +180,9 @@ def _kernels() -> dict[str, Kernel]:
         {"partials": "*fp32", "result": "*fp32", "count": "i32"},
         {"BLOCK": perturb.FOLD_BLOCK},
     )
-    steps = {"addresses": "*i64", "counts": "*fp32"}
-    found["load_steps"] = Kernel(
-        adamw.load_steps_kernel, {**steps, "tensors": "i32"}, {"BLOCK": adamw.STEP_BLOCK}
-    )
-    found["store_steps"] = Kernel(
-        adamw.store_steps_kernel,
-        {**steps, "found_inf": "*fp32", "tensors": "i32"},
+    found["count_steps"] = Kernel(
+        adamw.count_steps_kernel,
+        {"addresses": "*i64", "counts": "*fp32", "tensors": "i32"},
         {"BLOCK": adamw.STEP_BLOCK},
     )
     block = {"BLOCK": probe.RULE_BLOCK}
