@@ -106,10 +106,9 @@ struct AdamW {
   Scalar blend;
   Scalar gradient_scale;
 
-  __device__ __forceinline__ bool prepare(int64_t tensor, Element* element) const {
-    element->gradient = {sign, kBlend ? read_float(blend) : 0.0f, read_float(gradient_scale)};
-    element->step = coefficients[tensor];
-    return true;
+  __device__ __forceinline__ Element prepare(int64_t tensor) const {
+    return {{sign, kBlend ? read_float(blend) : 0.0f, read_float(gradient_scale)},
+            coefficients[tensor]};
   }
 };
 

@@ -21,10 +21,7 @@ struct PerturbSwap {
 
   Scalar scale;
 
-  __device__ __forceinline__ bool prepare(int64_t, Element* element) const {
-    element->scale = read_float(scale);
-    return true;
-  }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {read_float(scale)}; }
 };
 
 template <class Stored>
@@ -38,7 +35,7 @@ struct Reflect {
     }
   };
 
-  __device__ __forceinline__ bool prepare(int64_t, Element*) const { return true; }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {}; }
 };
 
 template <class Stored>
@@ -58,10 +55,7 @@ struct RestoreSwap {
 
   Scalar inverse_scale;
 
-  __device__ __forceinline__ bool prepare(int64_t, Element* element) const {
-    element->inverse_scale = read_float(inverse_scale);
-    return true;
-  }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {read_float(inverse_scale)}; }
 };
 
 }  // namespace

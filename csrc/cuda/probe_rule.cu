@@ -38,7 +38,7 @@ struct LargestOfChunk {
     }
   };
 
-  __device__ __forceinline__ bool prepare(int64_t, Element*) const { return true; }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {}; }
 };
 
 // The first chunk of a table's layer, among all, and the one after its last.
@@ -93,10 +93,8 @@ struct UnitSquares {
 
   const float* largest;
 
-  __device__ __forceinline__ bool prepare(int64_t layer, Element* element) const {
-    element->largest = largest[layer];
-    return element->largest > 0.0f;
-  }
+  // NaN where all of h is zero: 0 / 0.
+  __device__ __forceinline__ Element prepare(int64_t layer) const { return {largest[layer]}; }
 };
 
 template <class Table>
@@ -148,19 +146,18 @@ struct ApplyRule {
   float probe_lr;
   Scalar perturbation_norm;
 
-  __device__ __forceinline__ bool prepare(int64_t layer, Element* element) const {
-    element->zero = !*finite;
-    element->probe_lr = probe_lr;
+  __device__ __forceinline__ Element prepare(int64_t layer) const {
+    Element element{!*finite, probe_lr, 0.0f, 0.0f, 0.0f, 0.0f};
     if constexpr (kRule == Rule::kNormalized) {
-      element->largest = layers.largest[layer];
-      element->norm = layers.norms[layer];
-      element->radius = layers.radii[layer];
-      // Without a size there is nothing to normalize: 0 / 0.
-      element->zero = element->zero || !(element->norm > 0.0f);
+      element.largest = layers.largest[layer];
+      element.norm = layers.norms[layer];
+      element.radius = layers.radii[layer];
+      // Without a size there is nothing to normalize, and the norm may be NaN.
+      element.zero = element.zero || !(element.norm > 0.0f);
     } else {
-      element->perturbation_norm = read_float(perturbation_norm);
+      element.perturbation_norm = read_float(perturbation_norm);
     }
-    return true;
+    return element;
   }
 };
 
