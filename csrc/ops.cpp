@@ -318,6 +318,7 @@ at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, doubl
                        const at::Tensor& perturbation_norm, at::TensorList radii) {
   check_not_empty("buffers", buffers);
   const TensorList h = list_of("buffers", Access::kWrite, buffers);
+  check_one_dimension(h);
   check_layout(h, h);
   check_float32(h);
   check_overlap({&h});

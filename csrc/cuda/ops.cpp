@@ -318,6 +318,7 @@ at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, dou
   check_not_empty("buffers", buffers);
   const TensorList h = list_of("buffers", Access::kWrite, buffers);
   const TensorList r = list_of("radii", Access::kRead, radii);
+  check_one_dimension(h);
   check_layout(h, h);
   check_float32(h);
   check_float32(r);

@@ -336,10 +336,9 @@ def probe_inject(
 
     Args:
         hidden: hidden states, (…, H).
-        offset: the probe V in fp32, (H,) or the shape of `hidden`; None stands for zero. The sum is
-            rounded to the dtype of `hidden`.
-        buffer: where the backward pass adds sign·∂L/∂V, in fp32, of the shape of the probe. None:
-            nothing is collected.
+        offset: the probe V in fp32, (H,); None stands for zero. The sum is rounded to the dtype of
+            `hidden`.
+        buffer: where the backward pass adds sign·∂L/∂V, in fp32, (H,). None: nothing is collected.
         sign: +1 or −1, the sign of this pass in the finite difference.
         anchor: an empty tensor that requires grad. It makes the result differentiable where nothing
             below it is, and takes no gradient. Made here unless given; `torch.compile` needs it

@@ -23,6 +23,24 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor.dtype))
 
 
+def check_row(name: str, vector: Tensor, matrix_name: str, matrix: Tensor) -> None:
+    """Raise ValueError unless `vector` is (H,) and `matrix` (…, H)."""
+    if vector.dim() != 1 or vector.shape != matrix.shape[-1:]:
+        raise ValueError(
+            f"{name} has shape {tuple(vector.shape)}, {matrix_name} has {tuple(matrix.shape)}; "
+            f"one dimension is needed, as long as the last one of {matrix_name}"
+        )
+
+
+def check_one_dimension(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise ValueError unless every tensor of a list has one dimension."""
+    for index, tensor in enumerate(tensors):
+        if tensor.dim() != 1:
+            raise ValueError(
+                f"{name}[{index}] has shape {tuple(tensor.shape)}; one dimension is needed"
+            )
+
+
 def sum_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of squares of all elements of all tensors, as a 0-d tensor.
 
@@ -83,8 +101,12 @@ def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
 
     Args:
         hidden: hidden states, (…, H).
-        offset: the probe V in fp32, (H,) or the shape of `hidden`.
+        offset: the probe V in fp32, (H,).
+
+    Raises:
+        ValueError: if `offset` is not of that shape.
     """
+    check_row("offset", offset, "hidden", hidden)
     return (hidden + offset).to(hidden.dtype)
 
 
@@ -92,14 +114,16 @@ def probe_project_(buffer: Tensor, gradient: Tensor, sign: float) -> None:
     """Add sign·Σ_tokens gradient to `buffer`.
 
     Args:
-        buffer: fp32. One of H elements stands for every token; one of the gradient's shape for
-            each.
+        buffer: fp32, (H,).
         gradient: ∂L/∂x of the hidden states x, (…, H).
         sign: +1 or −1, the sign of this pass in the finite difference.
+
+    Raises:
+        ValueError: if `buffer` is not of that shape.
     """
-    token_dims = tuple(range(gradient.dim() - buffer.dim()))
-    total = gradient.sum(token_dims, dtype=buffer.dtype) if token_dims else gradient
-    buffer.add_(total, alpha=sign)
+    check_row("buffer", buffer, "gradient", gradient)
+    rows = torch.atleast_2d(gradient)
+    buffer.add_(rows.sum(tuple(range(rows.dim() - 1)), dtype=buffer.dtype), alpha=sign)
 
 
 def probe_rule_(
@@ -112,7 +136,7 @@ def probe_rule_(
     """Turn the probe gradients h into the probes V_safe, in place.
 
     Args:
-        buffers: h of each layer, fp32.
+        buffers: h of each layer, fp32, (H,).
         rule: `"gradient"`: V = β·ρ‖W‖·h. `"normalized"`: V = β·r·h/‖h‖ with r the layer's radius.
             `"adam"`: one step of size β of Adam from V = 0 on g = ρ‖W‖·h, so V = β·g/(|g| + 1e-8).
         probe_lr: β.
@@ -121,7 +145,11 @@ def probe_rule_(
 
     Returns:
         0-d bool: whether every h and radius was finite. If not, every V is zero.
+
+    Raises:
+        ValueError: if an h does not have one dimension.
     """
+    check_one_dimension("buffers", buffers)
     finite = torch.stack(
         [
             (buffer.isfinite().all() & radius.isfinite()).to(buffers[0].device)

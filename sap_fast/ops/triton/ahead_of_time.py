@@ -134,19 +134,18 @@ def _kernels() -> dict[str, Kernel]:
                     **{scalar: None for scalar in every if scalar not in given},
                 },
             )
-        for variant, shared in (("shared", True), ("token", False)):
-            found[f"probe_add_{variant}_{name}"] = Kernel(
-                probe.add_kernel,
-                {
-                    "hidden": stored,
-                    "offset": "*fp32",
-                    "result": stored,
-                    "count": "i32",
-                    "width": "i32",
-                },
-                {"SHARED": shared, "BLOCK": probe.BLOCK},
-                ("count", "width"),
-            )
+        found[f"probe_add_{name}"] = Kernel(
+            probe.add_kernel,
+            {
+                "hidden": stored,
+                "offset": "*fp32",
+                "result": stored,
+                "count": "i32",
+                "width": "i32",
+            },
+            {"BLOCK": probe.BLOCK},
+            ("count", "width"),
+        )
         found[f"probe_column_sums_{name}"] = Kernel(
             probe.column_sums_kernel,
             {"gradient": stored, "partials": "*fp32", "rows": "i32", "width": "i32"},
@@ -156,12 +155,6 @@ def _kernels() -> dict[str, Kernel]:
                 "COLUMN_BLOCK": probe.COLUMN_BLOCK,
             },
             ("rows", "width"),
-        )
-        found[f"probe_add_scaled_{name}"] = Kernel(
-            probe.add_scaled_kernel,
-            {"buffer": "*fp32", "gradient": stored, "count": "i32", "sign": "fp32"},
-            {"BLOCK": probe.BLOCK},
-            ("count",),
         )
     found["probe_project"] = Kernel(
         probe.project_kernel,

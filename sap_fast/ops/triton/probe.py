@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sap_fast.ops.reference import check_one_dimension, check_row
 from sap_fast.ops.triton.table import (
     DTYPES,
     Operand,
@@ -41,7 +42,7 @@ ROWS = 128
 ROW_BLOCK = 16
 COLUMN_BLOCK = 128
 
-#: Elements of h per program: a probe of one token is cut into a few.
+#: Elements of h per program: the probe of a layer is cut into a few.
 RULE_BLOCK = 1024
 
 #: The rules of `reference.probe_rule_`.
@@ -89,19 +90,15 @@ def add_kernel(
     result: tl.tensor,
     count: tl.tensor,
     width: tl.tensor,
-    SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Hidden + offset on BLOCK elements; if SHARED, one offset of `width` serves every token."""
+    """Hidden + offset on BLOCK elements; the offset of `width` serves every token."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = start + tl.arange(0, BLOCK)
     inside = index < count
-    if SHARED:
-        # One division of 64 bits per program, then 32 bits per element.
-        column = ((start % width).to(tl.int32) + tl.arange(0, BLOCK)) % width
-        added = tl.load(offset + column, mask=inside, other=0.0)
-    else:
-        added = tl.load(offset + index, mask=inside, other=0.0)
+    # One division of 64 bits per program, then 32 bits per element.
+    column = ((start % width).to(tl.int32) + tl.arange(0, BLOCK)) % width
+    added = tl.load(offset + column, mask=inside, other=0.0)
     values = widen(tl.load(hidden + index, mask=inside, other=0.0)) + added
     tl.store(result + index, narrow(values, result.dtype.element_ty), mask=inside)
 
@@ -155,22 +152,6 @@ def project_kernel(
         row += width
     values = tl.load(buffer + column, mask=inside, other=0.0)
     tl.store(buffer + column, values + tl.full((), sign, tl.float32) * total, mask=inside)
-
-
-@triton.jit
-def add_scaled_kernel(
-    buffer: tl.tensor,
-    gradient: tl.tensor,
-    count: tl.tensor,
-    sign: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Add sign·gradient to a buffer of its shape."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < count
-    added = widen(tl.load(gradient + index, mask=inside, other=0.0))
-    values = tl.load(buffer + index, mask=inside, other=0.0)
-    tl.store(buffer + index, values + tl.full((), sign, tl.float32) * added, mask=inside)
 
 
 # ---- memory: the probe rules ----
@@ -341,12 +322,7 @@ def rule_kernel(
 
 def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
     """See `reference.probe_add`; hidden states with gaps are copied first."""
-    shared = offset.shape == hidden.shape[-1:]
-    if not shared and offset.shape != hidden.shape:
-        raise ValueError(
-            f"offset of shape {tuple(offset.shape)} does not fit hidden of shape "
-            f"{tuple(hidden.shape)}; its last dimension or all of them are needed"
-        )
+    check_row("offset", offset, "hidden", hidden)
     _check_hidden("hidden", hidden)
     check_same("offset", offset, torch.float32, hidden.device)
     dense = hidden.contiguous()
@@ -360,9 +336,8 @@ def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
             offset.contiguous(),
             result,
             count,
-            hidden.shape[-1] if hidden.dim() else 1,
+            len(offset),
             written=(),
-            SHARED=shared,
             BLOCK=BLOCK,
         )
     # The result has the layout of `hidden`, as that of any addition.
@@ -371,12 +346,7 @@ def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
 
 def probe_project_(buffer: Tensor, gradient: Tensor, sign: float) -> None:
     """See `reference.probe_project_`; gradients that are not contiguous are copied first."""
-    shared = buffer.shape == gradient.shape[-1:]
-    if not shared and buffer.shape != gradient.shape:
-        raise ValueError(
-            f"buffer of shape {tuple(buffer.shape)} does not fit gradient of shape "
-            f"{tuple(gradient.shape)}; its last dimension or all of them are needed"
-        )
+    check_row("buffer", buffer, "gradient", gradient)
     _check_hidden("gradient", gradient)
     check_same("buffer", buffer, torch.float32, gradient.device)
     if not buffer.is_contiguous():
@@ -389,21 +359,7 @@ def probe_project_(buffer: Tensor, gradient: Tensor, sign: float) -> None:
         ]
     )
     with on_device(buffer.device):
-        if gradient.shape == buffer.shape:
-            count = gradient.numel()
-            with interrupts_deferred():
-                launch(
-                    add_scaled_kernel,
-                    (triton.cdiv(count, BLOCK),),
-                    buffer,
-                    gradient,
-                    count,
-                    sign,
-                    written=[buffer],
-                    BLOCK=BLOCK,
-                )
-            return
-        width = gradient.shape[-1]
+        width = len(buffer)
         rows = gradient.numel() // max(width, 1)
         parts = triton.cdiv(rows, ROWS)
         partials = torch.empty((parts, width), dtype=torch.float32, device=buffer.device)
@@ -454,6 +410,7 @@ def probe_rule_(
         raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(RULES)}")
     if len(radii) != len(buffers):
         raise ValueError(f"buffers has {len(buffers)} tensors, radii has {len(radii)}")
+    check_one_dimension("buffers", buffers)
     operands = [Operand("buffers", buffers, written=True, dtype=torch.float32)]
     check_lists(operands)
     check_overlaps(operands)
