@@ -81,7 +81,7 @@ def test_offsets_have_64_bits(whole: int) -> None:
     wanted[:size] = 2 * buffers[:size] - params[:size]
     addresses = torch.tensor([[x.data_ptr() - 4 * offset for x in (params, buffers)]])
     chunks = torch.tensor([[0, offset, size, whole]])
-    perturb.reflect_kernel[(1,)](addresses, chunks, tl.float32, perturb.BLOCK)
+    perturb.reflect_kernel[(1,)](addresses, chunks, (tl.float32, tl.float32), perturb.BLOCK)
     assert torch.equal(params, wanted)
 
 

@@ -98,7 +98,7 @@ def _table(*rest: tuple[str, str]) -> dict[str, str]:
 def _kernels() -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
     for dtype, name in _NAMES.items():
-        constants = {"DTYPE": dtype, "BLOCK": perturb.BLOCK}
+        constants = {"DTYPES": (dtype, dtype), "BLOCK": perturb.BLOCK}
         stored = f"*{name}"
         found[f"perturb_swap_{name}"] = Kernel(
             perturb.perturb_swap_kernel, _table(("scale", "*fp32")), constants
@@ -112,8 +112,7 @@ def _kernels() -> dict[str, Kernel]:
                 perturb.sum_products_kernel,
                 _table(("partials", "*fp32")),
                 {
-                    "DTYPE": dtype,
-                    "OPERANDS": operands,
+                    "DTYPES": (dtype,) * operands,
                     "CHUNK": perturb.SUM_CHUNK,
                     "BLOCK": perturb.SUM_BLOCK,
                 },
@@ -129,7 +128,7 @@ def _kernels() -> dict[str, Kernel]:
                     *((number, "fp32") for number in numbers),
                 ),
                 {
-                    "DTYPE": dtype,
+                    "DTYPES": (dtype, tl.float32, tl.float32) + (dtype,) * (2 if given else 1),
                     "BLOCK": adamw.BLOCK,
                     **{scalar: None for scalar in every if scalar not in given},
                 },
@@ -220,7 +219,7 @@ def _kernels() -> dict[str, Kernel]:
                 ("finite", "*u8"),
                 ("probe_lr", "fp32"),
             ),
-            {"RULE": rule, **block},
+            {"DTYPES": (tl.float32,), "RULE": rule, **block},
         )
     return found
 

@@ -26,11 +26,12 @@ from sap_fast.ops.triton.table import (
     load_address,
     load_block,
     load_chunk,
+    load_operands,
     make_tables,
     narrow,
     on_device,
     scalar,
-    store_block,
+    transform,
     widen,
 )
 
@@ -78,6 +79,20 @@ def adam_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_lr: tl.tensor) -
     """The first step of Adam on ρ‖W‖·h, of size β."""
     g = h * perturbation_norm
     return probe_lr * tl.math.div_rn(g, tl.abs(g) + 1e-8)
+
+
+@triton.jit
+def probe_rule(stored: tl.tuple, coefficients: tl.tuple) -> tl.tuple:
+    """Turn h into V by the rule, or zero if anything anywhere is not finite."""
+    h = stored[0]
+    finite, probe_lr, perturbation_norm, largest, norm, radius = coefficients[1]
+    if coefficients[0] == "normalized":
+        probe = normalized_rule(h, largest, norm, radius, probe_lr)
+    elif coefficients[0] == "adam":
+        probe = adam_rule(h, perturbation_norm, probe_lr)
+    else:
+        probe = gradient_rule(h, perturbation_norm, probe_lr)
+    return (tl.where(finite, probe, 0.0),)
 
 
 # ---- memory: add and project ----
@@ -265,30 +280,6 @@ def layer_norm_kernel(
     tl.store(norms + layer, tl.math.sqrt_rn(tl.sum(total)))
 
 
-@triton.jit
-def _rule_block(
-    buffer: tl.tensor,
-    probe_lr: tl.tensor,
-    perturbation_norm: tl.tensor,
-    largest: tl.tensor,
-    norm: tl.tensor,
-    radius: tl.tensor,
-    finite: tl.tensor,
-    size: tl.tensor,
-    RULE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-) -> None:
-    h = load_block(buffer, size, BLOCK, WHOLE)
-    if RULE == "normalized":
-        probe = normalized_rule(h, largest, norm, radius, probe_lr)
-    elif RULE == "adam":
-        probe = adam_rule(h, perturbation_norm, probe_lr)
-    else:
-        probe = gradient_rule(h, perturbation_norm, probe_lr)
-    store_block(buffer, tl.where(finite, probe, 0.0), size, BLOCK, WHOLE)
-
-
 @triton.jit(do_not_specialize_on_alignment=["perturbation_norm"])
 def rule_kernel(
     addresses: tl.tensor,
@@ -299,22 +290,22 @@ def rule_kernel(
     norms: tl.tensor,
     finite: tl.tensor,
     probe_lr: tl.tensor,
+    DTYPES: tl.constexpr,
     RULE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Per chunk: h becomes V, or zero if anything anywhere is not finite."""
     layer, offset, size, whole = load_chunk(chunks, tl.program_id(0))
-    buffer = load_address(addresses, layer, 0, 1, tl.float32) + offset
-    radius = load_radius(radii, layer)
-    largest = tl.load(layer_largest + layer)
-    norm = tl.load(norms + layer)
-    factor = tl.load(perturbation_norm)
-    every = tl.load(finite) != 0
-    lr = tl.full((), probe_lr, tl.float32)
-    if whole:
-        _rule_block(buffer, lr, factor, largest, norm, radius, every, size, RULE, BLOCK, True)
-    else:
-        _rule_block(buffer, lr, factor, largest, norm, radius, every, size, RULE, BLOCK, False)
+    buffers = load_operands(addresses, layer, offset, DTYPES)
+    coefficients = (
+        tl.load(finite) != 0,
+        tl.full((), probe_lr, tl.float32),
+        tl.load(perturbation_norm),
+        tl.load(layer_largest + layer),
+        tl.load(norms + layer),
+        load_radius(radii, layer),
+    )
+    transform(probe_rule, buffers, (RULE, coefficients), size, whole, BLOCK)
 
 
 # ---- operations ----
@@ -492,6 +483,7 @@ def probe_rule_(
                 result.view(torch.uint8),
                 probe_lr,
                 written=table.written,
+                DTYPES=table.dtypes,
                 RULE=rule,
                 BLOCK=RULE_BLOCK,
             )
