@@ -12,10 +12,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from sap_fast import ops
 from sap_fast.ops import triton as backend
+from sap_fast.ops.schema import SCHEMAS
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
@@ -96,7 +96,7 @@ def test_without_triton_the_backend_says_what_to_install() -> None:
 
 
 @functools.cache
-def compiled(target: str) -> dict[str, ahead_of_time.Compiled]:
+def compiled(target: str) -> dict[ahead_of_time.Name, ahead_of_time.Compiled]:
     return ahead_of_time.compile_all(ahead_of_time.TARGETS[target])
 
 
@@ -104,31 +104,45 @@ def count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text, re.MULTILINE))
 
 
-def streams(size: int) -> dict[str, tuple[int, int, int]]:
+def streams(size: int) -> dict[tuple[str, str, str], tuple[int, int, int]]:
     """Per kernel: elements per program, and bytes read and written per element, of `size` bytes."""
     return {
-        "perturb_swap": (perturb.BLOCK, 2 * size, 2 * size),
-        "reflect": (perturb.BLOCK, 2 * size, size),
-        "restore_swap": (perturb.BLOCK, 2 * size, 2 * size),
-        "sum_squares": (perturb.SUM_BLOCK, size, 0),
-        "dot": (perturb.SUM_BLOCK, 2 * size, 0),
-        "adamw": (adamw.BLOCK, 2 * size + 8, size + 8),
-        "adamw_blend": (adamw.BLOCK, 3 * size + 8, size + 8),
-        "probe_add": (probe.BLOCK, size + 4, size),
-        "probe_column_sums": (probe.ROW_BLOCK * probe.COLUMN_BLOCK, size, 0),
+        ("perturb_swap_", "", "perturb_swap"): (perturb.BLOCK, 2 * size, 2 * size),
+        ("reflect_", "", "reflect"): (perturb.BLOCK, 2 * size, size),
+        ("restore_swap_", "", "restore_swap"): (perturb.BLOCK, 2 * size, 2 * size),
+        ("sum_squares", "", "sum_products"): (perturb.SUM_BLOCK, size, 0),
+        ("dot", "", "sum_products"): (perturb.SUM_BLOCK, 2 * size, 0),
+        ("adamw_blend_", "", "adamw_blend"): (adamw.BLOCK, 2 * size + 8, size + 8),
+        ("adamw_blend_", "blended", "adamw_blend"): (adamw.BLOCK, 3 * size + 8, size + 8),
+        ("probe_add", "", "add"): (probe.BLOCK, size + 4, size),
+        ("probe_project_", "", "column_sums"): (probe.ROW_BLOCK * probe.COLUMN_BLOCK, size, 0),
     }
+
+
+def test_every_kernel_is_compiled() -> None:
+    written = {
+        name
+        for module in (adamw, perturb, probe)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, triton.JITFunction)
+    }
+    assert {kernel.function.__name__ for kernel in compiled("sm_90").values()} == written
+    for dtype in SIZES:
+        for key in streams(0):
+            assert ahead_of_time.Name(*key, dtype) in compiled("sm_90")
+    assert {name.operation for name in compiled("sm_90")} == SCHEMAS.keys()
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_main_path_moves_every_byte_once_128_bits_at_a_time(target: str) -> None:
     for dtype, size in SIZES.items():
-        for name, (block, read, written) in streams(size).items():
-            ptx = compiled(target)[f"{name}_{dtype}"].ptx
+        for key, (block, read, written) in streams(size).items():
+            ptx = compiled(target)[ahead_of_time.Name(*key, dtype)].ptx
             for operation, wanted in (("ld", read), ("st", written)):
                 wide = count(rf"\b{operation}\.global[.\w:]*\.v4\.b32", ptx)
-                assert wide * 16 * THREADS == wanted * block, (name, dtype, operation, wide)
+                assert wide * 16 * THREADS == wanted * block, (key, dtype, operation, wide)
     for rule in probe.RULES:
-        ptx = compiled(target)[f"rule_{rule}"].ptx
+        ptx = compiled(target)[ahead_of_time.Name("probe_rule_", rule, "rule", "fp32")].ptx
         assert count(r"\bld\.global[.\w:]*\.v4", ptx) == count(r"\bst\.global[.\w:]*\.v4", ptx) == 2
 
 
@@ -149,21 +163,23 @@ def test_products_are_fused_with_sums_in_adamw_alone(target: str) -> None:
     for name, kernel in compiled(target).items():
         # sm_100 computes two at a time.
         fused = count(r"\bfma\.rn\.f32", kernel.ptx) + count(r"\bfma\.rn\.f32x2", kernel.ptx)
-        if name.startswith("adamw"):
+        if name.kernel == "adamw_blend":
             # Two of each element, on the main path and on the masked one.
             assert fused * THREADS == 2 * (adamw.BLOCK + table.TAIL.value), name
         else:
             assert fused == 0, name
-    for name in ("perturb_swap", "reflect", "restore_swap"):
-        assert not count("FFMA", compiled(target)[f"{name}_fp32"].sass()), name
+        if name.kernel in ("perturb_swap", "reflect", "restore_swap") and name.dtype == "fp32":
+            assert not count("FFMA", kernel.sass()), name
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_results_are_rounded_to_nearest(target: str) -> None:
-    for dtype, name in (("bf16", "bf16"), ("fp16", "f16")):
-        for kernel in ("perturb_swap", "reflect", "restore_swap", "adamw", "probe_add"):
-            assert count(rf"cvt\.rn\.{name}", compiled(target)[f"{kernel}_{dtype}"].ptx), kernel
-    ptx = compiled(target)["adamw_fp32"].ptx
+    for dtype, stored in (("bf16", "bf16"), ("fp16", "f16")):
+        for operation, variant, kernel in streams(0):
+            if operation not in ("sum_squares", "dot", "probe_project_"):
+                name = ahead_of_time.Name(operation, variant, kernel, dtype)
+                assert count(rf"cvt\.rn\.{stored}", compiled(target)[name].ptx), name
+    ptx = compiled(target)[ahead_of_time.Name("adamw_blend_", "", "adamw_blend", "fp32")].ptx
     assert count(r"div\.rn\.f32", ptx) and count(r"sqrt\.rn\.f32", ptx)
 
 
@@ -173,73 +189,27 @@ def test_kernels_compile_for_amd() -> None:
         assert count(r"\.vgpr_spill_count:\s+0$", assembly) == 1, name
         assert count(r"\.private_segment_fixed_size:\s+0$", assembly) == 1, name
         assert not count(r"_f64\b", assembly), name
-    for name, size in SIZES.items():
-        for kernel in streams(size):
-            assembly = compiled("gfx942")[f"{kernel}_{name}"].binary.asm["amdgcn"]
-            assert count(r"_load_dwordx4", assembly), kernel
+        if (name.operation, name.variant, name.kernel) in streams(0):
+            assert count(r"_load_dwordx4", assembly), name
 
 
-class AnyDevice:
-    """As much of a GPU's driver as Triton needs to compile for a launch."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return ahead_of_time.TARGETS["sm_90"]
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
-    """Compile every launch instead of running it, and keep what it was specialised for."""
-    seen: list[tuple[Any, ...]] = []
-
-    def compile_launch(
-        kernel: Any, grid: tuple[int, ...], *arguments: Any, written: Any, **constants: Any
-    ) -> None:
-        found = kernel.warmup(*arguments, grid=grid, **constants, **table.OPTIONS)
-        seen.append((kernel.__name__, *specialisation(found.src)))
-
-    for module in (adamw, perturb, probe):
-        monkeypatch.setattr(module, "launch", compile_launch)
-    monkeypatch.setattr(triton.runtime.driver, "_active", AnyDevice())
-    for kernel in ahead_of_time.KERNELS.values():
-        kernel.function.device_caches.clear()
-    yield seen
-    # Nobody shall run on a device what was compiled for this one.
-    for kernel in ahead_of_time.KERNELS.values():
-        kernel.function.device_caches.clear()
-
-
-def specialisation(source: Any) -> tuple[str, str, str]:
-    aligned = sorted(key for key, value in source.attrs.items() if value)
-    return str(source.signature), str(sorted(source.constants.items(), key=str)), str(aligned)
-
-
-def test_launches_are_of_the_kernels_that_are_compiled_ahead_of_time(
-    launched: list[tuple[Any, ...]],
-) -> None:
-    known = {
-        (kernel.kernel.function.__name__, *specialisation(kernel.binary.src))
-        for kernel in compiled("sm_90").values()
-    }
+def test_launches_are_of_the_kernels_that_are_compiled_ahead_of_time() -> None:
+    known = {kernel.specialisation for kernel in compiled("sm_90").values()}
     one = torch.tensor(0.5)
 
     def some(dtype: torch.dtype) -> list[Tensor]:
         return [torch.randn(3, 5).to(dtype), torch.randn(7000).to(dtype)]
 
+    # Tensors of several sizes, and scalars that may lie anywhere.
     calls: list[Callable[[torch.dtype], object]] = [
         lambda dtype: perturb.sum_squares(some(dtype)),
         lambda dtype: perturb.dot(some(dtype), some(dtype)),
-        # A scalar may lie anywhere.
         lambda dtype: perturb.perturb_swap_(some(dtype), some(dtype), torch.randn(3)[1]),
         lambda dtype: perturb.reflect_(some(dtype), some(dtype)),
-        lambda dtype: perturb.restore_swap_(some(dtype), some(dtype), one),
+        lambda dtype: perturb.restore_swap_(some(dtype), some(dtype), torch.randn(3)[1]),
         lambda dtype: probe.probe_add(torch.randn(4, 64).to(dtype), torch.randn(64)),
         lambda dtype: probe.probe_project_(torch.zeros(64), torch.randn(32, 64).to(dtype), -1.0),
+        lambda dtype: probe.probe_project_(torch.zeros(64), torch.randn(1600, 64).to(dtype), 1.0),
     ]
     for rule in probe.RULES:
         calls.append(
@@ -261,17 +231,17 @@ def test_launches_are_of_the_kernels_that_are_compiled_ahead_of_time(
                 beta2=0.999,
                 eps=1e-8,
                 weight_decay=0.1,
-                maximize=False,
+                maximize=True,
                 blend=b,
                 gradient_scale=g,
             )
         )
-    for call in calls:
-        for dtype in table.DTYPES:
-            call(dtype)
-    unknown = set(launched) - known
-    assert not unknown, "\n".join(map(str, unknown))
-    assert {kernel for kernel, *_ in known} == {kernel for kernel, *_ in launched}
+    with ahead_of_time.compiled_launches(ahead_of_time.TARGETS["sm_90"]) as launched:
+        for call in calls:
+            for dtype in table.DTYPES:
+                call(dtype)
+    found = {kernel.specialisation for kernel in launched}
+    assert found == known, "\n".join(map(str, found ^ known))
 
 
 # ---- the table ----

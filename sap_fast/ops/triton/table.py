@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -132,7 +132,7 @@ def load_operands(
 ) -> tl.tuple:
     """Return pointers to a chunk of each operand; DTYPES are what the operands store."""
     OPERANDS: tl.constexpr = len(DTYPES)
-    pointers = ()
+    pointers: tl.tuple = ()
     for operand in tl.static_range(OPERANDS):
         pointer = load_address(addresses, tensor, operand, OPERANDS, DTYPES[operand]) + offset
         pointers = pointers + (pointer,)  # noqa: RUF005 - Triton knows no starred elements
@@ -496,10 +496,20 @@ def interrupts_deferred() -> Iterator[None]:
             handler(*pending[-1])
 
 
+def _run(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: Mapping[str, Any]
+) -> None:
+    kernel[grid](*arguments, **constants, **OPTIONS)
+
+
+#: What runs a launch; `ahead_of_time` puts in its place what only compiles it.
+launcher = _run
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, written: Sequence[Tensor], **constants: Any
 ) -> None:
     """Launch a kernel and count up the versions of what it writes; a grid of none does nothing."""
     if 0 not in grid:
-        kernel[grid](*arguments, **constants, **OPTIONS)
+        launcher(kernel, grid, arguments, constants)
         increment_version(written)
