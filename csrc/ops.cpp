@@ -314,7 +314,7 @@ void probe_project_(const at::Tensor& buffer, const at::Tensor& gradient, double
   });
 }
 
-at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, double probe_lr,
+at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, double probe_size,
                        const at::Tensor& perturbation_norm, at::TensorList radii) {
   check_not_empty("buffers", buffers);
   const TensorList h = list_of("buffers", Access::kWrite, buffers);
@@ -342,7 +342,7 @@ at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, doubl
   for (const at::Tensor& radius : radii) {
     const auto value = static_cast<float>(value_of(radius));
     if (!std::isfinite(value)) finite = false;
-    coefficients.push_back({rule, static_cast<float>(probe_lr), norm, 0, 0, value});
+    coefficients.push_back({rule, static_cast<float>(probe_size), norm, 0, 0, value});
   }
   const size_t count = work.chunks().size();
   std::vector<float> largest(count);

@@ -313,7 +313,7 @@ Rule rule_of(c10::string_view name) {
   return Rule::kAdam;
 }
 
-at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, double probe_lr,
+at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, double probe_size,
                          const at::Tensor& perturbation_norm, at::TensorList radii) {
   check_not_empty("buffers", buffers);
   const TensorList h = list_of("buffers", Access::kWrite, buffers);
@@ -334,7 +334,7 @@ at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, dou
   at::Tensor finite = at::empty({}, at::TensorOptions().dtype(at::kBool).device(device));
   bump_versions(h);
   check_launch("probe_rule_",
-               probe_rule(layers.lists(), rule, static_cast<float>(probe_lr), norm,
+               probe_rule(layers.lists(), rule, static_cast<float>(probe_size), norm,
                           finite.mutable_data_ptr<bool>(), scratch.mutable_data_ptr(),
                           c10::cuda::getCurrentCUDAStream()));
   return finite;

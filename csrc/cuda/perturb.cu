@@ -48,7 +48,7 @@ struct RestoreSwap {
 
     __device__ __forceinline__ void operator()(Stored& parameter, Stored& buffer) const {
       const Stored old = buffer;
-      narrow(recover_direction(widen(parameter), widen(old), inverse_scale), buffer);
+      narrow(recover_gradient(widen(parameter), widen(old), inverse_scale), buffer);
       parameter = old;
     }
   };

@@ -43,10 +43,10 @@ OPERATIONS = {
     "dot": "inner product of two lists of tensors",
     "perturb_swap_": "W becomes W + ΔW; the buffer of ΔW keeps W",
     "reflect_": "W + ΔW becomes W − ΔW",
-    "restore_swap_": "W comes back bit for bit; the buffer becomes the direction again",
+    "restore_swap_": "W comes back bit for bit; the buffer becomes the safety gradient again",
     "probe_add": "x + v: the probe in the hidden states",
     "probe_project_": "the sum over tokens of the gradient of x, on the way back",
-    "probe_rule_": "the probe gradient h becomes the probe V_safe",
+    "probe_rule_": "the probe gradient h becomes the probe V",
     "adamw_blend_": "gradient blending, unscaling, clipping and AdamW",
 }
 assert OPERATIONS.keys() == SCHEMAS.keys()
@@ -276,14 +276,14 @@ def adamw_blend_(
 def probe_rule_(
     buffers: Sequence[Tensor],
     rule: str,
-    probe_lr: float,
+    probe_size: float,
     *,
     perturbation_norm: Tensor,
     radii: Sequence[Tensor],
     backend: str = "auto",
 ) -> Tensor:
-    """Turn the probe gradients h into the probes V_safe; see `reference.probe_rule_`."""
-    arguments = (buffers, rule, probe_lr, perturbation_norm, radii)
+    """Turn the probe gradients h into the probes V; see `reference.probe_rule_`."""
+    arguments = (buffers, rule, probe_size, perturbation_norm, radii)
     if len({buffer.device for buffer in buffers}) > 1:
         # One h that is not finite zeroes the probes of every device.
         return reference.probe_rule_(*arguments)

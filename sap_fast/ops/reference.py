@@ -1,9 +1,10 @@
 """The specification of every operation, in plain PyTorch.
 
-Symbols and names are those of the paper (arXiv:2505.16737): parameters W, direction ĝ, perturbation
-ΔW = ρ‖W‖ĝ, probe gradient h, probe V. Arithmetic runs in `accumulation_dtype` of the stored
-dtype (fp32, or fp64 for fp64 tensors) and results are rounded once, when they are stored. Norms,
-scales and coefficients are 0-d tensors, so that nothing here waits for the device.
+Symbols are those of the paper (arXiv:2505.16737): parameters W, gradient g, safety gradient d,
+direction ĝ = d/‖d‖, perturbation ΔW = ρ‖W‖ĝ, hidden states x, probe gradient h, probe V of size β.
+Arithmetic runs in `accumulation_dtype` of the stored dtype (fp32, or fp64 for fp64 tensors) and
+results are rounded once, when they are stored. Norms, scales and coefficients are 0-d tensors, so
+that nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -62,11 +63,12 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 def perturb_swap_(params: Sequence[Tensor], buffers: Sequence[Tensor], scale: Tensor) -> None:
     """Set p, b ← p + scale·b, p for each parameter p and its buffer b, of equal shape and dtype.
 
-    The buffer that held the direction holds W afterwards: the saved copy costs no memory. Where
-    `scale` is zero p stays as it is, whatever b holds, so that a direction of NaN perturbs nothing.
+    With b = d and scale = ρ‖W‖/‖d‖, W becomes W + ΔW, and the buffer that held the safety gradient
+    holds W: the saved copy costs no memory. Where `scale` is zero p stays as it is, whatever b
+    holds, so that a safety gradient of NaN perturbs nothing.
 
-    A parameter is written only after its buffer holds W; `passes.Perturbation` relies on that to
-    put W back after an interrupt.
+    A parameter is written only after its buffer holds W. `Perturbation`, which puts W back after an
+    interrupt, relies on it.
     """
     for parameter, buffer in zip(params, buffers, strict=True):
         step = scale.to(parameter.device)
@@ -87,13 +89,13 @@ def restore_swap_(
 ) -> None:
     """Set p, b ← b, (p − b)·inverse_scale: W comes back bit for bit.
 
-    The direction comes back to rounding only: in fp32 with a relative error of about 1e-7·|W|/|ΔW|
-    per element, in bf16 with little left of it. Whoever needs it again keeps a copy.
+    The safety gradient comes back to rounding only: in fp32 with a relative error of about
+    1e-7·|W|/|ΔW| per element, in bf16 with little left of it. Whoever needs it again keeps a copy.
     """
     for parameter, buffer in zip(params, buffers, strict=True):
-        direction = (_wide(parameter) - _wide(buffer)) * inverse_scale.to(parameter.device)
+        recovered = (_wide(parameter) - _wide(buffer)) * inverse_scale.to(parameter.device)
         parameter.copy_(buffer)
-        buffer.copy_(direction)
+        buffer.copy_(recovered)
 
 
 def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
@@ -129,17 +131,17 @@ def probe_project_(buffer: Tensor, gradient: Tensor, sign: float) -> None:
 def probe_rule_(
     buffers: Sequence[Tensor],
     rule: str,
-    probe_lr: float,
+    probe_size: float,
     perturbation_norm: Tensor,
     radii: Sequence[Tensor],
 ) -> Tensor:
-    """Turn the probe gradients h into the probes V_safe, in place.
+    """Turn the probe gradients h into the probes V, in place.
 
     Args:
-        buffers: h of each layer, fp32, (H,).
+        buffers: the probe gradient h of each layer, fp32, (H,).
         rule: `"gradient"`: V = β·ρ‖W‖·h. `"normalized"`: V = β·r·h/‖h‖ with r the layer's radius.
             `"adam"`: one step of size β of Adam from V = 0 on g = ρ‖W‖·h, so V = β·g/(|g| + 1e-8).
-        probe_lr: β.
+        probe_size: β, the size of the probe.
         perturbation_norm: ρ‖W‖, 0-d.
         radii: per layer the norm of ordinary hidden states, s_j·√H, 0-d; for `"normalized"`.
 
@@ -169,7 +171,7 @@ def probe_rule_(
             probe = buffer * perturbation_norm.to(buffer.device)
             if rule == "adam":
                 probe = probe / (probe.abs() + 1e-8)
-        buffer.copy_(torch.where(finite.to(buffer.device), probe_lr * probe, 0.0))
+        buffer.copy_(torch.where(finite.to(buffer.device), probe_size * probe, 0.0))
     return finite
 
 
@@ -192,9 +194,9 @@ def adamw_blend_(
 ) -> None:
     """Blend, unscale, clip and update with AdamW; gradients are read, not written.
 
-    g ← gradient_scale·(±g + blend·d), then AdamW with decoupled weight decay (Loshchilov & Hutter,
-    arXiv:1711.05101). Without `blend` and `gradient_scale` an fp32 parameter gets the bits that
-    `torch.optim.AdamW` gives it on the CPU.
+    g′ = gradient_scale·(±g + c·d) with c = `blend`, then AdamW with decoupled weight decay
+    (Loshchilov & Hutter, arXiv:1711.05101) on g′. Without `blend` and `gradient_scale` an fp32
+    parameter gets the bits that `torch.optim.AdamW` gives it on the CPU.
 
     There is no `found_inf` as PyTorch's fused optimizers have it. A `torch.amp.GradScaler` already
     skips `step()` on the host. Counters on the host could follow a skip inside of a kernel only by
@@ -213,8 +215,9 @@ def adamw_blend_(
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        maximize: ascend the task objective; the blended safety loss is descended all the same.
-        blend: γ‖g‖/‖d‖, 0-d. Zero leaves the gradient, whatever d holds.
+        maximize: ascend the task objective, −g + c·d: what is blended in is descended all the same.
+        blend: c, 0-d, of any sign, whatever rule found it; γ‖g‖/‖d‖ for `"blend"`. Zero leaves the
+            gradient, whatever d holds. None: no directions are read.
         gradient_scale: clipping coefficient, or 1/loss scale, or their product; 0-d.
     """
     for index, parameter in enumerate(params):

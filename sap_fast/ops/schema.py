@@ -28,7 +28,7 @@ SCHEMAS = {
     "probe_add": "(Tensor hidden, Tensor offset) -> Tensor",
     "probe_project_": "(Tensor(a!) buffer, Tensor gradient, float sign) -> ()",
     "probe_rule_": (
-        "(Tensor(a!)[] buffers, str rule, float probe_lr, Tensor perturbation_norm, "
+        "(Tensor(a!)[] buffers, str rule, float probe_size, Tensor perturbation_norm, "
         "Tensor[] radii) -> Tensor"
     ),
     "adamw_blend_": (

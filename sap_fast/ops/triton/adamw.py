@@ -47,7 +47,7 @@ STEP_BLOCK = 128
 
 @triton.jit
 def blend_gradient(gradient: tl.tensor, direction: tl.tensor, blend: tl.tensor) -> tl.tensor:
-    """Return g + blend·d. At blend zero g as it is, whatever d holds."""
+    """Return g + c·d. At c = 0 g as it is, whatever d holds."""
     return tl.where(blend == 0.0, gradient, gradient + blend * direction)
 
 

@@ -45,9 +45,9 @@ FOLD_BLOCK = 1024
 
 
 @triton.jit
-def perturb(parameter: tl.tensor, direction: tl.tensor, scale: tl.tensor) -> tl.tensor:
+def perturb(parameter: tl.tensor, gradient: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """W + scale·d. At scale zero W as it is, whatever d holds."""
-    return tl.where(scale == 0.0, parameter, parameter + scale * direction)
+    return tl.where(scale == 0.0, parameter, parameter + scale * gradient)
 
 
 @triton.jit
@@ -57,18 +57,18 @@ def reflect(perturbed: tl.tensor, parameter: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def recover_direction(
+def recover_gradient(
     perturbed: tl.tensor, parameter: tl.tensor, inverse_scale: tl.tensor
 ) -> tl.tensor:
-    """The direction, to rounding, from W + ΔW and W."""
+    """The safety gradient d, to rounding, from W + ΔW and W."""
     return (perturbed - parameter) * inverse_scale
 
 
 @triton.jit
 def perturb_swap(stored: tl.tuple, scale: tl.tensor) -> tl.tuple:
     """p, b become p + scale·b, p."""
-    parameter, direction = stored
-    return perturb(widen(parameter), widen(direction), scale), parameter
+    parameter, gradient = stored
+    return perturb(widen(parameter), widen(gradient), scale), parameter
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def reflect_params(stored: tl.tuple, _: tl.tuple) -> tl.tuple:
 def restore_swap(stored: tl.tuple, inverse_scale: tl.tensor) -> tl.tuple:
     """p, b become b, (p − b)·inverse_scale."""
     perturbed, parameter = stored
-    return parameter, recover_direction(widen(perturbed), widen(parameter), inverse_scale)
+    return parameter, recover_gradient(widen(perturbed), widen(parameter), inverse_scale)
 
 
 # ---- memory ----

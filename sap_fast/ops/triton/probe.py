@@ -61,37 +61,37 @@ def is_finite(a: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def normalized_rule(
-    h: tl.tensor, largest: tl.tensor, norm: tl.tensor, radius: tl.tensor, probe_lr: tl.tensor
+    h: tl.tensor, largest: tl.tensor, norm: tl.tensor, radius: tl.tensor, probe_size: tl.tensor
 ) -> tl.tensor:
     """β·r·h/‖h‖ with largest = max|h| and norm = ‖h/largest‖; zero for h = 0."""
     unit = tl.math.div_rn(tl.math.div_rn(h, largest), norm)
-    return probe_lr * (tl.where(largest > 0.0, unit, 0.0) * radius)
+    return probe_size * (tl.where(largest > 0.0, unit, 0.0) * radius)
 
 
 @triton.jit
-def gradient_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_lr: tl.tensor) -> tl.tensor:
+def gradient_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_size: tl.tensor) -> tl.tensor:
     """β·ρ‖W‖·h."""
-    return probe_lr * (h * perturbation_norm)
+    return probe_size * (h * perturbation_norm)
 
 
 @triton.jit
-def adam_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_lr: tl.tensor) -> tl.tensor:
+def adam_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_size: tl.tensor) -> tl.tensor:
     """The first step of Adam on ρ‖W‖·h, of size β."""
     g = h * perturbation_norm
-    return probe_lr * tl.math.div_rn(g, tl.abs(g) + 1e-8)
+    return probe_size * tl.math.div_rn(g, tl.abs(g) + 1e-8)
 
 
 @triton.jit
 def probe_rule(stored: tl.tuple, coefficients: tl.tuple) -> tl.tuple:
     """Turn h into V by the rule, or zero if anything anywhere is not finite."""
     h = stored[0]
-    finite, probe_lr, perturbation_norm, largest, norm, radius = coefficients[1]
+    finite, probe_size, perturbation_norm, largest, norm, radius = coefficients[1]
     if coefficients[0] == "normalized":
-        probe = normalized_rule(h, largest, norm, radius, probe_lr)
+        probe = normalized_rule(h, largest, norm, radius, probe_size)
     elif coefficients[0] == "adam":
-        probe = adam_rule(h, perturbation_norm, probe_lr)
+        probe = adam_rule(h, perturbation_norm, probe_size)
     else:
-        probe = gradient_rule(h, perturbation_norm, probe_lr)
+        probe = gradient_rule(h, perturbation_norm, probe_size)
     return (tl.where(finite, probe, 0.0),)
 
 
@@ -289,7 +289,7 @@ def rule_kernel(
     layer_largest: tl.tensor,
     norms: tl.tensor,
     finite: tl.tensor,
-    probe_lr: tl.tensor,
+    probe_size: tl.tensor,
     DTYPES: tl.constexpr,
     RULE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -299,7 +299,7 @@ def rule_kernel(
     buffers = load_operands(addresses, layer, offset, DTYPES)
     coefficients = (
         tl.load(finite) != 0,
-        tl.full((), probe_lr, tl.float32),
+        tl.full((), probe_size, tl.float32),
         tl.load(perturbation_norm),
         tl.load(layer_largest + layer),
         tl.load(norms + layer),
@@ -392,7 +392,7 @@ def _check_hidden(name: str, tensor: Tensor) -> None:
 def probe_rule_(
     buffers: Sequence[Tensor],
     rule: str,
-    probe_lr: float,
+    probe_size: float,
     perturbation_norm: Tensor,
     radii: Sequence[Tensor],
 ) -> Tensor:
@@ -481,7 +481,7 @@ def probe_rule_(
                 layer_largest,
                 norms,
                 result.view(torch.uint8),
-                probe_lr,
+                probe_size,
                 written=table.written,
                 DTYPES=table.dtypes,
                 RULE=rule,
