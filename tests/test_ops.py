@@ -435,13 +435,41 @@ def test_adamw_has_the_bits_of_torch_fused(target: Target) -> None:
         assert_same_bits(params, [p.detach() for p in theirs])
 
 
-def test_a_blend_of_zero_ignores_a_direction_of_nan(target: Target) -> None:
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("coefficient", [0.3, -0.7, -250.0, 0.0, -0.0])
+def test_the_blended_gradient_is_g_plus_c_d_for_any_c(
+    target: Target, coefficient: float, maximize: bool
+) -> None:
+    # Rules give negative coefficients too; `maximize` turns g alone: −g + c·d.
+    torch.manual_seed(7)
+    start = adamw_state(mixed(torch.float32))
+    directions = like(start.params)
+    blended = [
+        (-g if maximize else g) + coefficient * d
+        for g, d in zip(start.grads, directions, strict=True)
+    ]
+    for backend in (target.backend, "reference"):
+        ours, wanted = start.copy(), start.copy()._replace(grads=blended)
+        options = ADAMW | {"maximize": maximize, "blend": torch.tensor(coefficient)}
+        ops.adamw_blend_(*ours, directions, **options, backend=backend)
+        ops.adamw_blend_(*wanted, **ADAMW, backend=backend)
+        for left, right in zip(ours._replace(grads=blended), wanted, strict=True):
+            assert_same_bits(left, right)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("coefficient", [0.0, -0.0])
+def test_a_blend_of_zero_ignores_a_direction_of_nan(
+    target: Target, coefficient: float, maximize: bool
+) -> None:
     torch.manual_seed(6)
     ours = adamw_state(mixed(None))
     plain = ours.copy()
     nan = [torch.full_like(p, math.nan) for p in ours.params]
-    ops.adamw_blend_(*ours, nan, **ADAMW, blend=torch.tensor(0.0), backend=target.backend)
-    ops.adamw_blend_(*plain, **ADAMW, backend=target.backend)
+    options = ADAMW | {"maximize": maximize}
+    blend = torch.tensor(coefficient)
+    ops.adamw_blend_(*ours, nan, **options, blend=blend, backend=target.backend)
+    ops.adamw_blend_(*plain, **options, backend=target.backend)
     for left, right in zip(ours, plain, strict=True):
         assert_same_bits(left, right)
 
