@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,10 +180,11 @@ def compile_source(source: Path, architectures: Sequence[int] = ARCHITECTURES) -
     return kernels
 
 
-def compile_sources() -> list[Kernel]:
+def compile_sources(architectures: Sequence[int] = ARCHITECTURES) -> list[Kernel]:
     """Compile every source of csrc/cuda, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return [kernel for kernels in pool.map(compile_source, SOURCES) for kernel in kernels]
+        compiled = pool.map(partial(compile_source, architectures=architectures), SOURCES)
+        return [kernel for kernels in compiled for kernel in kernels]
 
 
 def demangle(symbol: str) -> str:
