@@ -180,7 +180,6 @@ def test_adamw(benchmark: Any, name: str, kind: str) -> None:
     theirs = [[m.to(DTYPES[kind]) for m in moments] for moments in state[3:5]]
     ours = (state.params, state.grads, *state[3:])
     blend, scale = torch.tensor(0.1, device=DEVICE), torch.tensor(0.5, device=DEVICE)
-    found_inf = torch.tensor(0.0, device=DEVICE)
 
     def torch_fused() -> None:
         torch._foreach_add_(state.steps, 1)
@@ -205,7 +204,7 @@ def test_adamw(benchmark: Any, name: str, kind: str) -> None:
         "torch._fused_adamw_": torch_fused,
         "adamw_blend_": lambda: ops.adamw_blend_(*ours, **ADAMW),
         "adamw_blend_ + unscale, clip, blend": lambda: ops.adamw_blend_(
-            *ours, state.buffers, blend=blend, gradient_scale=scale, found_inf=found_inf, **ADAMW
+            *ours, state.buffers, blend=blend, gradient_scale=scale, **ADAMW
         ),
         "torch.optim.AdamW(fused=True).step": whole_theirs.step,
         "FusedSAP.step": whole_ours.step,
