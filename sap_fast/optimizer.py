@@ -153,6 +153,8 @@ class BlendedAdamW(Optimizer):
         task: Callable[..., Tensor] | None = None,
         safety: Safety | None = None,
         batch: Any = None,
+        *,
+        closure: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
         """Update the parameters; with closures, after all passes of the step.
 
@@ -164,6 +166,8 @@ class BlendedAdamW(Optimizer):
                 to come back if the step fails.
             safety: runs forward and backward on the safety loss and returns it.
             batch: a mapping of tensors (B, …), or a list of micro-batches.
+            closure: `task` by the name that PyTorch gives it: torch.distributed.checkpoint, for
+                one, calls `step(closure=None)`.
 
         Returns:
             The task loss of the task pass, if there was a closure.
@@ -171,11 +175,15 @@ class BlendedAdamW(Optimizer):
         Raises:
             RuntimeError: inside a pass; after inner passes without a task pass; for a sparse
                 gradient.
-            TypeError: with one closure but not the other that is needed, or for a closure that
-                returns no loss.
+            TypeError: with one closure but not the other that is needed, with `task` under both
+                of its names, or for a closure that returns no loss.
             ValueError: with `ProbeSet(rows=…)` below 1 and no batch.
         """
         self.passes.refuse_inside("step()")
+        if closure is not None:
+            if task is not None:
+                raise TypeError("step(task, closure=…): closure is another name for task; give one")
+            task = closure
         if task is None:
             if safety is not None:
                 raise TypeError("step(safety=…) without a task closure: give both, or neither")
