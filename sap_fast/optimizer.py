@@ -120,7 +120,7 @@ class BlendedAdamW(Optimizer):
             backend=backend,
             grad_scaler=grad_scaler,
         )
-        self._check_maximize()
+        self._read_maximize()
 
     @property
     def probes(self) -> ProbeSet | None:
@@ -136,6 +136,7 @@ class BlendedAdamW(Optimizer):
 
     def inner_passes(self, task: Task, safety: Safety, batch: Any = None) -> None:
         """Begin a step: run whatever is due before the task pass; see `SafetyPasses`."""
+        self._read_maximize()
         self.passes.inner_passes(task, safety, batch)
 
     def task_pass(self) -> AbstractContextManager[LossRecord]:
@@ -207,6 +208,7 @@ class BlendedAdamW(Optimizer):
 
     @torch.no_grad()
     def _update(self) -> None:
+        self._read_maximize()
         passes = self.passes
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         # All state first: an update that runs out of memory half-way cannot be undone.
@@ -262,7 +264,12 @@ class BlendedAdamW(Optimizer):
     # ---- groups and state ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`."""
+        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            RuntimeError: inside a pass.
+            ValueError: as at the construction, and nothing is added.
+        """
         passes: SafetyPasses | None = vars(self).get("passes")  # not yet, for the first groups
         if passes is not None:
             passes.refuse_inside("add_param_group()")
@@ -270,11 +277,15 @@ class BlendedAdamW(Optimizer):
         added = self.param_groups[-1]
         added["params"] = list(dict.fromkeys(added["params"]))  # one that is listed twice, once
         if passes is not None:
-            passes.trained.add(added["params"])
-            self._check_maximize()
+            try:
+                self._read_maximize()
+                passes.trained.add(added["params"])
+            except ValueError:
+                del self.param_groups[-1]
+                raise
 
-    def _check_maximize(self) -> None:
-        """Hand `maximize` on to the passes, for which there is one task objective.
+    def _read_maximize(self) -> None:
+        """Hand `maximize` of the groups on to the passes, for which there is one task objective.
 
         Raises:
             ValueError: if groups differ in it.
@@ -310,7 +321,7 @@ class BlendedAdamW(Optimizer):
         """
         self.passes.refuse_inside("load_state_dict()")
         super().load_state_dict(state_dict)
-        self._check_maximize()
+        self._read_maximize()
         saved = [identifier for g in state_dict["param_groups"] for identifier in g["params"]]
         ours = [parameter for group in self.param_groups for parameter in group["params"]]
         for identifier, parameter in zip(saved, ours, strict=True):

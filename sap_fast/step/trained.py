@@ -48,11 +48,16 @@ class Trained:
         """Know of more parameters: those of a group that the optimizer was given later.
 
         Raises:
-            ValueError: as at the construction.
+            ValueError: as at the construction, and none is added.
         """
+        before = list(self.parameters)
         self.parameters += parameters
-        refuse_foreign_shards(self.parameters)
-        self.refuse_shared_storage()
+        try:
+            refuse_foreign_shards(self.parameters)
+            self.refuse_shared_storage()
+        except ValueError:
+            self.parameters[:] = before
+            raise
 
     def refuse_shared_storage(self) -> None:
         """Raise if two parameters lie in the same memory: each would be perturbed and updated.
