@@ -17,13 +17,15 @@ class Direction:
             parameter-sized buffer.
 
     Attributes:
-        every: as given.
         parameters: those that the safety pass gave a gradient.
         tensors: d, in the same order; None where there is none, or where the probe passes have used
             it up.
         square: ‖d‖², 0-d; None where there is no direction.
         scale: what the safety loss was multiplied by, 0-d, and so d; None: by nothing.
         taken: how many steps so far took one: which safety rows are due.
+
+    Raises:
+        ValueError: if `every` is below 1.
     """
 
     def __init__(self, every: int = 1) -> None:
@@ -32,6 +34,17 @@ class Direction:
         #: The step that took it; None before that step is done.
         self._step: int | None = None
         self.release()
+
+    @property
+    def every(self) -> int:
+        """It is taken anew every so many steps; above 1 it is kept in between."""
+        return self._every
+
+    @every.setter
+    def every(self, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"direction_every={every!r} is out of range; give 1 or more")
+        self._every = every
 
     def release(self) -> None:
         """Free it, before one is taken that replaces it: both at once would be a buffer more."""
