@@ -139,9 +139,11 @@ class Direction:
         if not state_dict["tensors"] or self.every == 1:
             return  # it was not kept, or is not: the next step takes one
         kept = sorted(state_dict["tensors"].items())
-        self._step, self.square = state_dict["step"], state_dict["square"]
-        self.scale = state_dict["scale"]
         self.parameters = [parameters[place] for place, _ in kept]
+        # A checkpoint may have been read to the CPU.
+        device, scale = self.parameters[0].device, state_dict["scale"]
+        self._step, self.square = state_dict["step"], state_dict["square"].to(device)
+        self.scale = None if scale is None else scale.to(device)
         self.tensors = [
             tensor.to(p.device, p.dtype, copy=True)
             for p, (_, tensor) in zip(self.parameters, kept, strict=True)
