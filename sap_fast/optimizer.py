@@ -23,6 +23,7 @@ from sap_fast.step.metrics import LossRecord, SAPMetrics
 from sap_fast.step.passes import Safety, SafetyPasses, Task
 from sap_fast.step.rules import Rule
 from sap_fast.step.saving import SAPState
+from sap_fast.step.trained import checked_loss
 
 
 class BlendedAdamW(Optimizer):
@@ -201,7 +202,7 @@ class BlendedAdamW(Optimizer):
         with self.passes.given_up_on_error():
             self.inner_passes(task if batch is not None else lambda _: task(), safety, batch)
             with torch.enable_grad(), self.passes.task_pass(restores_gradients=False) as record:
-                loss = task() if batch is None else task(batch)
+                loss = checked_loss("task()", task() if batch is None else task(batch))
                 record(loss)
             self._update()
         return loss

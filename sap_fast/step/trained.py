@@ -148,9 +148,17 @@ def returned_loss(name: str, function: Callable[[], Any]) -> Tensor:
         TypeError: if it returns none.
     """
     with torch.enable_grad():
-        loss = function()
+        return checked_loss(name, function()).detach().clone()
+
+
+def checked_loss(name: str, loss: Any) -> Tensor:
+    """Return what a function of the caller returned, if it is a loss.
+
+    Raises:
+        TypeError: if it is none.
+    """
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"{name} returned {loss!r}; expected the loss, a 0-d tensor, after its backward()"
         )
-    return loss.detach().clone()
+    return loss
