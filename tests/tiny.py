@@ -1,13 +1,16 @@
-"""Small random models and batches for the tests."""
+"""Small random models and batches for the tests, and what they take of memory."""
 
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sap_fast.ops import choose_backend
@@ -75,6 +78,14 @@ def random_batch(rows: int = 3, length: int = 12, seed: int = 0) -> Batch:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def encoded(seed: int) -> dict[str, list[int]]:
+    """A row of a dataset: random tokens of some length, the first three of them the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    length = 6 + seed % 5
+    ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+    return {"input_ids": ids, "labels": [-100] * 3 + ids[3:]}
+
+
 class Problem(NamedTuple):
     """A model with a task batch and a safety batch."""
 
@@ -131,3 +142,36 @@ def plain_adamw(params: Any, **settings: Any) -> torch.optim.AdamW:
     square root (MKL's) can be off by one unit in the last place.
     """
     return torch.optim.AdamW(params, fused=choose_backend("auto", "cpu") == "native", **settings)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are made inside and alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def forget() -> None:
+            self._known.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, forget)
