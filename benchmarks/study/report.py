@@ -18,8 +18,8 @@ from benchmarks.provenance import ROOT, write_rows
 from benchmarks.study import results
 from benchmarks.study.methods import METHODS, PROBE, SEEDS, SELECTION, TASKS, TRAINING, Setting
 from benchmarks.study.results import MORE_HARMLESS_REFUSED, WORST_TASK_LOSS, Row
-from sap_fast.cli.pages import MARKERS, Picture, picture, render, replace_text
 from sap_fast.evaluation import Interval, crossed_bootstrap_interval
+from sap_fast.reports.pages import MARKERS, Picture, picture, render, replace_text
 
 FOLDER = ROOT / "benchmarks" / "study"
 #: How far below the aligned model's a share of refusals may be to count as kept.
