@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sap_fast import FusedSAP, ProbeSet
-from sap_fast.model.rows import first_rows, part_of, row_count
+from sap_fast.model import rows as module_under_test
+from sap_fast.model.rows import part_of, row_count
 from tests.tiny import Batch, Problem, problem, random_batch, safety, task
 
 
@@ -102,20 +104,66 @@ def test_a_part_without_a_batch_is_an_error_before_any_pass() -> None:
     optimizer.step()  # the update alone asks for nothing
 
 
+def scored(*rows: bool) -> Batch:
+    """A batch whose row k holds the tokens k, and labels where `rows` says so."""
+    ids = torch.arange(len(rows))[:, None].expand(-1, 5).clone()
+    return {"input_ids": ids, "labels": torch.where(torch.tensor(rows)[:, None], ids, -100)}
+
+
+def taken(part: Any) -> list[int]:
+    return part["input_ids"][:, 0].tolist()
+
+
+def test_rows_without_a_scored_token_come_last() -> None:
+    batch = scored(False, True, False, True)
+    assert taken(part_of(batch, 0.25)) == [1]
+    assert taken(part_of(batch, 0.5)) == [1, 3]
+    assert taken(part_of(batch, 0.75)) == [0, 1, 3]
+    assert torch.equal(part_of(batch, 0.5)["labels"], batch["labels"][[1, 3]])
+    # The first token has nothing before it, and so no loss.
+    batch["labels"][2, 0] = 5
+    assert taken(part_of(batch, 0.75)) == [0, 1, 3]
+    batch["labels"][2, 1] = 5
+    assert taken(part_of(batch, 0.75)) == [1, 2, 3]
+    assert taken(part_of(scored(False, False), 0.5)) == [0]
+    micro_batches = [scored(False, True), scored(False, False), scored(True, True)]
+    assert [taken(part) for part in part_of(micro_batches, 0.5)] == [[1], [0, 1]]
+    assert [taken(part) for part in part_of(micro_batches, 0.6)] == [[0, 1], [0, 1]]
+
+
 def test_what_has_no_rows_stays_as_it_is() -> None:
-    batch = {
-        "input_ids": torch.arange(12).view(4, 3),
-        "weight": torch.tensor(0.5),
-        "positions": torch.arange(3),
-        "names": ["a", "b", "c", "d"],
-        "mask": torch.ones(4, dtype=torch.bool),
-    }
-    part = first_rows(batch, 2)
-    assert torch.equal(part["input_ids"], batch["input_ids"][:2])
-    assert part["mask"].shape == (2,)
-    for name in ("weight", "positions", "names"):
-        assert part[name] is batch[name]
-    assert first_rows(batch, 4) is batch and first_rows(batch, 9) is batch
+    batch = scored(True, False, True, True)
+    whole = {"weight": torch.tensor(0.5), "names": ["a", "b", "c", "d"]}
+    part = part_of(batch | whole | {"token_type_ids": torch.arange(4)}, 0.5)
+    assert taken(part) == [0, 2]
+    assert part["token_type_ids"].tolist() == [0, 2]
+    for name, value in whole.items():
+        assert part[name] is value
+    assert part_of(batch, 0.9)["input_ids"] is batch["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pixel_values", torch.ones(4, 3)),
+        ("weight_of_the_rows", torch.ones(4)),
+        ("position_ids", torch.ones(1, 5)),
+        ("position_ids", torch.ones(3, 3, 5)),  # one for each axis of an image: (3, B, S)
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(tuple(value.shape)),
+)
+def test_what_may_belong_to_any_row_keeps_the_batch_whole(
+    name: str, value: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_under_test, "_said", set())
+    rows = (True, True, True) if value.shape[0] == 3 else (True,) * 4
+    batch = scored(*rows) | {name: value}
+    with pytest.warns(UserWarning, match=f"rows below 1 has no effect: the batch holds {name}"):
+        assert part_of(batch, 0.5) is batch
+    micro_batches = [scored(True, True), batch]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert part_of(micro_batches, 0.5) is micro_batches
 
 
 def test_what_rows_cannot_be_taken_of_is_named() -> None:
