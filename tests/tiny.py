@@ -79,6 +79,14 @@ def random_batch(rows: int = 3, length: int = 12, seed: int = 0) -> Batch:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def encoded(seed: int) -> dict[str, list[int]]:
+    """A row of a dataset: random tokens of some length, the first three of them the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    length = 6 + seed % 5
+    ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+    return {"input_ids": ids, "labels": [-100] * 3 + ids[3:]}
+
+
 class Problem(NamedTuple):
     """A model with a task batch and a safety batch."""
 
