@@ -21,18 +21,21 @@ def provenance() -> dict[str, str]:
     return {"date": date.today().isoformat()} | environment() | {"commit": commit()}
 
 
-def commit() -> str:
+def commit(checkout: Path = ROOT) -> str:
     """Return the short hash of the commit that is checked out.
 
     It ends in `-dirty` where a Python file or a kernel differs from that commit, and is `unknown`
-    outside of a clone. The environment variable SAP_FAST_COMMIT says it for a copy of the files on
-    another machine, whose history is missing or not theirs.
+    outside of a clone. The environment variable SAP_FAST_COMMIT says it for a copy of these files
+    on another machine, whose history is missing or not theirs.
+
+    Args:
+        checkout: a folder of the clone; by default that of these files.
     """
-    if "SAP_FAST_COMMIT" in os.environ:
+    if checkout == ROOT and "SAP_FAST_COMMIT" in os.environ:
         return os.environ["SAP_FAST_COMMIT"]
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
