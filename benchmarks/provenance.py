@@ -69,6 +69,19 @@ def replace_rows(
     return _write(kept, rows, path)
 
 
+def read_numbers(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV, numbers as such."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
 def _write(
     kept: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path
 ) -> Path:

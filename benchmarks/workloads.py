@@ -1,8 +1,8 @@
-"""What the benchmarks train: shapes, models, adapters, rows and batches.
+"""What the benchmarks train, and how: shapes, models, adapters, rows, batches, recipes.
 
 A model is SmolLM2-135M-Instruct, aligned, or a random Llama: a step takes as long and as much
-memory on random weights and tokens as on real ones. Of `sap_fast` only what reads data is used, so
-that `benchmarks.before_after` can build the same workloads for another version of it.
+memory on random weights and tokens as on real ones. Of `sap_fast` only what reads data is used to
+build them, so that `benchmarks.before_after` can do so for another version of it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import sap_fast
 from sap_fast.data import (
     SafetyCollator,
     TaskCollator,
@@ -303,3 +304,80 @@ def _load_data(max_length: int, vocabulary: int | None) -> Data:
     if vocabulary is None:
         return real_data(max_length)
     return random_data(max_length, vocabulary=vocabulary, rows=64)
+
+
+# ---- ways to run a step ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How often a step does what.
+
+    Attributes:
+        method: `"sap"` or `"blend"`.
+        direction_every: steps from one safety pass to the next.
+        rows: the part of the task batch that the probe passes see.
+        layers: as `ProbeSet(layers=…)`.
+    """
+
+    method: str = "sap"
+    direction_every: int = 1
+    rows: float = 1.0
+    layers: str = "early"
+
+    def optimizer(
+        self,
+        model: Model,
+        *,
+        rho: float,
+        checkpointing: str = "none",
+        **settings: Any,
+    ) -> Any:
+        """Return the optimizer of a model's trained parameters.
+
+        Args:
+            model: what is trained.
+            rho: of the probe set; like the next one of no use to blending.
+            checkpointing: of the probe set.
+            **settings: further ones of the optimizer.
+        """
+        trained = trained_parameters(model)
+        settings |= {"direction_every": self.direction_every}
+        if self.method == "blend":
+            return sap_fast.BlendedAdamW(trained, **settings)
+        probes = sap_fast.ProbeSet(model, **self.probe, rho=rho, checkpointing=checkpointing)
+        return sap_fast.FusedSAP(trained, probes, **settings)
+
+    @property
+    def probe(self) -> dict[str, Any]:
+        """Keywords of `ProbeSet`."""
+        return {"layers": self.layers, "rows": self.rows}
+
+
+#: By the label in tables. The direction changes slowly and V belongs to its batch (`recipes.csv`
+#: has the cosines): so what saves work saves directions first, and rows second.
+RECIPES = {
+    "blend": Recipe("blend"),
+    "sap": Recipe(),
+    "sap, middle layers": Recipe(layers="middle"),
+    "sap, direction_every=5, rows=1/2": Recipe(direction_every=5, rows=0.5),
+    "sap, direction_every=10, rows=1/4": Recipe(direction_every=10, rows=0.25),
+}
+#: What older rows call them.
+FORMER_LABELS = {
+    "paper": "sap",
+    "paper_middle": "sap, middle layers",
+    "balanced": "sap, direction_every=5, rows=1/2",
+    "economical": "sap, direction_every=10, rows=1/4",
+    "naive": "published",
+}
+
+
+def label_of(name: str) -> str:
+    """Return the label that a configuration has today."""
+    return FORMER_LABELS.get(name, name)
+
+
+def period_of(name: str) -> int:
+    """Return after how many steps a configuration does the same passes again."""
+    return RECIPES.get(label_of(name), Recipe()).direction_every
