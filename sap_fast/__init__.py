@@ -1,8 +1,7 @@
 """Fine-tune aligned language models without losing their safety.
 
-Safety-Aware Probing (SAP, Wu et al., arXiv:2505.16737) as a PyTorch optimizer:
-
-    from sap_fast import FusedSAP, ProbeSet
+Two optimizers for PyTorch: `BlendedAdamW` blends a safety gradient into AdamW's, and `FusedSAP` is
+Safety-Aware Probing (Wu et al., arXiv:2505.16737).
 
 `SAPTrainer` and `SAPTrainerMixin` need transformers, and import it only when they are asked for.
 """
@@ -18,9 +17,11 @@ from sap_fast.losses import (
     refusal_loss,
     task_loss,
 )
-from sap_fast.metrics import Calibration, SAPMetrics
-from sap_fast.optimizer import FusedSAP
-from sap_fast.probes import ProbeSet
+from sap_fast.model.probes import ProbeSet
+from sap_fast.optimizer import BlendedAdamW
+from sap_fast.sap import FusedSAP
+from sap_fast.step.metrics import SAPMetrics
+from sap_fast.step.passes import SafetyPasses
 
 if TYPE_CHECKING:
     from sap_fast.integrations.trainer import SAPTrainer, SAPTrainerMixin
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 __version__ = version("sap-fast")
 
 __all__ = [
-    "Calibration",
+    "BlendedAdamW",
     "FusedSAP",
     "ProbeSet",
     "SAPMetrics",
     "SAPTrainer",
     "SAPTrainerMixin",
+    "SafetyPasses",
     "contrastive_loss",
     "difference_loss",
     "joint_loss",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,8 +22,9 @@ from sap_fast.losses import (
     refusal_loss,
     task_loss,
 )
-from sap_fast.optimizer import FusedSAP
-from sap_fast.probes import ProbeSet
+from sap_fast.model.probes import ProbeSet
+from sap_fast.optimizer import BlendedAdamW
+from sap_fast.sap import FusedSAP
 
 SafetyLoss = Callable[..., Tensor]
 _SAFETY_LOSSES: dict[str, SafetyLoss] = {
@@ -32,6 +33,8 @@ _SAFETY_LOSSES: dict[str, SafetyLoss] = {
     "refusal": refusal_loss,
     "joint": joint_loss,
 }
+#: The safety loss of each method, by the study (docs/study.md).
+_METHODS = {"sap": "contrastive", "blend": "joint"}
 
 
 # Where TRL's trainers keep what their `compute_loss` records.
@@ -139,7 +142,7 @@ class SAPTrainerMixin(_Base):
     safety pass, probe passes over all of them, then their task passes. Gradient clipping is the
     trainer's (`TrainingArguments.max_grad_norm`), before gradient blending.
 
-    Every log of the training loss carries the figures of `FusedSAP.metrics` as `sap/…`.
+    Every log of the training loss carries the figures of `SAPMetrics` as `sap/…`.
 
     Args:
         *args: as for the trainer.
@@ -148,19 +151,20 @@ class SAPTrainerMixin(_Base):
             `sap_fast.data.SafetyCollator` does.
         safety_batch_size: safety rows per safety pass.
         safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"`, or a function (model,
-            chosen, rejected) → scalar; see `sap_fast.losses`.
-        probe_layers: as `ProbeSet(layers=…)`. None: no probe, for gradient blending alone; set
-            `safety_weight` in `sap_options`.
-        probe_shape: as `ProbeSet(shape=…)`.
-        sap_options: keyword arguments for `FusedSAP`, over what `TrainingArguments` says. An
+            chosen, rejected) → scalar; see `sap_fast.losses`. None: `"contrastive"` for the method
+            `"sap"`, `"joint"` for `"blend"`.
+        method: `"sap"` for `FusedSAP`, `"blend"` for `BlendedAdamW`.
+        probe: keyword arguments for `ProbeSet`, with `"sap"`.
+        sap_options: keyword arguments for the optimizer, over what `TrainingArguments` says. An
             optimizer given as `optimizers=(FusedSAP(…), …)` is used as it is instead.
         **kwargs: as for the trainer.
 
     Attributes:
-        probe_set: the `ProbeSet`, once the trainer has built the optimizer.
+        probe_set: the `ProbeSet`, once the trainer has built the optimizer; None without a probe.
 
     Raises:
-        ValueError: without safety data or collator, or for an unknown `safety_loss`.
+        ValueError: without safety data or collator, for an unknown `safety_loss` or `method`, or
+            for a `probe` without a method that has one.
     """
 
     def __init__(
@@ -169,12 +173,9 @@ class SAPTrainerMixin(_Base):
         safety_dataset: Any = None,
         safety_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         safety_batch_size: int = 4,
-        safety_loss: str | SafetyLoss = "contrastive",
-        probe_layers: Literal["early", "middle"]
-        | Sequence[int]
-        | Sequence[nn.Module]
-        | None = "early",
-        probe_shape: Literal["hidden", "token"] = "hidden",
+        safety_loss: str | SafetyLoss | None = None,
+        method: Literal["sap", "blend"] = "sap",
+        probe: dict[str, Any] | None = None,
         sap_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -184,6 +185,12 @@ class SAPTrainerMixin(_Base):
                 f"{missing} is missing: SAP needs pairs of a safe and a harmful answer; see "
                 "sap_fast.data.load_safety_dataset and SafetyCollator"
             )
+        if method not in _METHODS:
+            raise ValueError(f"method={method!r} is not known; choose one of {', '.join(_METHODS)}")
+        if probe and method != "sap":
+            raise ValueError(f"probe={probe!r} with method={method!r}, which has no probe")
+        if safety_loss is None:
+            safety_loss = _METHODS[method]
         if isinstance(safety_loss, str) and safety_loss not in _SAFETY_LOSSES:
             raise ValueError(
                 f"safety_loss={safety_loss!r} is not known; choose one of "
@@ -193,7 +200,7 @@ class SAPTrainerMixin(_Base):
             _SAFETY_LOSSES[safety_loss] if isinstance(safety_loss, str) else safety_loss
         )
         self._safety_collator = safety_collator
-        self._probe_layers, self._probe_shape = probe_layers, probe_shape
+        self._method, self._probe = method, dict(probe or {})
         self._sap_options = dict(sap_options or {})
         self._window: list[Any] = []
         self._window_position = 0
@@ -202,18 +209,18 @@ class SAPTrainerMixin(_Base):
         self._safety_batches = SafetyBatches(safety_dataset, safety_batch_size, self.args.seed)
 
     @property
-    def sap_optimizer(self) -> FusedSAP:
-        """The `FusedSAP` under whatever the trainer wrapped around it.
+    def sap_optimizer(self) -> BlendedAdamW:
+        """The `FusedSAP` or `BlendedAdamW` under whatever the trainer wrapped around it.
 
         Raises:
             TypeError: if the trainer's optimizer is another one.
         """
         optimizer: Any = self.optimizer
-        while not isinstance(optimizer, FusedSAP):
+        while not isinstance(optimizer, BlendedAdamW):
             if not hasattr(optimizer, "optimizer"):
                 raise TypeError(
-                    f"the trainer's optimizer is a {type(self.optimizer).__name__}, not FusedSAP; "
-                    "leave optimizers= out, or give a FusedSAP"
+                    f"the trainer's optimizer is a {type(self.optimizer).__name__}, neither "
+                    "FusedSAP nor BlendedAdamW; leave optimizers= out, or give one of these"
                 )
             optimizer = optimizer.optimizer
         return optimizer
@@ -237,19 +244,20 @@ class SAPTrainerMixin(_Base):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build `FusedSAP` on the trainer's parameter groups."""
+        """Build `FusedSAP` or `BlendedAdamW` on the trainer's parameter groups."""
         if self.optimizer is None:
             trained_model: Any = self.model if model is None else model
-            if self._probe_layers is not None:
-                self.probe_set = ProbeSet(trained_model, self._probe_layers, self._probe_shape)
             settings = {
-                "probes": self.probe_set,
                 "lr": self.args.learning_rate,
                 "betas": (self.args.adam_beta1, self.args.adam_beta2),
                 "eps": self.args.adam_epsilon,
                 "grad_scaler": self.accelerator.scaler,
             }
-            self.optimizer_cls_and_kwargs = (FusedSAP, settings | self._sap_options)
+            optimizer: type[BlendedAdamW] = BlendedAdamW
+            if self._method == "sap":
+                self.probe_set = ProbeSet(trained_model, **self._probe)
+                optimizer, settings["probes"] = FusedSAP, self.probe_set
+            self.optimizer_cls_and_kwargs = (optimizer, settings | self._sap_options)
         return super().create_optimizer(model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -282,12 +290,14 @@ class SAPTrainerMixin(_Base):
         return loss
 
     def _run_inner_passes(
-        self, optimizer: FusedSAP, model: nn.Module, window: list[Any], num_items: Any
+        self, optimizer: BlendedAdamW, model: nn.Module, window: list[Any], num_items: Any
     ) -> None:
+        passes = optimizer.passes
+
         def safety() -> Tensor:
             model.train()
             rows = self._safety_batches.rows(
-                optimizer.directions_taken, self.args.process_index, self.args.world_size
+                passes.direction.taken, self.args.process_index, self.args.world_size
             )
             loss = self.compute_safety_loss(
                 model, self._prepare_inputs(self._safety_collator(rows))
@@ -295,29 +305,24 @@ class SAPTrainerMixin(_Base):
             self.accelerator.backward(loss)
             return loss.detach()
 
-        def task() -> Iterator[Tensor]:
-            part = optimizer.probe_part(window)
+        def task(part: list[Any]) -> Tensor:
             items = num_items
             if part is not window and num_items is not None:
                 items = self._get_num_items_in_batch(part, self.args.device)
             # What a loss is divided by that no number of items scales.
             self.current_gradient_accumulation_steps = len(part)
-            for micro_batch in part:
-                yield super(SAPTrainerMixin, self).training_step(model, micro_batch, items)
-            self.current_gradient_accumulation_steps = len(window)
+            try:
+                losses = [
+                    super(SAPTrainerMixin, self).training_step(model, micro_batch, items)
+                    for micro_batch in part
+                ]
+            finally:
+                self.current_gradient_accumulation_steps = len(window)
+            return torch.stack(losses).sum()
 
-        if optimizer.needs_calibration:
-            optimizer.calibrate_rho(lambda: torch.stack(list(task())).sum(), safety)
         # What a log wants to know about this step costs a buffer; other steps go without.
-        wanted = self._sap_options.get("keep_direction", False)
-        optimizer.keep_direction = wanted or self._logs_after_this_step()
-        if optimizer.needs_direction:
-            with optimizer.safety_pass() as record:
-                record(safety())
-        if optimizer.needs_probe:
-            for record in optimizer.probe_passes():
-                for loss in task():
-                    record(loss)
+        passes.measures_lean = self._logs_after_this_step()
+        optimizer.inner_passes(task, safety, window)
 
     @contextmanager
     def _figures_set_aside(self) -> Iterator[None]:

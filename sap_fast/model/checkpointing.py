@@ -57,7 +57,7 @@ class Checkpointing:
     Args:
         layers: the whole stack of decoder layers, in the order in which they run. A layer takes its
             hidden states as its first tensor, and may have no effect but its output.
-        owner: the module that runs them in its forward, see `probes.find_decoder_layers`.
+        owner: the module that runs them in its forward, see `layers.find_decoder_layers`.
         mode: `"none"` changes nothing: a model's own checkpointing works as ever. `"layers"`
             checkpoints every layer that stores anything in the pass. `"auto"` as few as fit;
             as `"layers"` in a compiled model, and without a budget on devices whose free memory

@@ -4,57 +4,36 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sap_fast import packing
-from sap_fast.losses import contrastive_loss, difference_loss, response_log_probs, task_loss
-from sap_fast.packing import TensorMemo, pack
+from sap_fast.losses import (
+    contrastive_loss,
+    difference_loss,
+    packing,
+    response_log_probs,
+    task_loss,
+)
+from sap_fast.losses.packing import pack
+from tests.losses.helpers import (
+    ANSWERS,
+    BATCHES,
+    SYSTEM,
+    OddLlama,
+    assert_same,
+    batch_of,
+    build,
+    gradients,
+    random_tokens,
+    with_lora,
+)
 from tests.oracle import naive_contrastive_loss, naive_task_loss, naive_token_log_probs
-from tests.test_losses import VOCABULARY, OddLlama, assert_same, build, gradients, with_lora
+
+pytestmark = pytest.mark.usefixtures("no_packing_refused")
 
 CPU = torch.device("cpu")
-
-
-def batch_of(sequences, *, side="right", prompts=None):
-    """A batch of lists of tokens, of which the first `prompts[row]` are not scored."""
-    width = max(map(len, sequences))
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, -100)
-    for row, tokens in enumerate(sequences):
-        place = slice(0, len(tokens)) if side == "right" else slice(width - len(tokens), width)
-        input_ids[row, place], attention_mask[row, place] = torch.tensor(tokens), 1
-        prompt = prompts[row] if prompts else min(2, len(tokens) - 1)
-        labels[row, place] = torch.tensor([-100] * prompt + tokens[prompt:])
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def random_tokens(*lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        # Each begins with another token, so that there is no prefix in common by chance.
-        [3 + row, *torch.randint(3, VOCABULARY, (n - 1,), generator=generator).tolist()]
-        for row, n in enumerate(lengths)
-    ]
-
-
-SYSTEM, *ANSWERS = random_tokens(6, 9, 4, 12, 5, 7)
-BATCHES = {
-    "shared prefix": [SYSTEM + answer for answer in ANSWERS],
-    "identical": [SYSTEM + ANSWERS[0]] * 3,
-    "one a prefix of another": [SYSTEM, SYSTEM + ANSWERS[0], SYSTEM + ANSWERS[0] + ANSWERS[1]],
-    "nothing in common": ANSWERS,
-    "branches of branches": [
-        SYSTEM + ANSWERS[0],
-        SYSTEM + ANSWERS[0][:5] + ANSWERS[1],
-        SYSTEM + ANSWERS[2],
-        SYSTEM + ANSWERS[0][:5] + ANSWERS[3],
-    ],
-}
 
 
 def safety_pairs():
@@ -62,26 +41,6 @@ def safety_pairs():
     prompts = [SYSTEM + prompt for prompt in ANSWERS]
     answers = random_tokens(5, 9, 3, 4, 8), random_tokens(7, 4, 8, 6, 3, seed=1)
     return [batch_of([p + a for p, a in zip(prompts, side, strict=True)]) for side in answers]
-
-
-@pytest.fixture
-def forwards(monkeypatch):
-    """The shapes that were packed, None where packing did not pay."""
-    shapes, original = [], packing.pack
-
-    def spy(*arguments):
-        packed = original(*arguments)
-        shapes.append(packed and tuple(packed.inputs["input_ids"].shape))
-        return packed
-
-    monkeypatch.setattr(packing, "pack", spy)
-    return shapes
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_errors(recwarn):
-    yield
-    assert [w for w in recwarn if "Batches are not packed" in str(w.message)] == []
 
 
 # ---- the packing ----
@@ -337,195 +296,6 @@ def test_passes_give_the_model_the_very_same_tensors():
     task_loss(model, batch, pack=False)
     assert seen[0][0] is None
     assert seen[0][1]["attention_mask"].dim() == 2
-
-
-# ---- which models ----
-
-
-def mistral(**settings):
-    config = transformers.MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **settings,
-    )
-    torch.manual_seed(0)
-    return transformers.MistralForCausalLM(config).eval()
-
-
-def with_prompt(model):
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    return get_peft_model(model, config).eval()
-
-
-def with_settings(model, **settings):
-    for name, value in settings.items():
-        setattr(model.config, name, value)
-    return model
-
-
-def with_state(model):
-    model._is_stateful = True
-    return model
-
-
-def with_compiled_layer(model):
-    model.model.layers[0].compile(backend="eager")
-    return model
-
-
-EXCLUDED = {
-    "sliding window": lambda: mistral(sliding_window=4),
-    "layers of several kinds": lambda: build("gemma3"),
-    "router loss": lambda: build("mixtral"),
-    "no model of transformers": lambda: Plain(),
-    "compiled": lambda: with_compiled_layer(build()),
-    "layers that count along the row": lambda: with_settings(
-        build(), layer_types=["full_attention", "chunked_attention"]
-    ),
-    "state": lambda: with_state(build()),
-    "no positions": lambda: transformers.MambaForCausalLM(
-        transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1)
-    ).eval(),
-}
-
-
-class Plain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def forward(self, input_ids, attention_mask, position_ids=None):
-        return self.head(self.embedding(input_ids))
-
-
-@pytest.mark.parametrize("name", EXCLUDED)
-def test_models_that_are_silently_left_alone(name, forwards):
-    model, batch = EXCLUDED[name](), batch_of(BATCHES["shared prefix"])
-    assert torch.equal(task_loss(model, batch), task_loss(model, batch, pack=False))
-    assert forwards == []
-
-
-def test_virtual_tokens_are_left_alone():
-    model, batch = with_prompt(build()), batch_of(BATCHES["shared prefix"])
-    assert not packing.usable(model, model.get_base_model(), batch)
-
-
-@pytest.mark.parametrize("window", [{"sliding_window": None}])
-def test_models_without_their_window_are_packed(window, forwards):
-    model, batch = mistral(**window), batch_of(BATCHES["shared prefix"])
-    assert_same(task_loss(model, batch), task_loss(model, batch, pack=False), rtol=2e-6)
-    assert forwards == [(1, 43)]
-
-
-def test_batches_with_further_tensors_are_left_alone(forwards):
-    batch = batch_of(BATCHES["shared prefix"])
-    task_loss(build(), {**batch, "position_ids": torch.arange(18).expand(5, 18)})
-    assert forwards == []
-
-
-class Deaf(transformers.LlamaForCausalLM):
-    """Does not obey the mask, or the positions, or fails."""
-
-    fault = None
-
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
-        if attention_mask.dim() == 4:
-            if self.fault == "mask":
-                attention_mask = None
-            elif self.fault == "positions":
-                position_ids = torch.zeros_like(position_ids)
-            else:
-                raise TypeError("4-D")
-        return super().forward(input_ids, attention_mask, position_ids, **kwargs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fault", ["mask", "positions", "error"])
-def test_models_that_fail_the_test_are_left_alone(fault, dtype, forwards, recwarn):
-    # As large weights as after some training, without which positions hardly matter.
-    config = transformers.LlamaConfig(**{**build().config.to_dict(), "initializer_range": 0.3})
-    torch.manual_seed(0)
-    model, batch = Deaf(config).eval().to(dtype), batch_of(BATCHES["shared prefix"])
-    model.fault = fault
-    model.train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    state = torch.get_rng_state()
-    message = r"fails \(4-D\)" if fault == "error" else "changes log-probabilities by"
-    with pytest.warns(UserWarning, match=rf"^Deaf: .*{message}.*not packed") as caught:
-        ours = task_loss(model, batch)
-    assert len(caught) == 1
-    assert torch.equal(ours, task_loss(model, batch))
-    assert_same(ours, task_loss(model, batch, pack=False))
-    assert forwards == []
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_test_runs_once_aside_and_can_be_told():
-    model, seen = build(attention_dropout=0.5).train(), []
-
-    def see(module, args):
-        seen.append((packing.being_tested(), module.training, torch.is_grad_enabled()))
-        torch.rand(int(packing.being_tested()))  # as a model that is random in evaluation mode, too
-
-    model.register_forward_pre_hook(see)
-    state = torch.get_rng_state()
-    alone = batch_of([SYSTEM])  # nothing to pack, and tested all the same: other ranks may have
-    first = task_loss(model, alone)
-    assert seen == [(True, False, False)] * 3 + [(False, True, True)]
-    torch.set_rng_state(state)
-    seen.clear()
-    assert torch.equal(task_loss(model, alone), first)
-    assert seen == [(False, True, True)]
-
-
-def test_pack_false_tests_nothing():
-    model, seen = build(), []
-    model.register_forward_pre_hook(lambda module, args: seen.append(packing.being_tested()))
-    batch = batch_of(BATCHES["identical"])
-    task_loss(model, batch, pack=False)
-    response_log_probs(model, batch, pack=False)
-    contrastive_loss(model, batch, batch, pack=False)
-    difference_loss(model, batch, batch, pack=False)
-    assert seen == [False] * 4
-
-
-# ---- what is remembered ----
-
-
-def test_memo_tells_tensors_apart_by_identity_and_version():
-    memo, calls = TensorMemo(2), []
-
-    def get(*tensors):
-        return memo.get(tensors, lambda: calls.append(0) or object())
-
-    a, b = torch.zeros(2), torch.zeros(2)
-    first = get(a, b)
-    assert get(a, b) is first
-    assert get(b, a) is not first
-    assert get(a, b) is first
-    a.add_(1)
-    assert get(a, b) is not first
-    assert len(calls) == 3
-
-
-def test_memo_forgets_with_the_tensors_and_beyond_its_size():
-    memo = TensorMemo(2)
-    tensors = [torch.zeros(2) for _ in range(4)]
-    results = [weakref.ref(memo.get([t], lambda: torch.zeros(3))) for t in tensors]
-    gc.collect()
-    assert [result() is None for result in results] == [True, True, False, False]
-    tensors.pop()
-    gc.collect()
-    assert results[3]() is None and results[2]() is not None
 
 
 def test_nothing_is_left_of_a_batch_that_is_gone():

@@ -20,15 +20,17 @@ import inspect
 import sys
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
+
+from sap_fast.configuration import text_config, text_setting
+from sap_fast.random_state import RandomState
 
 # Elements of the mask: 16 MiB as bool, 64 MiB as the fp32 that eager attention adds.
 MAX_MASK_ELEMENTS = 2**24
@@ -58,18 +60,18 @@ _testing = False
 
 
 def current_index() -> Tensor | None:
-    """`Packed.token_index` of the forward that is running, or None if its batch is not packed."""
+    """Returns `Packed.token_index` of the running forward, or None if its batch is not packed."""
     return _index
 
 
 def being_tested() -> bool:
-    """Whether the forward that is running is one of `usable`'s, whose result nothing depends on."""
+    """Says whether the forward that is running is one of `usable`'s, whose result is not used."""
     return _testing
 
 
 @contextmanager
 def running(index: Tensor | None) -> Iterator[None]:
-    """Let `current_index` return `index` meanwhile."""
+    """Lets `current_index` return `index` meanwhile."""
     global _index
     before, _index = _index, index
     try:
@@ -79,7 +81,7 @@ def running(index: Tensor | None) -> Iterator[None]:
 
 
 def usable(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether packing leaves the result as it is, by the model's configuration and by a test.
+    """Says whether packing leaves the result as it is, by the configuration and by a test.
 
     The test runs at the first call for a model that its configuration allows. It costs three
     forwards of some 50 tokens once. It does not depend on the batch, so that all ranks of a
@@ -116,7 +118,7 @@ def _is_allowed(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]
     if tensors != {"input_ids", "attention_mask", "labels"}:
         return False  # what else there is for each token would have to be packed, too
     accepted = set(inspect.signature(causal_lm.forward).parameters)
-    config: Any = causal_lm.config.get_text_config()
+    config = text_config(causal_lm)
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     kinds = set(getattr(config, "layer_types", None) or ())
     return (
@@ -144,27 +146,27 @@ def _forbids(module: nn.Module) -> bool:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return the logits among what a causal LM returned."""
+    """Returns the logits among what a causal LM returned."""
     if isinstance(outputs, Tensor):
         return outputs
     return outputs.logits if hasattr(outputs, "logits") else outputs[0]
 
 
 def mask_dtype(causal_lm: Any) -> torch.dtype:
-    """What `pack` is to make the mask of: bool for SDPA, the model's dtype for eager attention."""
-    eager = causal_lm.config.get_text_config()._attn_implementation == "eager"
+    """Returns the dtype of the mask: bool for SDPA, the model's dtype for eager attention."""
+    eager = text_setting(causal_lm, "_attn_implementation") == "eager"
     return causal_lm.dtype if eager else torch.bool
 
 
 def _test(model: nn.Module, causal_lm: Any, device: torch.device) -> str | None:
-    """Say why packing does not give a model's log-probabilities, or None if it does.
+    """Says why packing does not give a model's log-probabilities, or None if it does.
 
     A plain and a packed forward differ by rounding (in bf16 by some 1e-2 of what the context
     changes) where the model obeys the mask, and by all that the context changes where it does not.
     How much that is depends on the model and is measured by a third forward, with the plain causal
     mask over the packed rows. Medians, since one rounding can tip a router's choice.
     """
-    vocabulary = causal_lm.config.get_text_config().vocab_size
+    vocabulary = text_config(causal_lm).vocab_size
     tokens = torch.randint(vocabulary, (5, 14), generator=torch.Generator().manual_seed(0))
     tokens[1, :6] = tokens[0, :6]  # a prompt with two answers
     tokens[2, :9] = tokens[1, :9]  # and a branch inside the second
@@ -209,10 +211,10 @@ def _test(model: nn.Module, causal_lm: Any, device: torch.device) -> str | None:
 
 @contextmanager
 def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; random state and modes are put back on any exit."""
+    """Sets evaluation mode without gradients; puts modes and random state back on any exit."""
     global _testing
     modes = [(module, module.training) for module in model.modules()]
-    cpu_state, device_states = torch.get_rng_state(), get_device_states(torch.empty(0).to(device))
+    random_state = RandomState([device])
     _testing = True
     try:
         for module, _ in modes:
@@ -226,8 +228,7 @@ def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
         # Before pytorch#165068 autocast kept the casts of weights made without gradients, and the
         # forward that follows in the same context would give those weights none.
         torch.clear_autocast_cache()
-        torch.set_rng_state(cpu_state)
-        set_device_states(*device_states, device_type=device.type)
+        random_state.restore()
 
 
 # ---- the packing ----
@@ -236,7 +237,7 @@ def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
 def pack(
     tokens: Tensor, attended: Tensor, hidden_size: int, mask: torch.dtype, device: torch.device
 ) -> Packed | None:
-    """Pack a batch into the number of rows that costs least; None if padding it costs no more.
+    """Packs a batch into the number of rows that costs least; None if padding it costs no more.
 
     Args:
         tokens: (B, L) int64, on the host.
@@ -284,7 +285,7 @@ class _Sequences:
         self.shared = [0, *(_common_prefix(a, b) for a, b in pairwise(self.sequences))]
 
     def cut(self, capacity: int) -> list[int]:
-        """Start a new row only where the next sequence's tokens would exceed `capacity`."""
+        """Starts a new row only where the next sequence's tokens would exceed `capacity`."""
         starts = [0]
         used = self.lengths[0]
         for rank in range(1, len(self.lengths)):
@@ -295,7 +296,7 @@ class _Sequences:
         return starts
 
     def lay_out(self, starts: Sequence[int], mask: torch.dtype, device: torch.device) -> Packed:
-        """Build the packed rows that start at the sequences `starts`."""
+        """Builds the packed rows that start at the sequences `starts`."""
         bounds = [*starts, len(self.lengths)]
         added = [
             self.lengths[rank] - (0 if rank in starts else self.shared[rank])
@@ -337,40 +338,3 @@ def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
         if a != b:
             return position
     return min(len(left), len(right))
-
-
-# ---- what is remembered of a batch ----
-
-
-class TensorMemo:
-    """Results by the tensors that they were computed from, while those live unchanged.
-
-    Args:
-        size: Results to keep at most; the oldest is dropped.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._results: dict[tuple[int, ...], tuple[list[ref[Tensor]], list[int], Any]] = {}
-
-    def get(self, tensors: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
-        """Return what `compute` returned for these tensors, or call it."""
-        if any(tensor.is_inference() for tensor in tensors):
-            return compute()  # they don't count their versions
-        key = tuple(id(tensor) for tensor in tensors)
-        versions = [tensor._version for tensor in tensors]
-        entry = self._results.get(key)
-        if entry is not None and entry[1] == versions:
-            return entry[2]
-        # Else a result that is first wanted in inference mode could not be used for training.
-        with torch.inference_mode(False):
-            result = compute()
-
-        def forget(_: ref[Tensor]) -> None:
-            self._results.pop(key, None)
-
-        self._results.pop(key, None)
-        if len(self._results) >= self._size:
-            self._results.pop(next(iter(self._results)))
-        self._results[key] = [ref(tensor, forget) for tensor in tensors], versions, result
-        return result

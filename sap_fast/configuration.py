@@ -1,0 +1,37 @@
+"""What a model's configuration says, whatever the model is wrapped in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def text_config(model: nn.Module) -> Any:
+    """Returns the configuration of a language model, or of the language half of a larger one.
+
+    The outermost module that has a configuration counts, so the model may be inside wrappers
+    without one (DDP, a module of the user's). Of a multi-modal model it is the part for the text
+    that the model writes: one of transformers may have another for the text that it reads.
+
+    Args:
+        model: A language model, possibly wrapped.
+
+    Returns:
+        The configuration, or None where no module has one.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    config = next(filter(_has_settings, configs), None)
+    get_text_config = getattr(config, "get_text_config", None)
+    return get_text_config(decoder=True) if callable(get_text_config) else config
+
+
+def text_setting(model: nn.Module, name: str) -> Any:
+    """Returns one setting of `text_config(model)`, or None where there is no such setting."""
+    return getattr(text_config(model), name, None)
+
+
+def _has_settings(config: Any) -> bool:
+    # PEFT's config for a model that has none itself is a dict, and the model may hold one that has.
+    return config is not None and not isinstance(config, Mapping)

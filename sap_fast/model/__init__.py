@@ -1,0 +1,1 @@
+"""What is hooked into a model: the probe, activation checkpointing, a forward run once for two."""

@@ -1,0 +1,397 @@
+"""The probe V: where it lives in the model, how it is injected, how its gradient is collected.
+
+A `ProbeSet` adds an offset v_j to the output of chosen decoder layers,
+x_j = layer_j(x_{j−1}) + v_j, but only inside the passes of a step (`sap_fast.step.passes` switches
+it on). Outside of them its hooks return at once: evaluation, generation and checkpoints never see a
+probe.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sap_fast import ops
+from sap_fast.configuration import text_config
+from sap_fast.distributed import Ranks
+from sap_fast.losses import packing
+from sap_fast.model.checkpointing import Checkpointing
+from sap_fast.model.layers import Layers, find_decoder_layers, lower_layers, select_layers
+from sap_fast.model.lower_forward import LowerForward
+from sap_fast.model.rows import part_of
+from sap_fast.ops.reference import accumulation_dtype
+
+PROBE_RULES = ("normalized", "gradient", "adam")
+DIFFERENCES = ("central", "forward")
+CHECKPOINTING = ("none", "layers", "auto")
+
+
+class ProbeSet:
+    """Offsets V of the hidden states of chosen decoder layers, one vector of H elements per layer.
+
+    Args:
+        model: the model that is trained, plain or wrapped (PEFT, `torch.compile`, DDP).
+        layers: `"early"` for layers 1…10 of 32 or `"middle"` for the paper's 11…20, scaled to the
+            model's depth; or layer indices, negative ones counted from the end; or the modules
+            themselves, for models whose decoder stack is not found by itself (indices are then
+            positions in this list).
+        size: β, the size of the probe; what it means depends on `rule`.
+        rule: how V follows from its gradient h. `"normalized"`: each v_j has β times the norm of an
+            ordinary token's hidden state. `"gradient"`: V = β·ρ‖W‖·h, the paper's. `"adam"`: one
+            step of AdamW of size β, the authors' code's.
+        rho: size ρ of the weight perturbation relative to ‖W‖ of the trained parameters. `"auto"`
+            finds it on the first batch (`sap_fast.step.calibration`).
+        difference: how h is differenced in ρ: `"central"` (W ± ΔW, error O(ρ²)) or `"forward"`
+            (W + ΔW and W, the paper's, error O(ρ)), at the same cost. Under bf16 autocast prefer
+            central: the cosine of its h with the exact one is 0.99 and more where forward
+            differences reach 0.93 to 0.97 (benchmarks/fidelity.py).
+        rows: the part of the task batch, in (0, 1], that the probe passes see, rounded up to whole
+            rows. Below 1 the optimizer has to be given the batch: `step(task, safety, batch)`.
+        checkpointing: recompute activations in the backward passes: `"none"` leaves the model as it
+            is, `"layers"` recomputes every decoder layer that a pass would store, `"auto"` as many
+            as the free memory asks for; see `sap_fast.model.checkpointing`.
+
+    Attributes:
+        model: the model.
+        layers: the indices of the probed layers, ascending.
+        modules: the probed modules by index.
+        estimates: h by layer index, (H,), fp32 (fp64 for fp64 models), in units of
+            ∂_V⟨ĝ, ∇_W L_task⟩ and so independent of ρ. Empty before the first probe passes.
+        offsets: V by layer index, likewise. Injected only inside the step that found it; afterwards
+            it is there to be read, until the next step begins.
+        compute_dtype: the dtype that the last probe pass computed in: autocast's, or that of the
+            hidden states.
+
+    Raises:
+        ValueError: if the decoder stack cannot be told, an index is out of range, or an argument is
+            none of those above.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = "early",
+        *,
+        size: float = 3e-3,
+        rule: Literal["normalized", "gradient", "adam"] = "normalized",
+        rho: float | Literal["auto"] = "auto",
+        difference: Literal["central", "forward"] = "central",
+        rows: float = 1.0,
+        checkpointing: Literal["none", "layers", "auto"] = "none",
+    ) -> None:
+        _check_choice("rule", rule, PROBE_RULES)
+        _check_choice("difference", difference, DIFFERENCES)
+        _check_choice("checkpointing", checkpointing, CHECKPOINTING)
+        _check_at_least_zero("size", size)
+        if rho != "auto":
+            if isinstance(rho, str):
+                raise ValueError(f'rho={rho!r} is not known; give "auto" or a number ≥ 0')
+            _check_at_least_zero("rho", rho)
+        if not 0 < rows <= 1:
+            raise ValueError(f"rows={rows!r} is out of range; give 0 < rows ≤ 1")
+        self.model = model
+        self.size = size
+        self.rule = rule
+        self.rho = rho
+        self.difference = difference
+        self.rows = rows
+        self.layers, modules, owner = select_layers(model, layers)
+        self.modules = dict(zip(self.layers, modules, strict=True))
+        self.estimates: dict[int, Tensor] = {}
+        self.offsets: dict[int, Tensor] = {}
+        self.compute_dtype: torch.dtype | None = None
+        #: What spreads the model over ranks, and whose operations run here; `SafetyPasses` sets
+        #: both.
+        self.ranks = Ranks(model)
+        self.backend = "auto"
+        self._checkpointing: Checkpointing | None = None
+        if checkpointing != "none":
+            self._checkpointing = Checkpointing(
+                *find_decoder_layers(model), checkpointing, self.layers[0]
+            )
+        #: H, where the model's configuration tells it.
+        self._width: int | None = getattr(text_config(model), "hidden_size", None)
+        self._buffers: dict[int, Tensor] = {}
+        self._scale_sums: dict[int, Tensor] = {}
+        self._scale_counts: dict[int, Tensor] = {}
+        #: Makes hidden states differentiable where nothing below them is, see `ops.probe_inject`.
+        self._anchor = torch.empty(0, requires_grad=True)
+        self._collect = False
+        #: A bool and not the sign itself: a compiled model would make a float symbolic.
+        self._negative = False
+        self._inject = False
+        self._frozen = False
+        #: Forward passes since the pass began.
+        self._forwards = 0
+        self._mask: Tensor | None = None
+        #: Where the tokens of a packed batch's sequences lie; see `sap_fast.losses.packing`.
+        self._index: Tensor | None = None
+        #: Only where the decoder stack is known: layers of an unknown order can't be skipped.
+        self._lower = LowerForward(lower_layers(model, self.modules[self.layers[0]]))
+
+        self._handles = [owner.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
+        for index, module in self.modules.items():
+            hook = functools.partial(self._on_layer_output, index)
+            self._handles.append(module.register_forward_hook(hook))
+
+    def __repr__(self) -> str:
+        return f"ProbeSet({type(self.model).__name__}, layers={list(self.layers)})"
+
+    @property
+    def scales(self) -> dict[int, Tensor]:
+        """s_j by layer index: the size (rms) of an ordinary token's hidden state, 0-d fp32.
+
+        The median over a sequence's tokens, since the first token of Llama-like models carries
+        activations a hundred times larger than the rest; averaged over the sequences seen by the
+        last probe passes.
+        """
+        return {j: total / self._scale_counts[j] for j, total in self._scale_sums.items()}
+
+    def relative_sizes(self) -> dict[int, float]:
+        """Return ‖v_j‖/(s_j·√H) by layer index; waits for the device."""
+        scales = self.scales
+        return {
+            j: (v.norm() / (scales[j] * v.numel() ** 0.5)).item()
+            for j, v in self.offsets.items()
+            if j in scales
+        }
+
+    def part(self, batch: Any) -> Any:
+        """Return the rows of a batch, or of a list of micro-batches, that the probe passes see."""
+        return part_of(batch, self.rows)
+
+    def detach(self) -> None:
+        """Remove every hook from the model. The probe set is of no use afterwards."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---- what the passes call ----
+
+    def clear(self) -> None:
+        """Forget V, and the forward pass that a probe pass kept for a task pass."""
+        self.offsets = {}
+        self._lower.forget()
+
+    def begin_estimate(self) -> None:
+        """Forget what earlier probe passes collected."""
+        self._buffers.clear()
+        if self._width is not None:
+            # Before the first forward pass: a compiled one may write to a tensor that exists, but
+            # backward could not write to one that the forward pass itself made.
+            for index, module in self.modules.items():
+                weight = next(module.parameters(), None)
+                if weight is not None:
+                    self._buffers[index] = _new_buffer(self._width, weight)
+        self._scale_sums.clear()
+        self._scale_counts.clear()
+
+    @contextmanager
+    def active(
+        self,
+        *,
+        sign: float | None = None,
+        inject: bool = False,
+        frozen: bool = False,
+        keep_lower: Sequence[nn.Parameter] = (),
+    ) -> Iterator[None]:
+        """Switch the hooks on.
+
+        Args:
+            sign: +1 or −1: collect sign·∂L/∂V of every backward pass; None collects nothing.
+            inject: add V to the hidden states.
+            frozen: no parameter takes a gradient, so nothing below the lowest probe needs one.
+            keep_lower: parameters that take gradients below the lowest probe after all, in a
+                forward pass that the task pass goes on from (`sap_fast.model.lower_forward`).
+        """
+        self._collect, self._negative = sign is not None, sign == -1.0
+        self._inject, self._frozen = inject, frozen
+        if keep_lower:
+            self._lower.begin(keep_lower)
+        try:
+            yield
+        except BaseException:
+            self._lower.forget()
+            raise
+        finally:
+            self._collect = self._inject = self._frozen = False
+            self._mask = self._index = None
+            self._lower.end()
+
+    def checkpointed(self, *, frozen: bool = False) -> AbstractContextManager[None]:
+        """Checkpoint activations in the body, as `checkpointing` says.
+
+        Args:
+            frozen: nothing up to the lowest probed layer is differentiated.
+        """
+        checkpointing = self._checkpointing
+        return nullcontext() if checkpointing is None else checkpointing.active(frozen=frozen)
+
+    def rewind(self) -> None:
+        """Begin a pass: the next forward pass is its first."""
+        self._forwards = 0
+
+    def finish_estimate(self, coefficient: Tensor) -> None:
+        """Turn what the probe passes collected into `estimates`: h = coefficient·Σ sign·∂L/∂V.
+
+        Raises:
+            RuntimeError: if a probed layer saw no forward pass or no backward pass.
+        """
+        for index in self.layers:
+            if index not in self._scale_sums:
+                raise RuntimeError(
+                    f"no forward pass went through probed layer {index} during the probe passes: "
+                    "is the model that computes the task loss the one given to ProbeSet?"
+                )
+            # A buffer is created with version 0, and every backward pass that reaches it adds one.
+            if self._buffers[index]._version == 0:
+                raise RuntimeError(
+                    f"no gradient reached probed layer {index} during the probe passes: call "
+                    "backward() on the task loss in each of them"
+                )
+        self._average_over_ranks()
+        for buffer in self._buffers.values():
+            buffer.mul_(coefficient.to(buffer.device))
+        self.estimates = {index: self._buffers[index] for index in self.layers}
+
+    def _average_over_ranks(self) -> None:
+        if not self.ranks:
+            return
+        # Counts in the dtype of the sums: exact up to 2²⁴ sequences.
+        self._scale_counts = {
+            j: count.to(self._scale_sums[j].dtype) for j, count in self._scale_counts.items()
+        }
+        sums = [self._buffers[index] for index in self.layers]
+        self.ranks.average_([*sums, *self._scale_sums.values(), *self._scale_counts.values()])
+
+    def apply_rule(self, perturbation_norm: Tensor) -> Tensor:
+        """Set V from h by the probe rule (`ops.probe_rule_`).
+
+        Args:
+            perturbation_norm: ρ‖W‖, 0-d.
+
+        Returns:
+            0-d bool: whether h was finite; if not, V is zero.
+        """
+        scales = self.scales
+        offsets = {j: self.estimates[j].clone() for j in self.layers}
+        finite = ops.probe_rule_(
+            list(offsets.values()),
+            self.rule,
+            self.size,
+            perturbation_norm=perturbation_norm,
+            radii=[scales[j] * v.numel() ** 0.5 for j, v in offsets.items()],
+            backend=self.backend,
+        )
+        self.offsets = offsets
+        return finite
+
+    def mask_offsets(self, keep: Tensor) -> None:
+        """Set V to zero unless the 0-d bool `keep` holds."""
+        self.offsets = {j: torch.where(keep.to(v.device), v, 0.0) for j, v in self.offsets.items()}
+
+    # ---- hooks ----
+
+    @property
+    def _is_on(self) -> bool:
+        return (self._collect or self._inject) and not packing.being_tested()
+
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_on:
+            return
+        self._forwards += 1
+        if not torch.compiler.is_compiling():
+            self.ranks.refuse_unknown_replica()
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._index = packing.current_index()
+        if self._forwards == 1:
+            self._lower.begin_forward(args, kwargs)
+            if not self._collect:
+                self._lower.skip(args, kwargs)
+
+    def _on_layer_output(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        if not self._is_on:
+            return None
+        if index == self.layers[0]:
+            self._lower.keep(output)
+            self._lower.resume()
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        buffer = None
+        if self._collect:
+            if self._frozen and index == self.layers[0]:
+                # Nothing below may be kept for backward, also where something (the input hook
+                # of gradient checkpointing) made the embeddings require grad.
+                hidden = hidden.detach()
+            self._measure(index, hidden.detach())
+            buffer = self._buffers.get(index)
+            if buffer is None:
+                buffer = self._buffers[index] = _new_buffer(hidden.shape[-1], hidden)
+        offset = self.offsets.get(index) if self._inject else None
+        if buffer is None and offset is not None and _may_be_written(hidden, args):
+            hidden.add_(offset)  # the bits of `ops.probe_add`, and no second B×S×H tensor
+            return None
+        injected = ops.probe_inject(
+            hidden,
+            offset,
+            buffer,
+            -1.0 if self._negative else 1.0,
+            anchor=self._anchor,
+            backend=self.backend,
+        )
+        return (injected, *output[1:]) if isinstance(output, tuple) else injected
+
+    def _measure(self, index: int, hidden: Tensor) -> None:
+        device_type = hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        self.compute_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+
+        dtype = accumulation_dtype(hidden.dtype)
+        rms = torch.linalg.vector_norm(hidden, dim=-1, dtype=dtype) / hidden.shape[-1] ** 0.5
+        if self._index is not None:
+            # Back to one row per sequence; where two share tokens, each has them.
+            rms = rms.flatten().take(self._index.clamp(min=0))
+            rms = torch.where(self._index >= 0, rms, torch.nan)
+        elif self._mask is not None and self._mask.shape == rms.shape:
+            rms = torch.where(self._mask.to(rms.device).bool(), rms, torch.nan)
+        medians = rms.nanmedian(dim=-1).values
+        # A row of nothing but padding has no median and does not count.
+        total, count = medians.nansum(), medians.isnan().logical_not().sum()
+        if index in self._scale_sums:
+            total, count = total + self._scale_sums[index], count + self._scale_counts[index]
+        self._scale_sums[index], self._scale_counts[index] = total, count
+
+
+def _new_buffer(width: int, like: Tensor) -> Tensor:
+    return torch.zeros(width, dtype=accumulation_dtype(like.dtype), device=like.device)
+
+
+def _may_be_written(hidden: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether V may be added in place: autograd saved these hidden states for no one.
+
+    A sum, such as the residual one that ends a decoder layer, does not save its result. What the
+    layer was given does not count: others may have saved it.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(hidden.grad_fn).__name__ == "AddBackward0"
+        and not hidden._is_view()
+        and all(hidden is not given for given in args)
+    )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def _check_at_least_zero(name: str, value: float) -> None:
+    if not float(value) >= 0:
+        raise ValueError(f"{name}={value!r} is out of range; give a number ≥ 0")

@@ -1,0 +1,1 @@
+"""One step: the passes, and what they find. Nothing here knows an optimizer."""

@@ -1,0 +1,57 @@
+"""The safety pass: d = ∇_W L_safe, from the caller's backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from sap_fast import ops
+from sap_fast.model.probes import ProbeSet
+from sap_fast.step.direction import Direction
+from sap_fast.step.guards import gradients_set_aside, refuse_sparse
+from sap_fast.step.trained import Trained
+
+
+def take_direction(
+    direction: Direction,
+    trained: Trained,
+    probes: ProbeSet | None,
+    safety: Callable[[], Tensor],
+    *,
+    backend: str,
+    scaler: torch.amp.GradScaler | None,
+) -> Tensor:
+    """Run the safety pass, let `direction` hold the gradients it leaves, and return L_safe.
+
+    Gradients that parameters hold already, and the random state, are as before afterwards.
+
+    Raises:
+        RuntimeError: if no parameter received a gradient, or one a sparse gradient.
+    """
+    with ExitStack() as stack:
+        stack.callback(trained.random_state().restore)
+        stack.enter_context(gradients_set_aside(trained.every(inside=True)))
+        if probes is not None:
+            stack.enter_context(probes.checkpointed())
+        stack.enter_context(trained.ranks.gradients_averaged())
+        loss = safety()
+        trained.ranks.check(trained.trainable)
+        reached = [parameter for parameter in trained.trainable if parameter.grad is not None]
+        if not reached:
+            raise RuntimeError(
+                "the safety pass left no gradient in any parameter of the optimizer: call "
+                "backward() on the safety loss of the model that the optimizer trains"
+            )
+        for parameter in reached:
+            refuse_sparse(parameter)
+        gradients = [parameter.grad for parameter in reached if parameter.grad is not None]
+        if any(replica.gradient_as_bucket_view for replica in trained.ranks.replicas):
+            # The next pass with gradients writes to the buckets again.
+            gradients = [gradient.clone() for gradient in gradients]
+        square = ops.sum_squares(gradients, backend=backend)
+        scale = None if scaler is None else scaler.scale(torch.ones_like(square))
+        direction.take(reached, gradients, square, scale)
+    return loss

@@ -1,0 +1,111 @@
+"""The parameters that are trained, and the model around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sap_fast.distributed import Ranks, refuse_foreign_shards
+from sap_fast.model.probes import ProbeSet
+from sap_fast.random_state import RandomState
+
+
+class Trained:
+    """What the passes read, freeze and put back: parameters, random state, copies of weights.
+
+    Args:
+        params: the parameters that the optimizer trains, or its parameter groups.
+        probes: brings the model; None if only the parameters are known.
+
+    Attributes:
+        parameters: all of the optimizer's, in its order.
+        ranks: what spreads the model over ranks.
+
+    Raises:
+        ValueError: for a sharding that SAP cannot perturb, or parameters that share nothing with
+            the probed model.
+    """
+
+    def __init__(self, params: Iterable[Any], probes: ProbeSet | None) -> None:
+        self.parameters = list(_flatten(params))
+        self._probes = probes
+        refuse_foreign_shards(self.parameters)
+        if probes is not None and set(probes.model.parameters()).isdisjoint(self.parameters):
+            raise ValueError(
+                "params and probes share no parameter: the optimizer would perturb weights that "
+                "the probed model does not use; pass the parameters of the model that ProbeSet was "
+                "given"
+            )
+        self.runs_in(None if probes is None else probes.model)
+        self.begin()
+
+    def runs_in(self, model: nn.Module | None) -> None:
+        """Make known the model as the loop calls it; see `SafetyPasses.runs_in`."""
+        refuse_foreign_shards(self.parameters)
+        self.ranks = Ranks(model)
+        if self._probes is not None:
+            self._probes.ranks = self.ranks
+
+    def begin(self) -> None:
+        """Begin a step: the modules of the model may be others than in the last one."""
+        self._every: list[nn.Parameter] | None = None
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The optimizer's parameters that require grad."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
+
+    def every(self, *, inside: bool = False) -> list[nn.Parameter]:
+        """Return the parameters of the optimizer and of the probed model, each once.
+
+        Args:
+            inside: a pass is running, so FSDP2 has resharded and these are the parameters
+                themselves. They are found once per step then: to walk through the modules of a
+                model takes as long as some layers.
+        """
+        if self._every is not None:
+            return self._every
+        unique = dict.fromkeys(self.parameters)
+        if self._probes is not None:
+            unique |= dict.fromkeys(self._probes.model.parameters())
+        if inside:
+            self._every = list(unique)
+        return list(unique)
+
+    def random_state(self) -> RandomState:
+        """Return the state of the generators of all devices that hold parameters."""
+        return RandomState({parameter.device for parameter in self.every()})
+
+    def forget_weights(self) -> None:
+        """Drop copies of the weights: a later pass must not meet those of an earlier one."""
+        torch.clear_autocast_cache()
+        self.ranks.reshard()
+
+
+def _flatten(params: Iterable[Any]) -> Iterator[nn.Parameter]:
+    """Yield the parameters of what `torch.optim.Optimizer` accepts as `params`."""
+    if isinstance(params, Tensor):
+        raise TypeError("params is a single tensor; give an iterable of parameters or of groups")
+    for item in params:
+        if isinstance(item, Mapping):
+            yield from _flatten(item["params"])
+        else:
+            yield item[1] if isinstance(item, tuple) else item  # (name, parameter)
+
+
+def returned_loss(name: str, function: Callable[[], Any]) -> Tensor:
+    """Run a function of the caller, with gradients, and return the loss that it returns.
+
+    Raises:
+        TypeError: if it returns none.
+    """
+    with torch.enable_grad():
+        loss = function()
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{name} returned {loss!r}; expected the loss, a 0-d tensor, after its backward()"
+        )
+    return loss.detach().clone()

@@ -1,0 +1,38 @@
+import warnings
+
+import pytest
+
+from sap_fast.losses import head, packing
+from tests.losses.helpers import ROWS_PER_CHUNK, VOCABULARY
+
+
+@pytest.fixture
+def several_chunks(monkeypatch):
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", ROWS_PER_CHUNK * VOCABULARY * 4)
+
+
+@pytest.fixture
+def no_fallback_unnoticed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The shapes that were packed, None where packing did not pay."""
+    shapes, original = [], packing.pack
+
+    def spy(*arguments):
+        packed = original(*arguments)
+        shapes.append(packed and tuple(packed.inputs["input_ids"].shape))
+        return packed
+
+    monkeypatch.setattr(packing, "pack", spy)
+    return shapes
+
+
+@pytest.fixture
+def no_packing_refused(recwarn):
+    yield
+    assert [w for w in recwarn if "Batches are not packed" in str(w.message)] == []
