@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from sap_fast.baselines.published import published_step
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -33,7 +34,6 @@ from benchmarks.workloads import (
     trained_parameters,
 )
 from sap_fast import BlendedAdamW, ProbeSet, contrastive_loss, task_loss
-from sap_fast.baselines.published import published_step
 from sap_fast.data import SafetyCollator, TaskCollator
 from sap_fast.integrations.trainer import SafetyBatches, SAPTrainer
 from sap_fast.model.layers import find_decoder_layers

@@ -90,6 +90,11 @@ class Job:
         return self.direction_every > 1
 
     @property
+    def blends(self) -> bool:
+        """Whether the direction is there until the update, in which it is blended."""
+        return "safety" in self.batches and "probe" not in self.batches
+
+    @property
     def kept_bytes(self) -> int:
         """Of the moments, and of a kept direction."""
         return (8 + 4 * self.keeps_direction) * self.trained
@@ -279,7 +284,9 @@ def update_bytes(job: Job) -> float:
     # m (r r w), v·β₂ (r w), addcmul (r r w), sqrt, division, eps (3 × r w), addcdiv (r r r w).
     adamw = 4 * (20 if job.torch_adamw else 7)
     clipping = 0 if job.published else 4 * 3
-    return (adamw + clipping) * job.trained
+    # Two norms and a product of gradient and direction (4 r), which the update reads, too.
+    blending = 4 * 5 if job.blends else 0
+    return (adamw + clipping + blending) * job.trained
 
 
 def perturbation_bytes(job: Job) -> float:
@@ -400,7 +407,6 @@ def step_memory(job: Job) -> float:
     if "probe" in job.batches:
         # The direction, later W, lies in the buffers of the safety gradient.
         peaks.append(4 * job.trained + pass_memory(job, "probe"))
-    elif "safety" in job.batches:
-        # Blending keeps the direction until the update.
+    if job.blends:
         peaks.append(4 * job.trained + pass_memory(job, "task"))
     return job.kept_bytes + max(peaks)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from sap_fast.probes import ProbeSet
 from torch import Tensor
 
 from benchmarks import assets
@@ -47,7 +48,6 @@ from sap_fast.data import (
 )
 from sap_fast.losses import contrastive_loss, task_loss
 from sap_fast.optimizer import RHO_GRID, FusedSAP
-from sap_fast.probes import ProbeSet
 from tests.oracle import cosine, naive_task_loss, naive_token_log_probs, oracle_estimate
 from tests.tiny import Problem, problem
 

@@ -170,9 +170,7 @@ def configuration(
 
         def step() -> None:
             own = name == "hf_adamw"
-            backward(
-                lambda: model(**batches.task).loss if own else task_loss(model, batches.task)
-            )
+            backward(lambda: model(**batches.task).loss if own else task_loss(model, batches.task))
             nn.utils.clip_grad_norm_(trained, 1.0)
             adamw.step()
             adamw.zero_grad()

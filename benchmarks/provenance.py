@@ -62,11 +62,16 @@ def replace_rows(
         return tuple(str(row[column]) for column in identity)
 
     replaced, path = {key(row) for row in rows}, folder / name
-    kept: list[Mapping[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if key(row) not in replaced]
+    kept = [row for row in read_rows(path) if key(row) not in replaced]
     return _write(kept, rows, path)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def read_numbers(path: Path) -> list[dict[str, Any]]:
@@ -78,8 +83,7 @@ def read_numbers(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             return text
 
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    return [{name: value(text) for name, text in row.items()} for row in read_rows(path)]
 
 
 def _write(

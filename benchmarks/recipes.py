@@ -44,7 +44,6 @@ from benchmarks.workloads import (
 )
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
 
-
 #: Each setting alone, and the recipes, which join them.
 COMPARED = {
     "direction_every=5": Recipe(direction_every=5),
