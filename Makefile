@@ -9,7 +9,7 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow sanitize gpu ops step presets cost lint format install fidelity clean
+.PHONY: help demo study test test-slow sanitize gpu ops step presets cost docs lint format install fidelity clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -25,6 +25,7 @@ help:
 	@echo "                (STEP='--table memory --only lora,bf16' for less)"
 	@echo "make presets    what leaving passes out costs in fidelity; writes CSV and picture"
 	@echo "make cost       check the cost model against make step, predict Llama-3 on H100s"
+	@echo "make docs       build the site of docs/ into build/site"
 	@echo "make lint       ruff, mypy, clang-format;  make format  applies their fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
@@ -84,6 +85,9 @@ presets: install
 
 cost: install
 	$(BIN)/python -m benchmarks.cost_model
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: install
 	$(BIN)/ruff check .

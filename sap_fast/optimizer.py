@@ -259,8 +259,10 @@ class BlendedAdamW(Optimizer):
         if passes is not None:
             passes.refuse_inside("add_param_group()")
         super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        added["params"] = list(dict.fromkeys(added["params"]))  # one that is listed twice, once
         if passes is not None:
-            passes.trained.parameters.extend(self.param_groups[-1]["params"])
+            passes.trained.add(added["params"])
             self._check_maximize()
 
     def _check_maximize(self) -> None:

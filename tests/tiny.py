@@ -124,6 +124,11 @@ def safety(case: Problem) -> Tensor:
     return loss
 
 
+def norm_of(tensors: list[Tensor]) -> float:
+    """The norm of several tensors as of one long vector."""
+    return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
+
+
 def plain_adamw(params: Any, **settings: Any) -> torch.optim.AdamW:
     """The AdamW of PyTorch that has the roundings of FusedSAP's on the CPU.
 

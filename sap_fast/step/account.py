@@ -48,16 +48,12 @@ class Account:
         self._mailbox.post(torch.stack([self._skipped, norm, survives]))
         figures = self._mailbox.collect()
         if figures is not None:
-            self._warn_about(*figures, record, compute_dtype)
+            self._warn_about(figures, record.rho, compute_dtype)
 
     def _warn_about(
-        self,
-        skipped: float,
-        direction_norm: float,
-        survives: float,
-        record: StepRecord,
-        compute_dtype: torch.dtype | None,
+        self, figures: list[float], rho: float, compute_dtype: torch.dtype | None
     ) -> None:
+        skipped, direction_norm, survives = figures
         if skipped > 0:
             self.warn_once(
                 "skipped",
@@ -69,7 +65,7 @@ class Account:
             self.warn_once(
                 "rounding",
                 f"sap_fast: only {survives:.1%} of the norm of the perturbation survives rounding "
-                f"to {compute_dtype} at rho={record.rho:.3g}: the probe gradient is mostly noise; "
+                f"to {compute_dtype} at rho={rho:.3g}: the probe gradient is mostly noise; "
                 'use a larger rho, rho="auto", or a wider dtype',
             )
 

@@ -144,11 +144,6 @@ class SafetyPasses(SinglePasses):
         self.stage = Stage.READY
 
     @property
-    def is_active(self) -> bool:
-        """Whether there is anything to do beside the optimizer's own update."""
-        return self.probes is not None or self.safety_weight != 0
-
-    @property
     def is_held(self) -> bool:
         """Whether the step is the optimizer's alone, as L_safe is not above the level.
 

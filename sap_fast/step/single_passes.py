@@ -94,6 +94,11 @@ class SinglePasses:
         if self.probes is not None:
             self.probes.clear()
 
+    @property
+    def is_active(self) -> bool:
+        """Whether there is anything to do beside the optimizer's own update."""
+        return self.probes is not None or self.safety_weight != 0
+
     def refuse_inside(self, call: str) -> None:
         """Raise if a pass is running.
 
@@ -276,7 +281,7 @@ class SinglePasses:
         self.begin()
         kept, self.direction = self.direction, Direction()
         try:
-            self._take(self.direction, safety)
+            self._take_direction(self.direction, safety)
             self._describe_direction()
             return self._calibrate(self.probes, task, self._part(batch))
         finally:

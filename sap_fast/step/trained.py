@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sap_fast.distributed import Ranks, refuse_foreign_shards
+from sap_fast.distributed import Ranks, local_shards, refuse_foreign_shards
 from sap_fast.model.probes import ProbeSet
 from sap_fast.random_state import RandomState
 
@@ -30,9 +31,10 @@ class Trained:
     """
 
     def __init__(self, params: Iterable[Any], probes: ProbeSet | None) -> None:
-        self.parameters = list(_flatten(params))
+        self.parameters = list(dict.fromkeys(_flatten(params)))
         self._probes = probes
         refuse_foreign_shards(self.parameters)
+        self.refuse_shared_storage()
         if probes is not None and set(probes.model.parameters()).isdisjoint(self.parameters):
             raise ValueError(
                 "params and probes share no parameter: the optimizer would perturb weights that "
@@ -41,6 +43,44 @@ class Trained:
             )
         self.runs_in(None if probes is None else probes.model)
         self.begin()
+
+    def add(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Know of more parameters: those of a group that the optimizer was given later.
+
+        Raises:
+            ValueError: as at the construction.
+        """
+        self.parameters += parameters
+        refuse_foreign_shards(self.parameters)
+        self.refuse_shared_storage()
+
+    def refuse_shared_storage(self) -> None:
+        """Raise if two parameters lie in the same memory: each would be perturbed and updated.
+
+        Raises:
+            ValueError: naming both.
+        """
+        ends: list[tuple[torch.device, int, int, int]] = []
+        for place, tensor in enumerate(local_shards([p.detach() for p in self.parameters])):
+            if tensor.numel() and tensor.device.type != "meta":
+                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                first = tensor.data_ptr()
+                end = first + (last + 1) * tensor.element_size()
+                ends.append((tensor.device, first, end, place))
+        ends.sort(key=lambda entry: (str(entry[0]), entry[1]))
+        for (device, _, end, place), (other_device, first, _, other) in pairwise(ends):
+            if device == other_device and first < end:
+                raise ValueError(
+                    f"{self._name(place)} and {self._name(other)} share memory; give one of them "
+                    "and call requires_grad_(False) on the other: both would be perturbed and "
+                    "updated"
+                )
+
+    def _name(self, place: int) -> str:
+        parameter = self.parameters[place]
+        named = [] if self._probes is None else self._probes.model.named_parameters()
+        known = next((name for name, p in named if p is parameter), f"parameter {place}")
+        return f"{known} {tuple(parameter.shape)}"
 
     def runs_in(self, model: nn.Module | None) -> None:
         """Make known the model as the loop calls it; see `SafetyPasses.runs_in`."""

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks import alignment, assets, demo
 from benchmarks.provenance import commit
-from sap_fast.cli.report import ReportRun
 from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.evaluation import is_refusal
+from sap_fast.reports.report import ReportRun
 
 INTERVAL = {"mean": 0.5, "low": 0.25, "high": 0.75, "count": 8}
 

@@ -21,11 +21,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 from rich.text import Text
 
-from sap_fast.cli.pages import MARKERS, Picture, picture, render, replace_text
 from sap_fast.evaluation import paired_difference
-
-MISSING = "–"
-"""Stands for a figure that was not measured."""
+from sap_fast.reports.pages import MARKERS, MISSING, Picture, picture, render, replace_text
 
 _Line: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Steps, and a figure at each of them."""
@@ -366,7 +363,7 @@ _STEP_PICTURES = {
     "sap/lean": (
         "Lean",
         "How far the probe turns the update away from the harmful direction: above 0 it does what "
-        "it is for. With the lagged schedule this includes what plain fine-tuning would do.",
+        "it is for.",
     ),
     "sap/safety_loss": (
         "Safety loss",
@@ -380,15 +377,15 @@ _STEP_PICTURES = {
     ),
     "sap/rho_agreement": (
         "Agreement",
-        "Cosine of the probe estimates made with ρ and with ρ/2, where ρ sets the size of the "
-        "trial step: how far the estimate can be trusted, 1 at best.",
+        "Cosine of the probe gradients found with ρ and with ρ/2, where ρ sets the size of the "
+        "trial step: how far it can be trusted, 1 at best.",
     ),
 }
 # The same for figures by step and decoder layer, whose keys end in the layer's index.
 _LAYER_PICTURES = {
     "sap/estimate_norms/": (
-        "Probe estimate by layer",
-        "Norm of the gradient that the probe of each decoder layer is made from.",
+        "Probe gradient by layer",
+        "Norm of the gradient that each decoder layer's probe is made from.",
     ),
     "sap/probe_sizes/": (
         "Probe size by layer",
@@ -425,7 +422,11 @@ def _training_pictures(runs: Sequence[ReportRun]) -> list[Picture]:
 
 
 def _any_varies(lines: Mapping[Any, _Line]) -> bool:
-    return any(len(np.unique(values)) > 1 for _, values in lines.values())
+    """Returns whether a line is more than one value and its rounding."""
+    return any(
+        not np.allclose(values, values[:1], rtol=1e-5, atol=0, equal_nan=True)
+        for _, values in lines.values()
+    )
 
 
 def _draw_lines(lines: Mapping[str, _Line], colors: Mapping[str, str], figure: Figure) -> None:
@@ -470,7 +471,7 @@ def _draw_line(
 _LAST_FIGURES = {
     "ρ": "sap/rho",
     "Agreement": "sap/rho_agreement",
-    "Steps without probe": "sap/skipped_steps",
+    "Skipped steps": "sap/skipped_steps",
 }
 
 

@@ -13,16 +13,23 @@ import matplotlib
 from cycler import cycler
 from matplotlib.figure import Figure
 
+MISSING = "–"
+"""Stands for what was not measured or not given."""
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in two colour schemes, as data URIs, with what goes around it."""
+    """A picture in two colour schemes, as data URIs, with what goes around it.
+
+    `is_wide` says that it has to be scrolled on a narrow screen to be read.
+    """
 
     title: str
     caption: str
     alternative: str
     light: str
     dark: str
+    is_wide: bool
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def picture(
 ) -> Picture:
     """Returns what `draw` puts on a figure of `size` inches, once for each theme."""
     light, dark = (_svg_uri(draw, size, theme) for theme in (_LIGHT, _DARK))
-    return Picture(title, caption, alternative, light, dark)
+    return Picture(title, caption, alternative, light, dark, is_wide=size[0] > 6)
 
 
 def _svg_uri(draw: Callable[[Figure], None], size: tuple[float, float], theme: _Theme) -> str:
@@ -94,6 +101,11 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template.name).render(**values)
+
+
+def file_name(path: str | None) -> str:
+    """Returns the name of a file without its folder, or `MISSING` where none was given."""
+    return Path(path).name if path else MISSING
 
 
 def replace_text(path: Path, text: str) -> Path:

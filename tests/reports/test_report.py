@@ -4,8 +4,7 @@ import base64
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from sap_fast.cli import pages, report
-from sap_fast.cli.report import Cell, ReportInfo, ReportRun
+from sap_fast import SAPMetrics
 from sap_fast.evaluation import EvaluationResult, Interval, paired_difference
-from sap_fast.metrics import SAPMetrics
+from sap_fast.reports import pages, report
+from sap_fast.reports.report import Cell, ReportInfo, ReportRun
+from tests.reports.page import SPACE, Page
 
 # Figures made up for these tests; none was measured.
-SPACE = "\N{NO-BREAK SPACE}"
 
 
 def evaluation(**changes: Any) -> dict[str, Any]:
@@ -77,45 +76,6 @@ INFO = ReportInfo(
     settings={"Model": "tiny", "Seed": "7"},
     baseline="AdamW",
 )
-
-
-@dataclass
-class Page(HTMLParser):
-    """The text of a page, its elements, and the texts of its table cells by row."""
-
-    source: str
-    text: str = ""
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-    in_cell: bool = False
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self.feed(re.sub(r"<style>.*?</style>", "", self.source, flags=re.DOTALL))
-        self.text = " ".join(self.text.replace(SPACE, " ").split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-            self.in_cell = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self.in_cell = self.in_cell and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.in_cell:
-            self.rows[-1][-1] += data
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    @property
-    def alternatives(self) -> list[str]:
-        return [(image["alt"] or "").replace(SPACE, " ") for image in self.attributes("img")]
 
 
 def write(tmp_path: Path, runs: list[ReportRun], info: ReportInfo = INFO) -> Page:
@@ -283,7 +243,7 @@ def test_page_can_be_read_without_eyes(page: Page) -> None:
         "Lean: FusedSAP from 0.01 at step 1 to 0.05 at step 5.",
         "Safety loss: FusedSAP from 0.5 at step 1 to 0.1 at step 5.",
         "Weight perturbation ‖ΔW‖: FusedSAP from 1.1 at step 1 to 1.5 at step 5.",
-        "Probe estimate by layer, FusedSAP, at the last step: layer 2 0.5, layer 10 1.",
+        "Probe gradient by layer, FusedSAP, at the last step: layer 2 0.5, layer 10 1.",
     ]
     headers = page.attributes("th")
     assert headers
@@ -294,6 +254,10 @@ def test_figures_that_stay_the_same_are_told_and_not_drawn(page: Page, tmp_path:
     assert not any(text.startswith(("Agreement", "Probe size")) for text in page.alternatives)
     assert ["FusedSAP", "0.0125", "0.999", "3"] in page.rows
 
+    rounded = [row | {"sap/probe_sizes/2": 3e-3 + 1e-9 * row["step"]} for row in SAP.metrics]
+    page = write(tmp_path, [ADAMW, replace(SAP, metrics=rounded)])
+    assert not any(text.startswith("Probe size") for text in page.alternatives)
+
     changing = [row | {"sap/rho_agreement": 1 / row["step"]} for row in SAP.metrics]
     page = write(tmp_path, [ADAMW, replace(SAP, metrics=changing)])
     assert "Agreement: FusedSAP from 1 at step 1 to 0.2 at step 5." in page.alternatives
@@ -302,7 +266,7 @@ def test_figures_that_stay_the_same_are_told_and_not_drawn(page: Page, tmp_path:
 def test_every_run_gets_a_picture_of_its_layers(tmp_path: Path) -> None:
     page = write(tmp_path, [ADAMW, SAP, replace(SAP, name="Second")])
     titles = [text.partition(", at")[0] for text in page.alternatives if "by layer" in text]
-    assert titles == ["Probe estimate by layer, FusedSAP", "Probe estimate by layer, Second"]
+    assert titles == ["Probe gradient by layer, FusedSAP", "Probe gradient by layer, Second"]
 
 
 def test_series_skips_rows_without_the_figure() -> None:
