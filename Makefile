@@ -9,7 +9,7 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow sanitize gpu ops step recipes before-after cost docs lint format install fidelity clean
+.PHONY: help demo study test test-slow sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -20,6 +20,8 @@ help:
 	@echo "make test-slow  the rest"
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
 	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in one table"
+	@echo "                (GPU_PYTHON=python3 for an interpreter with torch in the place of .venv)"
+	@echo "make kernels    registers, spills and bytes moved of every GPU kernel, as compiled; needs nvcc"
 	@echo "make ops        time the operations against PyTorch's; writes CSV and picture"
 	@echo "make step       time and memory of a whole step against AdamW's, two hours; CSVs, pictures"
 	@echo "                (STEP='--table memory --only lora,bf16' for less)"
@@ -70,9 +72,15 @@ sanitize: install
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(SANITIZED)
 
-gpu: install
-	$(BIN)/python -m benchmarks.gpu
+# GPU_PYTHON=python3 takes an interpreter that has torch and the rest already, and downloads nothing.
+gpu: $(if $(GPU_PYTHON),gpu-build,install)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu
+
+kernels: install
 	$(BIN)/python -m benchmarks.kernel_report
+
+gpu-build:
+	SAP_FAST_BUILD=cuda $(GPU_PYTHON) setup.py --quiet egg_info build_ext --inplace
 
 # Alone on the machine: it times.
 ops: install

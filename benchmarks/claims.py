@@ -160,7 +160,7 @@ OPS_TARGETS: dict[str, dict[str, float]] = {
     "1 bandwidth": {"perturb_swap_": 0.85, "reflect_": 0.85, "restore_swap_": 0.85},
     "2 AdamW": {
         "adamw_blend_": 1.0,
-        "adamw_blend_ + clip, blend": 1.15,
+        "adamw_blend_ + unscale, clip, blend": 1.15,
         "BlendedAdamW.step": 1.0,
     },
     "3 norms": {"sum_squares": 1.0},

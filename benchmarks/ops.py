@@ -204,7 +204,7 @@ def test_adamw(benchmark: Any, name: str, kind: str) -> None:
     contenders = {
         "torch._fused_adamw_": torch_fused,
         "adamw_blend_": lambda: ops.adamw_blend_(*ours, **ADAMW),
-        "adamw_blend_ + clip, blend": lambda: ops.adamw_blend_(
+        "adamw_blend_ + unscale, clip, blend": lambda: ops.adamw_blend_(
             *ours, state.buffers, blend=blend, gradient_scale=scale, **ADAMW
         ),
         "torch.optim.AdamW(fused=True).step": whole_theirs.step,
@@ -216,7 +216,7 @@ def test_adamw(benchmark: Any, name: str, kind: str) -> None:
         "torch.optim.AdamW(fused=True).step": 7 * element,
         "adamw_blend_": 3 * element + 16,
         "BlendedAdamW.step": 3 * element + 16,
-        "adamw_blend_ + clip, blend": 4 * element + 16,
+        "adamw_blend_ + unscale, clip, blend": 4 * element + 16,
     }
     interleaved(
         benchmark,

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sap_fast import ops
 from sap_fast.ops import reference
+from tests.ops.tensors import DTYPES, assert_same_bits, clones
 
 probe_inject = functools.partial(ops.probe_inject, backend="reference")
 adamw_blend_ = functools.partial(ops.adamw_blend_, backend="reference")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One element, a vector, an odd matrix, nothing, a transposed (non-contiguous) matrix.
 SHAPES = [(1,), (257,), (33, 7), (0,), (16, 24)]
 
@@ -24,16 +24,6 @@ def tensors(dtype: torch.dtype, seed: int, size: float = 1.0) -> list[Tensor]:
     made = [(size * torch.randn(shape, generator=generator)).to(dtype) for shape in SHAPES]
     made[-1] = made[-1].t().contiguous().t()
     return made
-
-
-def clones(items: list[Tensor]) -> list[Tensor]:
-    return [item.clone() for item in items]
-
-
-def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
-    for a, b in zip(left, right, strict=True):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,13 +129,6 @@ def test_probe_inject_makes_frozen_hidden_states_differentiable() -> None:
     assert out.requires_grad and not hidden.requires_grad
     (3 * out).sum().backward()
     assert torch.equal(buffer, torch.full((4,), 18.0))
-
-
-def test_probe_inject_projects_per_token_into_a_buffer_of_that_shape() -> None:
-    hidden, buffer = torch.randn(2, 3, 4), torch.zeros(2, 3, 4)
-    upstream = torch.randn(2, 3, 4)
-    probe_inject(hidden, None, buffer).backward(upstream)
-    assert torch.equal(buffer, upstream)
 
 
 def apply_rule(h: list[Tensor], rule: str, radii: list[float], norm: float = 2.0) -> Tensor:
