@@ -160,7 +160,8 @@ def draw_recipes(table: Sequence[Row]) -> Figure:
         panel.plot([row["cosine_low"], row["cosine_high"]], [place] * 2, color="C0", linewidth=5)
         panel.plot(row["cosine"], place, "o", color="black")
         panel.text(row["cosine"], place - 0.2, f"{row['cosine']:.2f}", ha="center", fontsize=8)
-    panel.set_yticks(range(len(table)), [row["settings"] for row in table])
+    names = [label_of(row["settings"]).removeprefix("sap, ") for row in table]
+    panel.set_yticks(range(len(table)), names)
     panel.set(
         xlim=(min(0.0, *(row["cosine_low"] for row in table)), 1.02),
         ylim=(len(table) - 0.5, -0.6),
@@ -253,7 +254,7 @@ def _fidelity_label(row: Row) -> str:
     arithmetic = row["arithmetic"].removesuffix(" autocast")
     if row["rho_setting"] == "auto":
         return f"{row['path']}, {arithmetic}"
-    return f"{row['path']}, {arithmetic}, masks: {row['masks']}, ρ={row['rho']:g}"
+    return f"{label_of(row['path'])}, {arithmetic}, masks: {row['masks']}, ρ={row['rho']:g}"
 
 
 #: What draws a CSV, by its name.
