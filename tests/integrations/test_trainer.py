@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,85 +12,52 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from sap_fast import FusedSAP, ProbeSet, SAPTrainer, SAPTrainerMixin, contrastive_loss, task_loss
+from sap_fast import (
+    BlendedAdamW,
+    FusedSAP,
+    ProbeSet,
+    SAPTrainer,
+    SAPTrainerMixin,
+    contrastive_loss,
+    joint_loss,
+    task_loss,
+)
 from sap_fast.data import SafetyCollator, TaskCollator
 from sap_fast.integrations.trainer import SafetyBatches
 from sap_fast.losses import response_log_probs
-from tests.tiny import VOCABULARY, tiny_llama, with_lora
+from tests.tiny import assert_same_bits, encoded, weights
+from tests.trainers import (
+    PROBE,
+    SAFETY_ROWS,
+    TASK_ROWS,
+    BeforeEachUpdate,
+    arguments,
+    model,
+    sap_trainer,
+    trainer_of,
+)
 
 
-class MixedTrainer(SAPTrainerMixin, Trainer):
+class PlainLossTrainer(SAPTrainerMixin, Trainer):
     """The mixin alone: the loss is the Trainer's own."""
 
 
-def encoded(seed: int) -> dict[str, list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    length = 6 + seed % 5
-    ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
-    return {"input_ids": ids, "labels": [-100] * 3 + ids[3:]}
-
-
-TASK_ROWS = [encoded(seed) for seed in range(24)]
-SAFETY_ROWS = [{"chosen": encoded(100 + k), "rejected": encoded(200 + k)} for k in range(7)]
-
-
-def model(lora: bool = True) -> nn.Module:
-    tiny = tiny_llama(layers=3)
-    return with_lora(tiny, dropout=0.1) if lora else tiny
-
-
-def arguments(folder: Path, **overrides: Any) -> TrainingArguments:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 5e-3,
-        "weight_decay": 0.1,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "use_cpu": True,
-        "seed": 5,
-    }
-    return TrainingArguments(**(settings | overrides))
-
-
-def sap_trainer(
-    kind: type[Trainer], tuned: nn.Module, args: TrainingArguments, **options: Any
-) -> Any:
-    sap_options = {"rho": 1e-3, "probe_lr": 0.02} | options.pop("sap_options", {})
-    return kind(
-        model=tuned,
-        args=args,
-        train_dataset=TASK_ROWS,
-        data_collator=TaskCollator(0),
-        safety_dataset=SAFETY_ROWS,
-        safety_collator=SafetyCollator(0),
-        sap_options=sap_options,
-        **options,
-    )
-
-
-def weights(tuned: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in tuned.parameters()]
-
-
-def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a, b)
+OFF: dict[str, dict[str, Any]] = {
+    "no size": {"probe": PROBE | {"size": 0.0}},
+    "held": {"probe": PROBE, "sap_options": {"safety_level": 1e3}},
+    "blend by nothing": {"method": "blend", "sap_options": {"safety_weight": 0.0}},
+}
 
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("off", [{"probe_lr": 0.0}, {"safety_level": 1e3}], ids=str)
+@pytest.mark.parametrize("off", list(OFF))
 def test_without_a_probe_it_is_the_trainer_with_adamw(
-    tmp_path: Path, cpu_backend: str, lora: bool, accumulate: int, off: dict[str, float]
+    tmp_path: Path, cpu_backend: str, lora: bool, accumulate: int, off: str
 ) -> None:
     ours, theirs = model(lora), model(lora)
     args = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.5}
-    trainer = sap_trainer(MixedTrainer, ours, arguments(tmp_path, **args), sap_options=off)
+    trainer = trainer_of(PlainLossTrainer, ours, arguments(tmp_path, **args), **OFF[off])
     trainer.train()
     # As in `tests.tiny.plain_adamw`.
     same_bits = "adamw_torch_fused" if cpu_backend == "native" else "adamw_torch"
@@ -105,12 +73,15 @@ def test_without_a_probe_it_is_the_trainer_with_adamw(
     assert losses[0] == losses[1]
 
 
-def test_a_step_of_the_trainer_is_a_step_of_the_optimizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["sap", "blend"])
+def test_a_step_of_the_trainer_is_a_step_of_the_optimizer(tmp_path: Path, method: str) -> None:
+    """With the safety loss that each method has by default."""
     ours, theirs = model(), model()
-    trainer = sap_trainer(
+    trainer = trainer_of(
         SAPTrainer,
         ours,
         arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2, max_grad_norm=0.0),
+        **({"probe": PROBE} if method == "sap" else {"method": method}),
     )
     windows: list[Any] = []
     fetch = trainer.get_batch_samples
@@ -126,9 +97,10 @@ def test_a_step_of_the_trainer_is_a_step_of_the_optimizer(tmp_path: Path) -> Non
 
     pairs = SafetyCollator(0)(trainer._safety_batches.rows(0))
     trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    optimizer = FusedSAP(
-        trained, ProbeSet(theirs), lr=5e-3, weight_decay=0.1, rho=1e-3, probe_lr=0.02
-    )
+    probes = ProbeSet(theirs, **PROBE)
+    optimizer: BlendedAdamW = FusedSAP(trained, probes, lr=5e-3, weight_decay=0.1)
+    if method == "blend":
+        optimizer = BlendedAdamW(trained, lr=5e-3, weight_decay=0.1)
     torch.set_rng_state(random_state)
 
     def task() -> Tensor:
@@ -139,21 +111,26 @@ def test_a_step_of_the_trainer_is_a_step_of_the_optimizer(tmp_path: Path) -> Non
         return sum(loss.detach() for loss in losses)
 
     def safety() -> Tensor:
-        loss = contrastive_loss(theirs, pairs["chosen"], pairs["rejected"])
+        safety_loss = {"sap": contrastive_loss, "blend": joint_loss}[method]
+        loss = safety_loss(theirs, pairs["chosen"], pairs["rejected"])
         loss.backward()
         return loss
 
     optimizer.step(task, safety)
     assert_same_bits(weights(ours), weights(theirs))
-    assert trainer.probe_set is not None
-    for index in trainer.probe_set.layers:
-        assert trainer.probe_set.offsets[index].norm() > 0
+    if method == "sap":
+        for index in trainer.probe_set.layers:
+            assert trainer.probe_set.offsets[index].norm() > 0
+    else:
+        assert trainer.probe_set is None
+        assert not any(module._forward_hooks for module in ours.modules())
+    assert type(trainer.sap_optimizer) is type(optimizer)
+    assert trainer.sap_optimizer.metrics.above_level is (True if method == "blend" else None)
 
 
 def test_logs_carry_the_figures_of_sap(tmp_path: Path) -> None:
-    trainer = sap_trainer(
-        SAPTrainer, model(), arguments(tmp_path), sap_options={"rho": "auto", "probe_lr": 1e-3}
-    )
+    probe = {"rho": "auto", "size": 1e-3}
+    trainer = sap_trainer(SAPTrainer, model(), arguments(tmp_path), probe=probe)
     trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["step"] for row in logs] == [2, 4]
@@ -165,25 +142,38 @@ def test_logs_carry_the_figures_of_sap(tmp_path: Path) -> None:
     json.dumps(trainer.state.log_history)
 
 
+RESUMED: dict[str, dict[str, Any]] = {
+    "sap": {"probe": {"rho": "auto", "size": 0.05}},
+    "kept": {
+        "probe": {"rho": 1e-3, "size": 0.05, "rows": 0.5},
+        "sap_options": {"direction_every": 3},
+    },
+    "blend": {"method": "blend", "sap_options": {"rule": "floor", "safety_weight": 1.0}},
+}
+
+
 @pytest.mark.parametrize(
-    ("schedule", "lora"), [("paper", True), ("lagged", True), ("paper", False)]
+    ("name", "lora"), [("sap", True), ("sap", False), ("kept", True), ("blend", True)]
 )
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
-    tmp_path: Path, schedule: str, lora: bool
+    tmp_path: Path, name: str, lora: bool
 ) -> None:
-    options = {"sap_options": {"rho": "auto", "schedule": schedule, "probe_lr": 0.05}}
+    options = RESUMED[name]
     args = {"max_steps": 6, "gradient_accumulation_steps": 2, "save_steps": 2}
     args |= {"save_strategy": "steps", "per_device_train_batch_size": 2}
     straight = model(lora)
-    sap_trainer(SAPTrainer, straight, arguments(tmp_path / "a", **args), **options).train()
+    trainer_of(SAPTrainer, straight, arguments(tmp_path / "a", **args), **options).train()
 
     resumed = model(lora)
-    trainer = sap_trainer(SAPTrainer, resumed, arguments(tmp_path / "b", **args), **options)
+    trainer = trainer_of(SAPTrainer, resumed, arguments(tmp_path / "b", **args), **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert trainer.state.global_step == 6
     assert_same_bits(weights(straight), weights(resumed))
-    assert trainer.sap_optimizer.calibration is not None
-    assert trainer.sap_optimizer.calibration.step == 0
+    passes = trainer.sap_optimizer.passes
+    assert passes.steps == 6 and passes.direction.taken == (2 if name == "kept" else 6)
+    assert passes.level.known is not None if name == "blend" else passes.level.known is None
+    if name == "sap":
+        assert passes.calibration is not None and passes.calibration.step == 0
 
 
 def test_evaluation_sees_no_probe(tmp_path: Path) -> None:
@@ -193,7 +183,7 @@ def test_evaluation_sees_no_probe(tmp_path: Path) -> None:
         tuned,
         arguments(tmp_path),
         eval_dataset=TASK_ROWS[:4],
-        sap_options={"probe_lr": 0.5},
+        probe={"size": 0.5},
     )
     trainer.train()
     found = trainer.evaluate()["eval_loss"]
@@ -204,44 +194,49 @@ def test_evaluation_sees_no_probe(tmp_path: Path) -> None:
 def test_bf16_autocast_and_gradient_checkpointing(tmp_path: Path) -> None:
     tuned = model()
     args = arguments(tmp_path, bf16=True, activation_checkpointing=True)
-    trainer = sap_trainer(SAPTrainer, tuned, args, sap_options={"rho": "auto"})
+    trainer = sap_trainer(SAPTrainer, tuned, args, probe={"rho": "auto"})
     trainer.train()
     assert trainer.probe_set.compute_dtype == torch.bfloat16
     assert trainer.sap_optimizer.metrics.skipped_steps == 0
-    assert trainer.sap_optimizer.calibration.agreement > 0.9
-
-
-def test_blending_without_a_probe(tmp_path: Path) -> None:
-    tuned = model()
-    trainer = sap_trainer(
-        SAPTrainer,
-        tuned,
-        arguments(tmp_path),
-        probe_layers=None,
-        sap_options={"safety_weight": 0.5},
-    )
-    trainer.train()
-    assert trainer.probe_set is None
-    assert trainer.sap_optimizer.metrics.safety_loss is not None
-    assert not any(m._forward_hooks for m in tuned.modules())
+    assert trainer.sap_optimizer.passes.calibration.agreement > 0.9
 
 
 def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
     tuned = model()
     trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    optimizer = FusedSAP(trained, ProbeSet(tuned, layers=[0]), lr=1e-3, rho=1e-3)
-    trainer = sap_trainer(SAPTrainer, tuned, arguments(tmp_path), optimizers=(optimizer, None))
+    optimizer = FusedSAP(trained, ProbeSet(tuned, layers=[0], rho=1e-3), lr=1e-3)
+    args = arguments(tmp_path, optim="sgd")  # of no effect on an optimizer that is given
+    trainer = sap_trainer(SAPTrainer, tuned, args, optimizers=(optimizer, None))
+    assert trainer.probe_set is optimizer.probes
     trainer.train()
-    assert trainer.sap_optimizer is optimizer and optimizer._steps == 4
+    assert trainer.sap_optimizer is optimizer and optimizer.passes.steps == 4
 
     other = torch.optim.AdamW(trained)
     trainer = sap_trainer(SAPTrainer, tuned, arguments(tmp_path), optimizers=(other, None))
-    with pytest.raises(TypeError, match="not FusedSAP"):
+    with pytest.raises(TypeError, match="of AdamW, neither FusedSAP nor BlendedAdamW"):
         trainer.train()
 
 
+@pytest.mark.parametrize("method", ["sap", "blend"])
+def test_another_optimizer_is_refused_and_that_by_default_is_not(
+    tmp_path: Path, method: str
+) -> None:
+    default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
+    args = arguments(tmp_path, optim=default)
+    trainer = trainer_of(SAPTrainer, model(), args, method=method)
+    name = {"sap": "FusedSAP", "blend": "BlendedAdamW"}[method]
+    assert type(trainer.create_optimizer()).__name__ == name
+    with pytest.raises(ValueError, match=f"optim='adamw_bnb_8bit', but .* {name}.*SafetyPasses"):
+        args = arguments(tmp_path, optim="adamw_bnb_8bit")
+        trainer_of(SAPTrainer, model(), args, method=method)
+    with pytest.raises(ValueError, match=f"optimizer_cls_and_kwargs with SGD, but .* {name}"):
+        given = (torch.optim.SGD, {"lr": 1.0})
+        args = arguments(tmp_path)
+        trainer_of(SAPTrainer, model(), args, method=method, optimizer_cls_and_kwargs=given)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_presets_leave_out_the_passes_that_are_not_due(tmp_path: Path, accumulate: int) -> None:
+def test_passes_that_are_not_due_are_left_out(tmp_path: Path, accumulate: int) -> None:
     seen: list[tuple[str, int]] = []
 
     class Watched(SAPTrainer):
@@ -259,19 +254,86 @@ def test_presets_leave_out_the_passes_that_are_not_due(tmp_path: Path, accumulat
 
         def expected_window(self, kind: str) -> list[Any]:
             whole = self._window
-            return whole if kind == "task" else self.sap_optimizer.probe_part(whole)
+            return whole if kind == "task" else self.probe_set.part(whole)
 
-    options = {"probe_every": 2, "direction_every": 2, "probe_fraction": 0.6}
     trainer = sap_trainer(
         Watched,
         model(),
         arguments(tmp_path, gradient_accumulation_steps=accumulate, max_steps=3),
-        sap_options=options,
+        probe={"rows": 0.6},
+        sap_options={"direction_every": 2},
     )
     trainer.train()
     probed = [("probe", rows) for rows in ([2] if accumulate == 1 else [3, 1])] * 2
-    full = [("safety", 4), *probed, *[("task", 3)] * accumulate]
-    assert seen == full + [("task", 3)] * accumulate + full
+    rest = [*probed, *[("task", 3)] * accumulate]
+    assert seen == [("safety", 4), *rest, *rest, ("safety", 4), *rest]
+
+
+class DividedByMicroBatches(PlainLossTrainer):
+    """A loss that counts no tokens: the trainer divides it by the number of micro-batches."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        return task_loss(model, inputs)
+
+
+def test_a_part_of_the_micro_batches_counts_as_a_whole_step(tmp_path: Path) -> None:
+    """The losses of the probe passes are the mean over the micro-batches that these see."""
+    trainer = sap_trainer(
+        DividedByMicroBatches,
+        model(lora=False),
+        arguments(tmp_path, gradient_accumulation_steps=3, max_steps=1),
+        probe={"rows": 0.5, "difference": "forward"},
+    )
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def look(_: int) -> None:
+        part = trainer.probe_set.part(trainer._window)
+        assert [len(rows["input_ids"]) for rows in part] == [3, 2]
+        losses = torch.stack([task_loss(trainer.model, rows) for rows in part])
+        found.append((trainer.sap_optimizer.passes.record.probe_losses[1], losses.mean()))
+        assert trainer.current_gradient_accumulation_steps == 3
+
+    trainer.add_callback(BeforeEachUpdate(look))
+    trainer.train()
+    torch.testing.assert_close(*found[0])
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_only_steps_that_are_logged_keep_their_direction(
+    tmp_path: Path, logging_steps: int
+) -> None:
+    args = arguments(tmp_path, logging_steps=logging_steps)
+    trainer = sap_trainer(SAPTrainer, model(), args)
+    kept: list[bool] = []
+    look = BeforeEachUpdate(lambda _: kept.append(trainer.sap_optimizer.passes.direction.is_there))
+    trainer.add_callback(look)
+    trainer.train()
+    assert kept == ([True] * 4 if logging_steps == 1 else [False, True] * 2)
+
+
+def test_an_error_in_an_inner_pass_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    tuned = model()
+    before, calls = weights(tuned), 0
+
+    class Failing(SAPTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2:  # in the second probe pass
+                raise RuntimeError("out of memory")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = sap_trainer(Failing, tuned, arguments(tmp_path, gradient_accumulation_steps=2))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert_same_bits(weights(tuned), before)
+    assert all(p.grad is None for p in tuned.parameters())
+    assert trainer.current_gradient_accumulation_steps == 2
+    assert any(p.requires_grad for p in tuned.parameters())
 
 
 @pytest.mark.parametrize(
@@ -282,6 +344,8 @@ def test_presets_leave_out_the_passes_that_are_not_due(tmp_path: Path, accumulat
         ({"safety_dataset": []}, "safety_dataset is empty"),
         ({"safety_batch_size": 0}, "safety_batch_size=0"),
         ({"safety_loss": "hinge"}, "safety_loss='hinge'"),
+        ({"method": "adamw"}, "method='adamw' is not known; choose one of sap, blend"),
+        ({"method": "blend", "probe": {"size": 1.0}}, "probe=.*'blend', which has no probe"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
@@ -293,7 +357,7 @@ def test_what_is_missing_is_named(tmp_path: Path, overrides: dict[str, Any], mes
 @pytest.mark.parametrize("name", ["contrastive", "difference", "refusal", "joint"])
 def test_the_safety_loss_is_the_one_that_is_named(tmp_path: Path, name: str) -> None:
     tuned = model().eval()
-    trainer = sap_trainer(SAPTrainer, tuned, arguments(tmp_path), safety_loss=name)
+    trainer = trainer_of(SAPTrainer, tuned, arguments(tmp_path), safety_loss=name)
     pairs = SafetyCollator(0)(SAFETY_ROWS[:2])
     chosen, rejected = (response_log_probs(tuned, pairs[k], reduction="mean") for k in pairs)
     expected = {

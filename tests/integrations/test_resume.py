@@ -15,13 +15,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from sap_fast import SAPTrainer
 from sap_fast.integrations.trainer import last_complete_checkpoint
-from tests.test_trainer import arguments, model, sap_trainer, weights
+from tests.tiny import assert_same_bits, weights
+from tests.trainers import arguments, model, trainer_of
 
 STEPS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
-    "paper": {"rho": "auto"},
-    "lagged": {"rho": 1e-2, "schedule": "lagged"},
-    "economical": {"rho": 1e-2, "preset": "economical", "probe_every": 2},
+    "calibrated": {"probe": {"size": 0.05, "rho": "auto"}},
+    "kept": {
+        "probe": {"size": 0.05, "rho": 1e-2, "rows": 0.25},
+        "sap_options": {"direction_every": 4},
+    },
+    # The level is known from the fourth step on, and holds some of those after it.
+    "level": {
+        "probe": {"size": 0.05, "rho": 1e-2},
+        "sap_options": {"safety_level": "auto", "safety_weight": 0.1},
+    },
 }
 
 
@@ -70,20 +78,14 @@ def run(name: str, folder: str, kill_at: int, kill_in: str) -> None:
     args = {"max_steps": STEPS, "save_steps": 1, "save_strategy": "steps", "logging_steps": 1}
     args |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     tuned = model()
-    trainer = sap_trainer(
-        Dying,
-        tuned,
-        arguments(Path(folder), **args),
-        sap_options={"probe_lr": 0.05} | OPTIONS[name],
-    )
+    trainer = trainer_of(Dying, tuned, arguments(Path(folder), **args), **OPTIONS[name])
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
     optimizer = trainer.sap_optimizer
     end = {
         "weights": weights(tuned),
         "state": optimizer.state_dict(),
-        "offsets": optimizer.probes.state_dict(),
+        "offsets": optimizer.probes.offsets,
         "random": torch.get_rng_state(),
-        "directions": optimizer.directions_taken,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
     torch.save((end, forwards, began), Path(folder) / "end.pt")
@@ -100,23 +102,9 @@ def train(name: str, folder: Path, kill_at: int = 0, kill_in: str = "") -> int |
     return process.exitcode
 
 
-def assert_equal(left: Any, right: Any) -> None:
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_equal(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        for a, b in zip(left, right, strict=True):
-            assert_equal(a, b)
-    else:
-        assert left == right
-
-
 @pytest.mark.parametrize(
     ("name", "kill_in", "seed"),
-    [("paper", "state", 1), ("lagged", "optimizer", 2), ("economical", "state", 3)],
+    [("calibrated", "state", 1), ("level", "optimizer", 2), ("kept", "state", 3)],
 )
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
     tmp_path: Path, name: str, kill_in: str, seed: int
@@ -138,8 +126,15 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
     assert train(name, killed) == 0
     found, _, began = torch.load(killed / "end.pt")
     assert began == written  # from the checkpoint before the one that is incomplete
-    assert_equal(found, expected)
-    assert expected["offsets"]
+    assert_same_bits(found, expected)
+    state = expected["state"]["sap"]
+    assert state["steps"] == STEPS
+    if name == "kept":
+        assert state["direction"]["taken"] == 2 and state["direction"]["tensors"]
+    elif name == "level":
+        assert state["level"]["losses"][1] == 3
+    else:
+        assert state["calibration"]["step"] == 0 and expected["offsets"]
 
 
 def test_no_complete_checkpoint_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
@@ -150,7 +145,7 @@ def test_no_complete_checkpoint_is_an_error_that_says_what_to_do(tmp_path: Path)
     with pytest.warns(UserWarning, match="checkpoint-10 is incomplete"):
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / TRAINER_STATE_NAME).write_text("{")
-    trainer = sap_trainer(SAPTrainer, model(), arguments(tmp_path))
+    trainer = trainer_of(SAPTrainer, model(), arguments(tmp_path))
     with (
         pytest.warns(UserWarning, match="is incomplete"),
         pytest.raises(ValueError, match="no complete checkpoint; give resume_from_checkpoint=None"),
