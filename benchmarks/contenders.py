@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from sap_fast.baselines.published import published_step
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from benchmarks import full_logits
 from benchmarks.measuring import seconds_of
 from benchmarks.workloads import (
     RECIPES,
@@ -34,10 +34,10 @@ from benchmarks.workloads import (
     trained_parameters,
 )
 from sap_fast import BlendedAdamW, ProbeSet, contrastive_loss, task_loss
+from sap_fast.baselines.published import published_step
 from sap_fast.data import SafetyCollator, TaskCollator
 from sap_fast.integrations.trainer import SafetyBatches, SAPTrainer
 from sap_fast.model.layers import find_decoder_layers
-from tests.oracle import naive_contrastive_loss
 
 CONFIGURATIONS = ("hf_adamw", "floor", *RECIPES, "published")
 #: Seed of `TrainingArguments`, from which the order of the safety rows follows.
@@ -56,13 +56,28 @@ class Run(Protocol):
         """Train on a batch."""
 
 
-class ForwardSizes:
-    """Rows and length of every forward through the decoder, packed or padded as it met them."""
+#: The passes of a step, by their number: it may do without safety pass or probe passes.
+PASSES = {
+    1: ("task",),
+    2: ("safety", "task"),
+    3: ("probe", "probe", "task"),
+    4: ("safety", "probe", "probe", "task"),
+}
 
-    def __init__(self, model: Model) -> None:
+
+class ForwardSizes:
+    """Rows and length of every forward through the decoder, packed or padded as it met them.
+
+    Args:
+        model: whose decoder.
+        passes: in the order of their forwards, by the number of these in a step.
+    """
+
+    def __init__(self, model: Model, passes: Mapping[int, Sequence[str]] = PASSES) -> None:
         _, owner = find_decoder_layers(model)
         owner.register_forward_pre_hook(self._note, with_kwargs=True)
         self.steps: list[list[tuple[int, int]]] = []
+        self._passes = passes
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
@@ -72,13 +87,10 @@ class ForwardSizes:
             self.steps[-1].append(tuple(tokens.shape))
 
     def by_pass(self) -> dict[str, list[tuple[int, int]]]:
-        """Return the sizes by pass; a step may do without safety pass or probe passes."""
+        """Return the sizes by pass."""
         found: dict[str, list[tuple[int, int]]] = {"safety": [], "probe": [], "task": []}
         for step in self.steps:
-            safety = ["safety"] * (len(step) in (2, 4))
-            probe = ["probe", "probe"] * (len(step) in (3, 4))
-            names = [*safety, *probe, "task"]
-            for name, size in zip(names, step, strict=True):
+            for name, size in zip(self._passes[len(step)], step, strict=True):
                 found[name].append(size)
         return found
 
@@ -122,12 +134,13 @@ class TrainerRun:
     ) -> None:
         self.sizes = ForwardSizes(model)
         self._data = data
+        recipe = RECIPES.get(name)
         self._folder = tempfile.TemporaryDirectory()
         arguments = TrainingArguments(
             output_dir=self._folder.name,
             bf16=bf16,
             use_cpu=True,
-            optim="adamw_torch",
+            **({} if recipe else {"optim": "adamw_torch"}),
             learning_rate=1e-5,
             max_steps=1,
             logging_strategy="no",
@@ -143,7 +156,6 @@ class TrainerRun:
             "train_dataset": data.task,
             "data_collator": data.batch,
         }
-        recipe = RECIPES.get(name)
         if recipe is not None:
             self.trainer: Trainer = SAPTrainer(
                 **common,
@@ -199,7 +211,7 @@ class PublishedRun:
     """The authors' released procedure, on rows that are all padded to the maximum length."""
 
     def __init__(self, model: Model, data: Data, *, max_length: int, bf16: bool) -> None:
-        self.sizes = ForwardSizes(model)
+        self.sizes = ForwardSizes(model, {3: ("safety", "probe", "task")})
         self._collate = TaskCollator(data.padding, pad_to_multiple_of=max_length)
         self._collate_pairs = SafetyCollator(data.padding, pad_to_multiple_of=max_length)
         self._safety = SafetyBatches(data.safety, SAFETY_PAIRS, SEED)
@@ -228,7 +240,7 @@ class PublishedRun:
             self._trained,
             self._probes,
             partial(backward, lambda: self._model(**batch).loss),
-            partial(backward, partial(naive_contrastive_loss, self._model, **pairs)),
+            partial(backward, partial(full_logits.contrastive_loss, self._model, **pairs)),
         )
         self._adamw.step()
         self._adamw.zero_grad()

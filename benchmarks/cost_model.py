@@ -54,7 +54,9 @@ class Job:
         direction_every: steps from one safety pass to the next.
         lowest_probed: index of the lowest probed layer; default: that of `ProbeSet`, 1 of 32.
         full_logits: the loss of transformers, and of the published step, instead of ours.
-        published: probe passes with everything that a task pass computes.
+        probe_passes: how many there are.
+        freezes: probe passes compute no gradients of weights.
+        clips: the gradient is clipped.
         torch_adamw: the update of `torch.optim.AdamW` without `fused`, as `adamw_torch` runs it.
         checkpointing: `"none"` or `"layers"`.
         dtype: `"fp32"`; `"bf16"`: autocast, and bf16 weights below LoRA.
@@ -68,7 +70,9 @@ class Job:
     direction_every: int = 1
     lowest_probed: int | None = None
     full_logits: bool = False
-    published: bool = False
+    probe_passes: int = 2
+    freezes: bool = True
+    clips: bool = True
     torch_adamw: bool = False
     checkpointing: str = "none"
     dtype: str = "fp32"
@@ -124,7 +128,7 @@ class Job:
 
     def frozen(self, kind: Pass) -> bool:
         """Whether parameters take no gradient in a pass."""
-        return kind == "probe" and not self.published
+        return kind == "probe" and self.freezes
 
     def differentiated(self, kind: Pass) -> int:
         """Layers that backward goes through."""
@@ -283,7 +287,7 @@ def update_bytes(job: Job) -> float:
     # The fused kernel reads w, g, m, v and writes w, m, v. PyTorch's loop: w·(1 − λ) (r w), lerp of
     # m (r r w), v·β₂ (r w), addcmul (r r w), sqrt, division, eps (3 × r w), addcdiv (r r r w).
     adamw = 4 * (20 if job.torch_adamw else 7)
-    clipping = 0 if job.published else 4 * 3
+    clipping = 4 * 3 if job.clips else 0
     # Two norms and a product of gradient and direction (4 r), which the update reads, too.
     blending = 4 * 5 if job.blends else 0
     return (adamw + clipping + blending) * job.trained
@@ -307,7 +311,7 @@ def step_cost(job: Job) -> Cost:
     if "safety" in job.batches:
         cost += pass_cost(job, "safety") * (1 / job.direction_every)
     if "probe" in job.batches:
-        cost += pass_cost(job, "probe") * 2 + Cost(bytes=perturbation_bytes(job))
+        cost += pass_cost(job, "probe") * job.probe_passes + Cost(bytes=perturbation_bytes(job))
     return cost
 
 

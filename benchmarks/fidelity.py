@@ -30,18 +30,17 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 
-from benchmarks import assets, pictures
+from benchmarks import assets, full_logits, pictures
 from benchmarks.provenance import RESULTS, provenance
-from benchmarks.workloads import Batch, Data, Lora, add_lora
+from benchmarks.workloads import Data, Lora, add_lora
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
 from sap_fast.baselines.published import published_step
 from sap_fast.cli.environment import processor_name
 from sap_fast.data import build_safety_pair, encode_chat, padding_token_id
 from sap_fast.step.calibration import RHO_GRID
-from tests.oracle import cosine, naive_task_loss, naive_token_log_probs, oracle_estimate
+from tests.oracle import cosine, naive_task_loss, oracle_estimate
 from tests.tiny import Problem, problem
 
 Estimate = dict[int, Tensor]
@@ -161,7 +160,7 @@ class Subject:
         probes.detach()
         return oracle_estimate(
             lambda: naive_task_loss(model, twin.batch),
-            lambda: full_logits_safety_loss(twin),
+            lambda: full_logits.contrastive_loss(model, twin.chosen, twin.rejected),
             twin.trained,
             probes.modules,
             (model.config.hidden_size,),
@@ -243,9 +242,9 @@ class Subject:
         return rows
 
     def _draw_masks(self, masks: str, repeat: int, calls: Iterator[int]) -> None:
-        """Let a task pass draw the oracle's masks; other ones from the second on, if asked for."""
+        """Let a task pass draw the oracle's masks; the first, at W + ΔW, others if asked for."""
         torch.set_rng_state(self.random_state)
-        if next(calls) and masks == "different":
+        if next(calls) == 0 and masks == "different":
             torch.manual_seed(self.seed + 1 + repeat)
 
     # ---- restore ----
@@ -324,37 +323,16 @@ def run_published(
         before_task()
         return naive_task_loss(case.model, case.batch)
 
+    pairs = case.model, case.chosen, case.rejected
     published_step(
         case.model,
         case.trained,
         probes,
         backward(task, arithmetic),
-        backward(lambda: full_logits_safety_loss(case), arithmetic),
+        backward(partial(full_logits.contrastive_loss, *pairs), arithmetic),
         rho=rho,
     )
     probes.detach()
-
-
-_PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-
-
-def concatenate(chosen: Batch, rejected: Batch) -> Batch:
-    """Return one batch of the rows of two, padded on the right to the longer of them."""
-    return {
-        key: pad_sequence([*chosen[key], *rejected[key]], batch_first=True, padding_value=value)
-        for key, value in _PADDING.items()
-    }
-
-
-def full_logits_safety_loss(case: Problem) -> Tensor:
-    """Return the contrastive loss from one forward pass, as `contrastive_loss` runs it.
-
-    Two would draw other dropout masks.
-    """
-    both = concatenate(case.chosen, case.rejected)
-    log_probs = torch.stack([row.mean() for row in naive_token_log_probs(case.model, both)[0]])
-    safe, harmful = log_probs.chunk(2)
-    return nn.functional.softplus(harmful - safe).mean()
 
 
 def compare(found: Sequence[Estimate], oracle: Estimate) -> dict[str, Any]:

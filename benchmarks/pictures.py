@@ -43,6 +43,7 @@ _COLORS = {
     "sap, direction_every=5, rows=1/2": "#d9a441",
     "sap, direction_every=10, rows=1/4": "#2a7f62",
     "published": "#5b4a8a",
+    "naive": "#5b4a8a",
 }
 
 

@@ -363,13 +363,13 @@ RECIPES = {
     "sap, direction_every=5, rows=1/2": Recipe(direction_every=5, rows=0.5),
     "sap, direction_every=10, rows=1/4": Recipe(direction_every=10, rows=0.25),
 }
-#: What older rows call them.
+#: What older rows call them. Their `naive` is SAP as it is usually written, in four passes that all
+#: compute gradients of weights.
 FORMER_LABELS = {
     "paper": "sap",
     "paper_middle": "sap, middle layers",
     "balanced": "sap, direction_every=5, rows=1/2",
     "economical": "sap, direction_every=10, rows=1/4",
-    "naive": "published",
 }
 
 

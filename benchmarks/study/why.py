@@ -31,7 +31,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sap_fast.model.layers import find_decoder_layers
 from torch import Tensor
 
 from benchmarks.alignment import aligned_smollm2, write_rows
@@ -45,6 +44,7 @@ from benchmarks.study.runs import WORK, encoded
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, ops, task_loss
 from sap_fast.cli.models import add_lora, load_model
 from sap_fast.data import SafetyCollator, TaskCollator, load_safety_dataset, padding_token_id
+from sap_fast.model.layers import find_decoder_layers
 
 Row = dict[str, Any]
 

@@ -13,21 +13,6 @@ from benchmarks import fidelity
 from tests.benchmarks.helpers import is_picture, read
 
 
-def test_rows_are_concatenated_with_padding_that_is_not_scored() -> None:
-    short = {"input_ids": [[5, 6]], "attention_mask": [[1, 1]], "labels": [[-100, 6]]}
-    long = {"input_ids": [[7, 8, 9]], "attention_mask": [[1, 1, 1]], "labels": [[-100, 8, 9]]}
-    batches = ({key: torch.tensor(value) for key, value in b.items()} for b in (short, long))
-    both = {key: value.tolist() for key, value in fidelity.concatenate(*batches).items()}
-    assert both == {
-        "input_ids": [[5, 6, 0], [7, 8, 9]],
-        "attention_mask": [[1, 1, 0], [1, 1, 1]],
-        "labels": [[-100, 6, -100], [-100, 8, 9]],
-    }
-
-
-# ---- the script ----
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, list[dict[str, str]]]:
     folder = tmp_path_factory.mktemp("fidelity")

@@ -133,7 +133,12 @@ def test_rows_that_are_older_mean_what_they_meant() -> None:
     for former, label in (("paper", "sap"), ("balanced", "sap, direction_every=5, rows=1/2")):
         jobs = [predictions.measured_job(row | {"configuration": n}) for n in (former, label)]
         assert jobs[0] == jobs[1]
-    assert predictions.measured_job(row | {"configuration": "naive"}).published
+    naive, published = (
+        predictions.measured_job(row | {"configuration": name}) for name in ("naive", "published")
+    )
+    assert (naive.probe_passes, naive.frozen("probe")) == (2, False)
+    assert (published.probe_passes, published.frozen("probe")) == (1, True)
+    assert naive.full_logits and published.full_logits
 
 
 def test_what_is_committed_is_predicted_as_the_docs_say() -> None:
