@@ -323,7 +323,8 @@ class SAPTrainerMixin(_Base):
 
         def task(part: list[Any]) -> Tensor:
             items = num_items
-            if part is not window and num_items is not None:
+            # Asked of the setting and not of the part: to count is to wait for the other ranks.
+            if optimizer.probes is not None and optimizer.probes.rows < 1 and items is not None:
                 items = self._get_num_items_in_batch(part, self.args.device)
             # What a loss is divided by that no number of items scales.
             self.current_gradient_accumulation_steps = len(part)
