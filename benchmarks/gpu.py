@@ -3,8 +3,8 @@
     python -m benchmarks.gpu        or: make gpu
 
 Prints a table of the tests and the operations, and one of each step. Writes, for a GPU named h100,
-`ops-h100-native.csv` and `ops-h100-triton.csv` with their pictures, and `gpu_step-h100.csv`. Without
-a CUDA device the tests say why they skip, and nothing is timed.
+`ops-h100-native.csv` and `ops-h100-triton.csv` with their pictures, and `gpu_step-h100.csv`.
+Without a CUDA device the tests say why they skip, and nothing is timed.
 """
 
 from __future__ import annotations
