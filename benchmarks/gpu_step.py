@@ -13,7 +13,8 @@ two answers of 64. All under bf16 autocast, LoRA on bf16 weights, gradients clip
 
 Configurations share the model and run in turn, for a whole period of the recipe, each with the
 memory for itself: optimizer states beside each other would fill the GPU, and what is timed would be
-its allocator. One that does not fit says so in its row. Writes `gpu_step-….csv` with the name of the GPU, case by case.
+its allocator. One that does not fit says so in its row. Writes `gpu_step-….csv` with the name
+of the GPU, case by case.
 """
 
 from __future__ import annotations

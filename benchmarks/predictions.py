@@ -159,7 +159,7 @@ def check_memory(rows: Sequence[Mapping[str, str]]) -> list[Row]:
 
 
 def check_gpu(rows: Sequence[Mapping[str, str]]) -> list[Row]:
-    """Return predicted beside measured seconds and peaks of the rows of `gpu_step-h100.csv` that fit."""
+    """Return predicted beside measured seconds and peaks of rows of `gpu_step-h100.csv`."""
     shapes = {shape.name: shape for shape in (LLAMA_1B, LLAMA_8B, LLAMA_70B)}
     table = []
     for row in rows:
