@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sap_fast import FusedSAP, ProbeSet
 from sap_fast.ops import choose_backend
 from tests.oracle import naive_contrastive_loss, naive_task_loss
 
@@ -133,6 +134,91 @@ def safety(case: Problem) -> Tensor:
     loss = naive_contrastive_loss(case.model, case.chosen, case.rejected)
     loss.backward()
     return loss
+
+
+def safety_loss(case: Problem) -> Tensor:
+    """L_safe, without a backward."""
+    return naive_contrastive_loss(case.model, case.chosen, case.rejected)
+
+
+def closures(case: Problem) -> tuple[Callable[[Batch | None], Tensor], Callable[[], Tensor]]:
+    """What `step` and `inner_passes` take: `task(part)` and `safety()`."""
+    return lambda part: task(case, part), lambda: safety(case)
+
+
+def sap(case: Problem, probe: dict[str, Any] | None = None, **options: Any) -> FusedSAP:
+    """FusedSAP with a probe on layers 1 and 2 that shows in one step.
+
+    Args:
+        case: what it trains.
+        probe: keywords of `ProbeSet`.
+        options: keywords of `FusedSAP`.
+    """
+    settings: dict[str, Any] = {"layers": [1, 2], "rho": 1e-3, "size": 0.05} | (probe or {})
+    return FusedSAP(case.trained, ProbeSet(case.model, **settings), **({"lr": 1e-2} | options))
+
+
+def step_by_passes(case: Problem, optimizer: Any, batch: Batch | None = None) -> None:
+    """One step of a loop that owns its backward."""
+    optimizer.inner_passes(*closures(case), batch)
+    with optimizer.task_pass() as record:
+        record(task(case, batch))
+    optimizer.step()
+
+
+def weights(of: Problem | nn.Module) -> list[Tensor]:
+    """Copies of all parameters of a model, or of a problem's."""
+    model = of.model if isinstance(of, Problem) else of
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that a pass must leave as it was."""
+    return {
+        "parameters": [p.detach().clone() for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "random state": torch.get_rng_state(),
+        "hooks": [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()],
+        "forwards": [vars(m).get("forward") for m in model.modules()],
+        "training": [m.training for m in model.modules()],
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """The model, its gradients and the random state are as in a snapshot, bit for bit."""
+    for name, value in snapshot(model).items():
+        expected = before[name]
+        if name == "random state":
+            assert torch.equal(value, expected), name
+        elif name in ("parameters", "gradients"):
+            for a, b in zip(value, expected, strict=True):
+                assert (a is None) == (b is None), name
+                assert a is None or torch.equal(a, b), name
+        else:
+            assert value == expected, name
+
+
+def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """‖a − b‖/‖b‖ over all tensors."""
+    pairs = list(zip(actual, expected, strict=True))
+    square = sum(((a - b).detach().double() ** 2).sum() for a, b in pairs)
+    return float((square / sum((b.detach().double() ** 2).sum() for _, b in pairs)).sqrt())
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    """Hold tensors, in nested dicts and lists, to be equal element by element, and all else too."""
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same_bits(left[key], right[key])
+    elif isinstance(left, Iterable) and not isinstance(left, str):
+        for a, b in zip(left, right, strict=True):
+            assert_same_bits(a, b)
+    else:
+        assert left == right
 
 
 def norm_of(tensors: list[Tensor]) -> float:
