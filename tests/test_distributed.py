@@ -67,11 +67,18 @@ WITHOUT_RULE = {
 class WithOther:
     """Another optimizer, and the passes that serve it."""
 
-    def __init__(self, kind: type[torch.optim.Optimizer], passes: SafetyPasses) -> None:
-        self.passes, self.probes = passes, passes.probes
+    def __init__(
+        self,
+        kind: type[torch.optim.Optimizer],
+        trained: list[nn.Parameter],
+        probes: ProbeSet,
+        **settings: Any,
+    ) -> None:
         more = {"momentum": 0.9} if kind is torch.optim.SGD else {"eps": EPSILON}
         lr = 0.1 if kind is torch.optim.SGD else SETTINGS["lr"]
-        self.optimizer = kind(passes.trained.parameters, lr=lr, **more)
+        self.optimizer = kind(trained, lr=lr, **more)
+        self.passes = SafetyPasses(self.optimizer.param_groups, probes, **settings)
+        self.probes = probes
 
     def inner_passes(self, *arguments: Any) -> None:
         self.passes.inner_passes(*arguments)
@@ -104,7 +111,7 @@ def build(model: nn.Module, **options: Any) -> Optimizer:
     if kind is FusedSAP:
         return FusedSAP(trained, probes, **settings)
     del settings["lr"], settings["eps"]
-    return WithOther(kind, SafetyPasses(trained, probes, **settings))
+    return WithOther(kind, trained, probes, **settings)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -315,14 +322,14 @@ def run_unknown(rank: int) -> list[str]:
             step()
         messages.append(str(error.value))
     for known in (optimizer, held):
-        known.runs_in(model)
+        known.passes.runs_in(model)
         sap_step(known, model, 0, rank)
     return messages
 
 
 def test_a_wrapper_that_is_not_known_is_an_error(tmp_path):
     for unknown, level, static in on_ranks(tmp_path, run_unknown):
-        assert "does not know" in unknown and "runs_in" in unknown
+        assert "ProbeSet does not know" in unknown and "runs_in" in unknown
         assert "safety_level='auto'" in level and "runs_in" in level
         assert "static_graph=True" in static
 

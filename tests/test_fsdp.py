@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, SafetyPasses, losses
+from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, losses
 from sap_fast.losses import task_loss
 from sap_fast.model.layers import find_decoder_layers
 from sap_fast.step.guards import Perturbation
@@ -176,29 +176,18 @@ def run_edges(rank: int) -> dict[str, Any]:
     found["mixed"] = whole(parameters_of(optimizer))
 
     # Sharded after FusedSAP and ProbeSet, as Accelerate does, with its parameters put in place.
-    model = problem(lora=True).model
-    optimizer = build(model)
-    sharded(model)
-    new = [p for p in model.parameters() if p.requires_grad]
-    optimizer.param_groups[0]["params"] = new
-    optimizer.runs_in(model)
-    for step in range(5):
-        sap_step(optimizer, model, step, rank)
-    found["late"] = whole(new)
-    # Passes by themselves are told of them.
-    model = problem(lora=True).model
-    other = build(model, **OPTIONS["blend_() for SGD"])
-    sharded(model)
-    other.optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
-    other.passes.runs_in(model, other.optimizer.param_groups)
-    for step in range(5):
-        sap_step(other, model, step, rank)
-    found["late, SGD"] = whole(parameters_of(other))
-    # Sharded parameters of a model that was not made known.
-    model = sharded(problem(lora=True).model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with pytest.raises(RuntimeError, match=r"runs_in\(model\)"):
-        SafetyPasses(trained).inner_passes(*closures(model, 0, rank))
+    for name, options in {"late": {}, "late, SGD": OPTIONS["blend_() for SGD"]}.items():
+        model = problem(lora=True).model
+        optimizer = build(model, **options)
+        sharded(model)
+        updating = optimizer if isinstance(optimizer, FusedSAP) else optimizer.optimizer
+        updating.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+        with pytest.raises(RuntimeError, match=r"runs_in\(model\)"):
+            sap_step(optimizer, model, 0, rank)
+        optimizer.passes.runs_in(model)
+        for step in range(5):
+            sap_step(optimizer, model, step, rank)
+        found[name] = whole(parameters_of(optimizer))
 
     # The head's own group is gathered for its own forward only.
     model = problem(lora=True).model
