@@ -102,7 +102,7 @@ def test_a_hook_of_a_frozen_head_may_train():
     scale = nn.Parameter(torch.ones(VOCABULARY))
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: scale * output)
-    (ours,) = torch.autograd.grad(task_loss(model, batch), scale)
+    (ours,) = torch.autograd.grad(task_loss(model, batch, pack=False), scale)
     assert_same(ours, torch.autograd.grad(model(**batch).loss, scale)[0])
 
 
@@ -183,11 +183,16 @@ def test_a_models_head_is_tested_at_its_first_use_only(monkeypatch):
     outputs = []
     model, batch = build(), make_batch()
     model.register_forward_hook(lambda module, args, output: outputs.append(output.logits))
-    for _ in range(3):
+    for training in (False, True, False, True):
+        model.train(training)
         task_loss(model, batch, pack=False)
-    last_positions = build()(**batch).logits[:, -1:]
-    tested = [not torch.allclose(logits, last_positions) for logits in outputs]
-    assert tested == [True, False, False]
+    # In each mode the model's own loss of a few tokens, then their log-probabilities, with which
+    # the head is tested; and the loss.
+    lengths = [logits.shape[:2] for logits in outputs]
+    assert lengths == 2 * [(2, 8), (2, 1), (3, 1)] + 2 * [(3, 1)]
+    numbers = torch.linspace(-64, 64, VOCABULARY)
+    tested = [torch.allclose(logits, numbers.expand_as(logits)) for logits in outputs]
+    assert tested == 2 * [False, True, False] + 2 * [False]
 
 
 def hooks_of(model):
@@ -218,7 +223,7 @@ def test_other_hooks_of_the_head_act_once():
     model, batch = build(), make_batch()
     model.lm_head.register_forward_pre_hook(lambda module, args: (3 * args[0],))
     model.lm_head.register_forward_hook(lambda module, args, output: 5 * output)
-    assert_same(task_loss(model, batch), model(**batch).loss, rtol=2e-6)
+    assert_same(task_loss(model, batch, pack=False), model(**batch).loss, rtol=2e-6)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -311,11 +316,13 @@ def test_autocast_holds_for_the_chunks_in_forward_and_backward(opened_by):
     if opened_by == "caller":
         with torch.autocast("cpu", torch.bfloat16):
             own = model(**batch).loss
+            task_loss(model, batch, pack=False)  # tests the model
             dtypes = record_head_dtypes(model)
             ours = task_loss(model, batch, pack=False)
     else:
         model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
         own = model(**batch).loss
+        task_loss(model, batch, pack=False)
         dtypes = record_head_dtypes(model)
         ours = task_loss(model, batch, pack=False)
     forward_calls = len(dtypes)

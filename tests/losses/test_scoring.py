@@ -16,7 +16,7 @@ from sap_fast.losses import (
     response_log_probs,
     task_loss,
 )
-from sap_fast.losses.scoring import TensorMemo
+from sap_fast.losses.batches import TensorMemo
 from tests.losses.helpers import (
     FAMILIES,
     VOCABULARY,
@@ -241,7 +241,7 @@ ERRORS = {
     ),
     "missing key": (
         lambda model: difference_loss(model, BATCH, {"input_ids": BATCH["input_ids"]}),
-        r"rejected has no attention_mask, only \['input_ids'\]",
+        r"rejected has no labels, only \['input_ids'\]",
     ),
     "wrong shape": (
         lambda model: contrastive_loss(model, shortened(BATCH, "labels"), BATCH),

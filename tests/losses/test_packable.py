@@ -7,7 +7,7 @@ from torch import nn
 from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
-    packing,
+    packable,
     response_log_probs,
     task_loss,
 )
@@ -88,7 +88,7 @@ def test_models_that_are_silently_left_alone(name, forwards):
 
 def test_virtual_tokens_are_left_alone():
     model, batch = with_prompt(build()), batch_of(BATCHES["shared prefix"])
-    assert not packing.usable(model, model.get_base_model(), batch)
+    assert not packable.usable(model, model.get_base_model(), batch)
 
 
 @pytest.mark.parametrize("window", [{"sliding_window": None}])
@@ -143,30 +143,30 @@ def test_models_that_fail_the_test_are_left_alone(fault, dtype, forwards, recwar
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_test_runs_once_aside_and_can_be_told():
-    model, seen = build(attention_dropout=0.5).train(), []
+def what(calls):
+    return [(call["tested"], call["training"], call["grad"]) for call in calls]
 
-    def see(module, args):
-        seen.append((packing.being_tested(), module.training, torch.is_grad_enabled()))
-        torch.rand(int(packing.being_tested()))  # as a model that is random in evaluation mode, too
 
-    model.register_forward_pre_hook(see)
-    state = torch.get_rng_state()
+def test_the_tests_run_once_in_each_mode_and_aside(body_calls):
+    model = build(attention_dropout=0.5)
     alone = batch_of([SYSTEM])  # nothing to pack, and tested all the same: other ranks may have
-    first = task_loss(model, alone)
-    assert seen == [(True, False, False)] * 3 + [(False, True, True)]
-    torch.set_rng_state(state)
-    seen.clear()
-    assert torch.equal(task_loss(model, alone), first)
-    assert seen == [(False, True, True)]
+    for training in (True, False):
+        model.train(training)
+        state = torch.get_rng_state()
+        first = task_loss(model, alone)
+        # Two for the model's own loss, three for packing.
+        assert what(body_calls) == [(True, training, False)] * 5 + [(False, training, True)]
+        torch.set_rng_state(state)
+        body_calls.clear()
+        assert torch.equal(task_loss(model, alone), first)
+        assert what(body_calls) == [(False, training, True)]
+        body_calls.clear()
 
 
-def test_pack_false_tests_nothing():
-    model, seen = build(), []
-    model.register_forward_pre_hook(lambda module, args: seen.append(packing.being_tested()))
-    batch = batch_of(BATCHES["identical"])
+def test_pack_false_tests_no_packing(body_calls):
+    model, batch = build(), batch_of(BATCHES["identical"])
     task_loss(model, batch, pack=False)
     response_log_probs(model, batch, pack=False)
     contrastive_loss(model, batch, batch, pack=False)
     difference_loss(model, batch, batch, pack=False)
-    assert seen == [False] * 4
+    assert [call["tested"] for call in body_calls] == [True] * 2 + [False] * 4
