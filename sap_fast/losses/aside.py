@@ -69,19 +69,20 @@ class _Buffers:
     """The buffers of a model as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept: list[tuple[nn.Module, str, Tensor, Tensor | None, int]] = []
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor | None]] = []
         for module in model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_inference():
+                if buffer is not None and not (buffer.is_inference() or buffer.is_meta):
                     small = buffer.numel() <= _MAX_KEPT
                     copy = buffer.detach().clone() if small else None
-                    self._kept.append((module, name, buffer, copy, buffer._version))
+                    self._kept.append((module, name, buffer, copy))
 
     def restore(self) -> None:
         with torch.no_grad():
-            for module, name, buffer, copy, version in self._kept:
+            for module, name, buffer, copy in self._kept:
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
-                # Only where it was written: a graph that is alive may have saved it.
-                if copy is not None and buffer._version != version:
+                # Only where it was written: a graph that is alive may have saved it. Batch norm
+                # writes its statistics without a new version.
+                if copy is not None and not torch.equal(buffer, copy):
                     buffer.copy_(copy)

@@ -28,6 +28,7 @@ from sap_fast.losses.forward import (
     use_own_logits,
 )
 from sap_fast.losses.head import token_log_probs
+from sap_fast.losses.packing import logits_of
 
 # Rows and tokens of what is compared: small enough that its full logits are.
 _ROWS, _LENGTH = 2, 8
@@ -108,9 +109,7 @@ def own_loss(
     count = len(scored.targets)
     if count == 0:  # whose mean would not be a number
         outputs = model(**inputs)
-        return _logits(outputs, with_loss=False)[:, :0].sum() + added_terms(
-            model, causal_lm, outputs
-        )
+        return logits_of(outputs)[:, :0].sum() + added_terms(model, causal_lm, outputs)
     inputs["labels"] = _labels(batch, scored)
     scale = 1.0 if num_items is None else count / num_items
     if num_items is not None and _takes_items(causal_lm):
@@ -144,7 +143,7 @@ def _compare(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: Score
         loss = _loss(outputs)
         if loss is None:
             return True
-        logits = _logits(outputs, with_loss=True)
+        logits: Tensor | None = logits_of(outputs)
         random_state.restore()
         ours, others = scored_log_probs(model, sample, part, pack=False)
         expected = ours
@@ -267,14 +266,6 @@ def _loss(outputs: Any) -> Tensor | None:
     if loss is None and isinstance(outputs, tuple):
         loss = outputs[0]
     return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
-
-
-def _logits(outputs: Any, with_loss: bool) -> Any:
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, tuple) and not hasattr(outputs, "logits"):
-        return outputs[int(with_loss)]
-    return outputs.logits
 
 
 def _labels(batch: Batch, scored: Scored) -> Tensor:

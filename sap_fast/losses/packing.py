@@ -66,10 +66,15 @@ def running(index: Tensor | None) -> Iterator[None]:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Returns the logits among what a causal LM returned."""
+    """Returns the logits among what a causal LM returned.
+
+    A tuple may have losses before them, which have no axes.
+    """
     if isinstance(outputs, Tensor):
         return outputs
-    return outputs.logits if hasattr(outputs, "logits") else outputs[0]
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return next((x for x in outputs if isinstance(x, Tensor) and x.dim()), outputs[0])
 
 
 def mask_dtype(causal_lm: Any) -> torch.dtype:

@@ -83,6 +83,25 @@ def build(family="llama", seed=0, **settings):
     return getattr(transformers, model_class)(config).eval()
 
 
+def llama(kind, **settings):
+    torch.manual_seed(0)
+    return kind(transformers.LlamaConfig(**LLAMA_LIKE, **settings))
+
+
+def smoothed(logits, labels, vocab_size=None, num_items_in_batch=None, smoothing=0.3, **_):
+    loss = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing
+    )
+    count = (labels[:, 1:] != -100).sum()
+    return loss if num_items_in_batch is None else loss * count / num_items_in_batch
+
+
+def with_loss_function():
+    model = build()
+    model.loss_function = smoothed
+    return model
+
+
 def with_lora(model):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     torch.manual_seed(0)
