@@ -63,3 +63,9 @@ def body_calls(monkeypatch):
 def no_packing_refused(recwarn):
     yield
     assert [w for w in recwarn if "Batches are not packed" in str(w.message)] == []
+
+
+@pytest.fixture
+def refused(recwarn):
+    """Says what packing was refused for, all the warnings so far."""
+    return lambda: [str(w.message) for w in recwarn if "Batches are not packed" in str(w.message)]

@@ -1,4 +1,3 @@
-from collections import Counter
 from types import SimpleNamespace
 
 import accelerate
@@ -8,19 +7,19 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sap_fast.losses import contrastive_loss, head, task_loss
 from tests.losses.helpers import (
     ROWS_PER_CHUNK,
     VOCABULARY,
     EmbeddingModel,
+    LargestTensor,
     assert_same,
     build,
     build_odd,
     gradients,
     make_batch,
+    peak_bytes,
     with_lora,
 )
 from tests.oracle import naive_contrastive_loss, naive_task_loss
@@ -224,39 +223,6 @@ def test_other_hooks_of_the_head_act_once():
     model.lm_head.register_forward_pre_hook(lambda module, args: (3 * args[0],))
     model.lm_head.register_forward_hook(lambda module, args, output: 5 * output)
     assert_same(task_loss(model, batch, pack=False), model(**batch).loss, rtol=2e-6)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returns, and the operations counted."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-        self.counts = Counter()
-        self.copies = Counter()  # by shape
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        output = operation(*args, **(kwargs or {}))
-        self.counts[operation] += 1
-        if operation == torch.ops.aten._to_copy.default:
-            self.copies[tuple(output.shape)] += 1
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
-        return output
-
-
-def peak_bytes(run):
-    """The most bytes that `run` held at a time beyond what was there before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("loss_name", ["task", "contrastive"])
