@@ -130,7 +130,7 @@ def _compare(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: Score
     head = _head(causal_lm)
     with aside(model, sample["input_ids"].device) as random_state, _evaluated(head):
         try:
-            outputs = model(**inputs, labels=sample["labels"])
+            outputs = model(**inputs, labels=_labels(sample, part))
         except torch.OutOfMemoryError:
             raise  # says nothing about the model
         except Exception as error:  # whatever a model makes of labels
