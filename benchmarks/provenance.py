@@ -21,18 +21,21 @@ def provenance() -> dict[str, str]:
     return {"date": date.today().isoformat()} | environment() | {"commit": commit()}
 
 
-def commit() -> str:
+def commit(checkout: Path = ROOT) -> str:
     """Return the short hash of the commit that is checked out.
 
     It ends in `-dirty` where a Python file or a kernel differs from that commit, and is `unknown`
-    outside of a clone. The environment variable SAP_FAST_COMMIT says it for a copy of the files on
-    another machine, whose history is missing or not theirs.
+    outside of a clone. The environment variable SAP_FAST_COMMIT says it for a copy of these files
+    on another machine, whose history is missing or not theirs.
+
+    Args:
+        checkout: a folder of the clone; by default that of these files.
     """
-    if "SAP_FAST_COMMIT" in os.environ:
+    if checkout == ROOT and "SAP_FAST_COMMIT" in os.environ:
         return os.environ["SAP_FAST_COMMIT"]
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
@@ -59,11 +62,28 @@ def replace_rows(
         return tuple(str(row[column]) for column in identity)
 
     replaced, path = {key(row) for row in rows}, folder / name
-    kept: list[Mapping[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if key(row) not in replaced]
+    kept = [row for row in read_rows(path) if key(row) not in replaced]
     return _write(kept, rows, path)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_numbers(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV, numbers as such."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    return [{name: value(text) for name, text in row.items()} for row in read_rows(path)]
 
 
 def _write(

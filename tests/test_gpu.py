@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sap_fast import ops
-from sap_fast.optimizer import FusedSAP
-from sap_fast.probes import ProbeSet
+from sap_fast import FusedSAP, ProbeSet, ops
+from sap_fast.step.rules import Rule
 from tests.oracle import cosine, naive_contrastive_loss, naive_task_loss, oracle_estimate
 from tests.tiny import HIDDEN, Problem, problem, safety, task
 
@@ -29,13 +28,12 @@ def test_dropout_masks_of_the_device_are_the_same_in_every_pass() -> None:
     case = on_gpu(problem(dropout=0.3))
     states: list[Tensor] = []
     case.model.register_forward_pre_hook(lambda *_: states.append(torch.cuda.get_rng_state()))
-    optimizer = FusedSAP(case.trained, ProbeSet(case.model, layers=[1]), lr=0.0, rho=1e-3)
+    optimizer = FusedSAP(case.trained, ProbeSet(case.model, layers=[1], rho=1e-3), lr=0.0)
     optimizer.step(lambda: task(case), lambda: safety(case))
     *probe_states, task_state = states[-3:]
     assert all(torch.equal(state, task_state) for state in probe_states)
     before = torch.cuda.get_rng_state()
-    with optimizer.safety_pass():
-        safety(case)
+    optimizer.inner_passes(lambda _: task(case), lambda: safety(case))
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
@@ -57,7 +55,8 @@ def test_h_on_the_device_is_the_oracle() -> None:
     assert cosine(found, oracle) > 0.9999
 
 
-def test_no_step_waits_for_the_device() -> None:
+@pytest.mark.parametrize("rule", ["blend", "project", "floor"])
+def test_no_step_waits_for_the_device(rule: Rule) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]).cuda()
     x, y = torch.randn(2, 2, 8, 64, device="cuda")
@@ -67,8 +66,10 @@ def test_no_step_waits_for_the_device() -> None:
         loss.backward()
         return loss.detach()
 
-    probes = ProbeSet(model, layers=[model[1]])
-    optimizer = FusedSAP(model.parameters(), probes, rho=1e-3, safety_weight=0.1, max_grad_norm=1.0)
+    probes = ProbeSet(model, layers=[model[1]], rho=1e-3)
+    optimizer = FusedSAP(
+        model.parameters(), probes, safety_weight=0.1, rule=rule, max_grad_norm=1.0
+    )
     for step in range(3):
         optimizer.zero_grad()
         # The first step allocates state.

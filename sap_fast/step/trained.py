@@ -48,11 +48,16 @@ class Trained:
         """Know of more parameters: those of a group that the optimizer was given later.
 
         Raises:
-            ValueError: as at the construction.
+            ValueError: as at the construction, and none is added.
         """
+        before = list(self.parameters)
         self.parameters += parameters
-        refuse_foreign_shards(self.parameters)
-        self.refuse_shared_storage()
+        try:
+            refuse_foreign_shards(self.parameters)
+            self.refuse_shared_storage()
+        except ValueError:
+            self.parameters[:] = before
+            raise
 
     def refuse_shared_storage(self) -> None:
         """Raise if two parameters lie in the same memory: each would be perturbed and updated.
@@ -143,9 +148,17 @@ def returned_loss(name: str, function: Callable[[], Any]) -> Tensor:
         TypeError: if it returns none.
     """
     with torch.enable_grad():
-        loss = function()
+        return checked_loss(name, function()).detach().clone()
+
+
+def checked_loss(name: str, loss: Any) -> Tensor:
+    """Return what a function of the caller returned, if it is a loss.
+
+    Raises:
+        TypeError: if it is none.
+    """
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"{name} returned {loss!r}; expected the loss, a 0-d tensor, after its backward()"
         )
-    return loss.detach().clone()
+    return loss
