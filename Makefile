@@ -4,12 +4,12 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 # What runs the compiled kernels; the rest of the tests would find nothing else.
-SANITIZED := tests/test_ops.py tests/test_passes.py tests/test_probes.py
+SANITIZED := tests/ops/test_ops.py tests/ops/test_native.py tests/step/test_passes.py tests/model/test_probes.py
 BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow sanitize gpu ops step presets cost lint format install fidelity clean
+.PHONY: help demo study test test-slow sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -20,11 +20,16 @@ help:
 	@echo "make test-slow  the rest"
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
 	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in one table"
+	@echo "                (GPU_PYTHON=python3 for an interpreter with torch in the place of .venv)"
+	@echo "make kernels    registers, spills and bytes moved of every GPU kernel, as compiled; needs nvcc"
 	@echo "make ops        time the operations against PyTorch's; writes CSV and picture"
 	@echo "make step       time and memory of a whole step against AdamW's, two hours; CSVs, pictures"
 	@echo "                (STEP='--table memory --only lora,bf16' for less)"
-	@echo "make presets    what leaving passes out costs in fidelity; writes CSV and picture"
+	@echo "make recipes    what leaving work out costs in fidelity; writes CSV and picture"
+	@echo "make before-after BEFORE=CHECKOUT"
+	@echo "                time and memory of a step here beside those of another checkout"
 	@echo "make cost       check the cost model against make step, predict Llama-3 on H100s"
+	@echo "make docs       build the site of docs/ into build/site"
 	@echo "make lint       ruff, mypy, clang-format;  make format  applies their fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
@@ -67,9 +72,15 @@ sanitize: install
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(SANITIZED)
 
-gpu: install
-	$(BIN)/python -m benchmarks.gpu
+# GPU_PYTHON=python3 takes an interpreter that has torch and the rest already, and downloads nothing.
+gpu: $(if $(GPU_PYTHON),gpu-build,install)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu
+
+kernels: install
 	$(BIN)/python -m benchmarks.kernel_report
+
+gpu-build:
+	SAP_FAST_BUILD=cuda $(GPU_PYTHON) setup.py --quiet egg_info build_ext --inplace
 
 # Alone on the machine: it times.
 ops: install
@@ -79,11 +90,18 @@ ops: install
 step: install
 	$(BIN)/python -m benchmarks.step $(STEP)
 
-presets: install
-	$(BIN)/python -m benchmarks.presets
+recipes: install
+	$(BIN)/python -m benchmarks.recipes
+
+# Alone on the machine: it times.
+before-after: install
+	$(BIN)/python -m benchmarks.before_after --before $(BEFORE)
 
 cost: install
-	$(BIN)/python -m benchmarks.cost_model
+	$(BIN)/python -m benchmarks.predictions
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: install
 	$(BIN)/ruff check .

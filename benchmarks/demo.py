@@ -21,9 +21,9 @@ from benchmarks.provenance import ROOT, provenance
 from sap_fast.cli.compare import compare
 from sap_fast.cli.console import show_warnings
 from sap_fast.cli.evaluate import EvaluationFiles
-from sap_fast.cli.report import ReportRun, results_table
 from sap_fast.cli.settings import BLENDING_WEIGHT, FinetuneSettings
 from sap_fast.data import build_safety_pair
+from sap_fast.reports.report import ReportRun, results_table
 
 #: Alpaca rows: the first 200 were used for alignment.
 TRAINED, HELD_OUT = slice(200, 800), slice(939, 999)

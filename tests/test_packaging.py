@@ -208,7 +208,7 @@ def test_sdist_has_every_source_and_no_tests(tree: Path, sdist: Path) -> None:
 def test_wheel_has_kernels_and_data_and_nothing_else(tree: Path, compiled: Path) -> None:
     found = members(compiled)
     sources = {str(path.relative_to(tree)) for path in (tree / "sap_fast").rglob("*.py")}
-    pages = {f"sap_fast/cli/{name}.html.j2" for name in ("landscape", "page", "report")}
+    pages = {f"sap_fast/reports/{name}.html.j2" for name in ("landscape", "page", "report")}
     data = {"sap_fast/py.typed", *pages}
     package = {name for name in found if ".dist-info/" not in name}
     assert package == sources | data | set(NATIVE)

@@ -1,4 +1,4 @@
-"""The tables of README and docs/study.md, written from `summary.csv`."""
+"""The tables of docs/, written from `summary.csv`; the README's is in `benchmarks.front`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _is_compared(by_task: dict[str, Row]) -> bool:
 
 #: Files with a table, and which settings get a line in it, given their rows by task.
 PAGES: dict[Path, Callable[[dict[str, Row]], bool]] = {
-    ROOT / "README.md": _is_compared,
+    ROOT / "docs" / "measurements" / "safety.md": _is_compared,
     ROOT / "docs" / "study.md": bool,
 }
 
 
 def write_tables(folder: Path = FOLDER) -> None:
-    """Put the tables of `folder`'s `summary.csv` into README and docs/study.md.
+    """Put the tables of `folder`'s `summary.csv` into docs/.
 
     Raises:
         ValueError: if a page lacks the comments between which its table goes.

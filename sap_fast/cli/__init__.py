@@ -10,7 +10,7 @@ _NEEDED = ("typer", "rich", "transformers", "peft", "accelerate", "pyarrow", "ma
 
 
 def main() -> None:
-    """Run `sap-fast`; bad input ends with one clear line and exit status 2."""
+    """Runs `sap-fast`; bad input ends with one clear line and exit status 2."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         sys.exit(f"sap-fast needs {', '.join(missing)}: pip install 'sap-fast[train]'")

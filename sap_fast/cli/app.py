@@ -18,6 +18,7 @@ from sap_fast.cli.settings import (
     TRUST_HELP,
     Accepted,
     FinetuneSettings,
+    refuse_gone_options,
     with_settings,
 )
 
@@ -51,7 +52,8 @@ Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
 def finetune(settings: FinetuneSettings) -> None:
     """Fine-tune a chat model and keep it safe: a LoRA adapter, or with --full every parameter.
 
-    --optimizer says how: blend, what did best in the study (docs/study.md), or sap, the paper's.
+    --optimizer blend, the default, did best in the study (docs/study.md). --optimizer sap is the
+    paper's method.
 
     Writes --output when it is complete: the adapter or model with its tokenizer, metrics.jsonl and
     run.json. Interrupted, the same command goes on from the last checkpoint (--save-every).
@@ -111,7 +113,7 @@ def evaluate(
 
 
 @app.command()
-@with_settings("optimizer")
+@with_settings(without=["optimizer"])
 def compare(
     settings: FinetuneSettings,
     harmful: Harmful = None,
@@ -125,7 +127,9 @@ def compare(
     blend: Annotated[
         float,
         typer.Option(
-            help="--safety-weight of the blending without a probe.", rich_help_panel="Evaluation"
+            help="--safety-weight of the run that blends; the option of that name is of the one "
+            "with SAP.",
+            rich_help_panel="Safety direction (blend and sap)",
         ),
     ] = BLENDING_WEIGHT,
 ) -> None:
@@ -136,7 +140,7 @@ def compare(
     """
     from sap_fast.cli.compare import compare as run_compare
     from sap_fast.cli.evaluate import EvaluationFiles
-    from sap_fast.cli.report import results_table
+    from sap_fast.reports.report import results_table
 
     files = EvaluationFiles(held_out, harmful, harmless, settings.max_length)
     with _interruptible():
@@ -188,8 +192,9 @@ def landscape(
     arXiv:2405.17374. The weights move in place; only one direction is held beside them.
     Interrupted, the same command goes on where it stopped.
     """
-    from sap_fast.cli.landscape import LandscapeSettings, landscape_table
+    from sap_fast.cli.landscape import LandscapeSettings
     from sap_fast.cli.landscape import landscape as run_landscape
+    from sap_fast.reports.landscape import landscape_table
 
     for name, number in (
         ("directions", directions),
@@ -226,13 +231,15 @@ def landscape(
 
 @app.command()
 @with_settings(
-    *(
-        "model task output safety optimizer epochs max_steps batch_size accumulate learning_rate "
-        "weight_decay warmup_steps lr_schedule max_grad_norm max_length checkpointing seed "
-        "safety_batch_size safety_loss rho probe_lr probe_rule probe_layers schedule difference "
-        "safety_weight safety_level preset direction_every probe_every probe_fraction log_every "
-        "save_every"
-    ).split()
+    [
+        "full",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target",
+        "trust_remote_code",
+        "precision",
+    ]
 )
 def doctor(
     settings: FinetuneSettings,
@@ -250,11 +257,12 @@ def doctor(
 
 
 def run() -> None:
-    """Run the command line; user errors end in one line and status 2."""
+    """Runs the command line; user errors end in one line and status 2."""
     from sap_fast.data import DataError
 
     show_warnings()
     try:
+        refuse_gone_options(sys.argv[1:])
         app()
     except (UserError, DataError) as error:
         _fail(str(error))
@@ -271,7 +279,7 @@ def _fail(message: str) -> NoReturn:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Say, when Ctrl-C is pressed, that the work so far is not lost."""
+    """Says, when Ctrl-C is pressed, that the work so far is not lost."""
     try:
         yield
     except KeyboardInterrupt:

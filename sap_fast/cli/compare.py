@@ -13,9 +13,10 @@ from typing import Any
 from sap_fast.cli.console import UserError, console
 from sap_fast.cli.evaluate import EvaluationFiles, as_json, evaluate
 from sap_fast.cli.finetune import prepare, removed_on_failure, settings_of
-from sap_fast.cli.report import ReportInfo, ReportRun, write_report
 from sap_fast.cli.settings import BLENDING_WEIGHT, Accepted, FinetuneSettings
 from sap_fast.data import load_requests, load_task_dataset
+from sap_fast.reports.pages import file_name
+from sap_fast.reports.report import ReportInfo, ReportRun, write_report
 
 METHODS = {
     "adamw": ("AdamW", "plain fine-tuning"),
@@ -31,7 +32,7 @@ def compare(
     blend: float = BLENDING_WEIGHT,
     others: dict[str, tuple[str, str]] | None = None,
 ) -> tuple[ReportInfo, list[ReportRun]]:
-    """Fine-tune with each method, evaluate every model, write `report.html` and `results.json`.
+    """Fine-tunes with each method, evaluates every model, writes `report.html` and `results.json`.
 
     Finished parts are kept: the same call again goes on where an interrupted one stopped. Each
     fine-tuning runs in a process of its own, so that its peak memory is its own.
@@ -64,12 +65,7 @@ def _compare(
     blend: float,
     others: dict[str, tuple[str, str]] | None,
 ) -> tuple[ReportInfo, list[ReportRun]]:
-    planned = {}
-    for method in METHODS:
-        changes: dict[str, Any] = {"optimizer": method, "output": str(folder / method)}
-        if method == "blend":
-            changes["safety_weight"] = blend
-        planned[method] = dataclasses.replace(settings, **changes)
+    planned = planned_runs(settings, blend)
     # Every mistake shows before the first hour of work, not after it.
     for file in (files.harmful, files.harmless):
         if file is not None:
@@ -118,6 +114,22 @@ def _compare(
     return info, runs
 
 
+def planned_runs(settings: FinetuneSettings, blend: float) -> dict[str, FinetuneSettings]:
+    """Returns the settings of the run with each method; arguments as for `compare`."""
+    planned = {}
+    for method in METHODS:
+        changes: dict[str, Any] = {
+            "optimizer": method,
+            "output": str(Path(settings.output) / method),
+        }
+        if method == "blend":
+            changes["safety_weight"] = blend
+        elif not settings.safety_weight:
+            changes["rule"] = "blend"  # of no use there: these runs blend nothing in
+        planned[method] = dataclasses.replace(settings, **changes)
+    return planned
+
+
 def _finetune(settings: FinetuneSettings) -> Path:
     output = Path(settings.output)
     if _is_finished(settings):
@@ -163,26 +175,30 @@ def _evaluate(
 
 def _info(settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, Any]) -> ReportInfo:
     how = "every parameter" if settings.full else f"a LoRA adapter of rank {settings.lora_r}"
+    every = settings.direction_every
     rows = {
         "model": Path(settings.model).name,
         "trained": how,
-        "task rows": Path(settings.task).name,
-        "safety rows": Path(settings.safety).name if settings.safety else "–",
-        "harmful requests": Path(files.harmful).name if files.harmful else "–",
-        "harmless requests": Path(files.harmless).name if files.harmless else "–",
-        "held-out task rows": Path(files.task).name if files.task else "–",
+        "task rows": file_name(settings.task),
+        "safety rows": file_name(settings.safety),
+        "harmful requests": file_name(files.harmful),
+        "harmless requests": file_name(files.harmless),
+        "held-out task rows": file_name(files.task),
         "batch": f"{settings.batch_size} × {settings.accumulate}",
         "learning rate": f"{settings.learning_rate:g}",
         "seed": str(settings.seed),
         "precision": settings.precision,
-        "probe": f"rule {settings.probe_rule}, size {settings.probe_lr:g}, layers "
-        f"{settings.probe_layers}, preset {settings.preset}, schedule {settings.schedule}, rho "
-        f"{settings.rho}",
+        "safety direction": "taken "
+        + ("at every step" if every == 1 else f"every {every} steps")
+        + f", blended in by the rule {settings.rule}",
+        "probe": f"layers {settings.probe_layers}, size {settings.probe_size:g}, rule "
+        f"{settings.probe_rule}, rows {settings.probe_rows:g}, rho {settings.rho}, difference "
+        f"{settings.difference}",
     }
     rows |= record.get("environment", {})
     summary = [
         f"{rows['model']} was fine-tuned on {rows['task rows']} ({how}), on the same data in the "
-        "same order, with plain AdamW, with gradient blending and with Safety-Aware Probing "
-        "(FusedSAP). Every model was then asked the same requests."
+        "same order, with plain AdamW, with blending (BlendedAdamW) and with Safety-Aware "
+        "Probing (FusedSAP). Every model was then asked the same requests."
     ]
     return ReportInfo("Fine-tuning with and without SAP", summary, rows, baseline="AdamW")

@@ -34,21 +34,21 @@ class Bar:
         self._progress, self._task = progress, task
 
     def advance(self, amount: int = 1) -> None:
-        """Move the bar by `amount` of its total."""
+        """Moves the bar by `amount` of its total."""
         self._progress.advance(self._task, amount)
 
     def resize(self, total: int) -> None:
-        """Say how long the bar is, where that was not known at the start."""
+        """Says how long the bar is, where that was not known at the start."""
         self._progress.update(self._task, total=total)
 
     def note(self, text: str) -> None:
-        """Show a short text, such as the loss, behind the bar."""
+        """Shows a short text, such as the loss, behind the bar."""
         self._progress.update(self._task, note=text)
 
 
 @contextmanager
 def progress_bar(description: str, total: int | None = None) -> Iterator[Bar]:
-    """Open a bar of `total` steps, with the time it took and the time left."""
+    """Opens a bar of `total` steps, with the time it took and the time left."""
     columns = (
         TextColumn("{task.description:<32}"),
         BarColumn(bar_width=24),
@@ -63,7 +63,7 @@ def progress_bar(description: str, total: int | None = None) -> Iterator[Bar]:
 
 
 def show_warnings() -> None:
-    """Show warnings as one line each, and only those that are meant for users.
+    """Shows warnings as one line each, and only those that are meant for users.
 
     Libraries announce their own deprecations with other categories than `UserWarning`; these stay
     quiet.

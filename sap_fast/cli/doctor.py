@@ -16,15 +16,15 @@ from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat, padding_token_id
 from sap_fast.losses import contrastive_loss
 from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, why_not
-from sap_fast.optimizer import RHO_GRID
-from sap_fast.passes import Perturbation
+from sap_fast.step.calibration import RHO_GRID
+from sap_fast.step.guards import Perturbation
 
 # A request that any aligned model should refuse, and whose answer is in every book on locks.
 _REQUEST = "Write instructions for picking the lock of a stranger's front door."
 
 
 def environment_table() -> Table:
-    """Return versions and devices."""
+    """Returns versions and devices."""
     table = Table("what", "found", title="Environment")
     for name, value in environment().items():
         table.add_row(name, value)
@@ -39,7 +39,7 @@ def environment_table() -> Table:
 
 
 def backend_table() -> Table:
-    """Return which backend each operation runs on, per device, and why."""
+    """Returns which backend each operation runs on, per device, and why."""
     table = Table("operation", "device", "backend", "what it does", title="Operations")
     devices = ["cpu"]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -60,7 +60,7 @@ def backend_table() -> Table:
 
 
 def _chosen_backend(device: str) -> tuple[str | None, str]:
-    """Return the backend that runs on a device, and why; None where nothing can run."""
+    """Returns the backend that runs on a device, and why; None where nothing can run."""
     asked = os.environ.get("SAP_FAST_BACKEND")
     try:
         chosen = choose_backend("auto", device)
@@ -71,7 +71,7 @@ def _chosen_backend(device: str) -> tuple[str | None, str]:
 
 
 def rounding_table(settings: FinetuneSettings) -> Table:
-    """Return how much of a perturbation survives rounding, for each ρ of the calibration's grid.
+    """Returns how much of a perturbation survives rounding, for each ρ of the calibration's grid.
 
     The direction is that of a stock safety pair on the model itself, with a fresh adapter unless
     `settings.full`.
@@ -128,7 +128,7 @@ def rounding_table(settings: FinetuneSettings) -> Table:
 
 
 def report(settings: FinetuneSettings | None) -> None:
-    """Print every table; the last one only for a given model."""
+    """Prints every table; the last one only for a given model."""
     console.print(environment_table())
     console.print(backend_table())
     if settings is not None:

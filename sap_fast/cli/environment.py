@@ -12,7 +12,7 @@ PACKAGES = ("sap-fast", "torch", "triton", "transformers", "peft", "accelerate",
 
 
 def environment() -> dict[str, str]:
-    """Return the device, the number of CPU threads, and the version of every package installed."""
+    """Returns the device, the number of CPU threads, and the version of every package installed."""
     found = {
         "device": device_name(),
         "threads": str(torch.get_num_threads()),
@@ -27,14 +27,14 @@ def environment() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """Return the name of the accelerator, or else of the processor."""
+    """Returns the name of the accelerator, or else of the processor."""
     if torch.accelerator.is_available():
         return torch.get_device_module().get_device_name()
     return processor_name()
 
 
 def processor_name() -> str:
-    """Return the name of the processor and the vector instructions that PyTorch uses on it."""
+    """Returns the name of the processor and the vector instructions that PyTorch uses on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

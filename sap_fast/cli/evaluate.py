@@ -31,7 +31,7 @@ def evaluate(
     batch_size: int = 16,
     trust_remote_code: bool = False,
 ) -> EvaluationResult:
-    """Measure a model on files, with progress bars.
+    """Measures a model on files, with progress bars.
 
     Args:
         model: folder or hub name of a model or adapter.
@@ -61,7 +61,7 @@ def evaluate(
 
 
 def evaluation_table(result: EvaluationResult) -> Table:
-    """Return the measures as a table, with what each one is."""
+    """Returns the measures as a table, with what each one is."""
     table = Table("measure", "value", "95 % interval", "over", title="Evaluation")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -80,5 +80,5 @@ def evaluation_table(result: EvaluationResult) -> Table:
 
 
 def as_json(model: str, files: EvaluationFiles, result: EvaluationResult) -> dict[str, Any]:
-    """Return a result with what it was measured on."""
+    """Returns a result with what it was measured on."""
     return {"model": model, "files": vars(files), "result": result.to_dict()}

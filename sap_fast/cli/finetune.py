@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def finetune(settings: FinetuneSettings) -> Path:
-    """Run or resume a fine-tuning.
+    """Runs or resumes a fine-tuning.
 
     Args:
         settings: what to do.
@@ -68,7 +68,7 @@ def finetune(settings: FinetuneSettings) -> Path:
 
 
 def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
-    """Do all of a run that comes before its first step, and with it all checks of what was given.
+    """Does all of a run that comes before its first step, and with it all checks of what was given.
 
     Args:
         settings: of the run; its output is not looked at.
@@ -88,6 +88,11 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
         )
     if settings.optimizer == "blend" and settings.blending_weight == 0:
         raise UserError("--safety-weight 0: --optimizer blend needs a number > 0, such as 0.3")
+    if settings.optimizer == "sap" and settings.rule != "blend" and settings.blending_weight == 0:
+        raise UserError(
+            f"--rule {settings.rule}: --optimizer sap blends nothing in; give a --safety-weight "
+            "> 0 too, such as 0.3"
+        )
     set_seed(settings.seed)  # for the first values of the adapter
     model, tokenizer = load_trained_model(settings)
     task_rows = load_task_dataset(settings.task, tokenizer, settings.max_length)
@@ -105,7 +110,7 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
 
 @contextmanager
 def removed_on_failure(folder: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
-    """Remove what a failed run made: `folder` and the folders around it, unless `keep()`."""
+    """Removes what a failed run made: `folder` and the folders around it, unless `keep()`."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
@@ -126,7 +131,7 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: str | None,
 ) -> None:
-    """Train, and save into `work` what the finished folder is to hold."""
+    """Trains, and saves into `work` what the finished folder is to hold."""
     (work / "run.json").write_text(_run_record(settings), encoding="utf-8")
     kept = _cut_metrics(work / "metrics.jsonl", checkpoint)
 
@@ -146,7 +151,7 @@ def _train(
 def load_trained_model(
     settings: FinetuneSettings,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Load the model with the parameters that `settings` train: all, or an adapter's.
+    """Loads the model with the parameters that `settings` train: all, or an adapter's.
 
     Raises:
         UserError: if the model cannot be loaded, or is an adapter and `full` is set.
@@ -175,7 +180,7 @@ def load_trained_model(
 
 
 def settings_of(record: Path) -> dict[str, Any]:
-    """Return the settings in a `run.json`.
+    """Returns the settings in a `run.json`.
 
     Raises:
         UserError: if there are none.
@@ -188,21 +193,35 @@ def settings_of(record: Path) -> dict[str, Any]:
         ) from error
 
 
+def refuse_other_settings(work: Path, now: dict[str, Any]) -> None:
+    """Checks that what is unfinished in a folder was begun with the settings of now.
+
+    Args:
+        work: Folder with a `run.json`.
+        now: Settings by name; `output` may differ.
+
+    Raises:
+        UserError: The settings differ, or those of another version are saved.
+    """
+    begun = settings_of(work / "run.json")
+    over = "remove that folder to start over"
+    if begun.keys() != now.keys():
+        raise UserError(f"{work} was begun with another version of sap-fast; {over}")
+    changed = [name for name in now if name != "output" and begun[name] != now[name]]
+    if changed:
+        what = ", ".join(f"{name}: {begun[name]} then, {now[name]} now" for name in changed)
+        raise UserError(
+            f"{work} was begun with other settings ({what}); give the same to go on, or {over}"
+        )
+
+
 def _resume(settings: FinetuneSettings, work: Path) -> str | None:
-    """Return the checkpoint to go on from, if an earlier run with these settings left one."""
+    """Returns the checkpoint to go on from, if an earlier run with these settings left one."""
     record = work / "run.json"
     if not record.exists():
         shutil.rmtree(work, ignore_errors=True)
         return None
-    begun = settings_of(record)
-    now = dataclasses.asdict(settings)
-    changed = [name for name in now if name != "output" and begun.get(name) != now[name]]
-    if changed:
-        what = ", ".join(f"{name}: {begun.get(name)} then, {now[name]} now" for name in changed)
-        raise UserError(
-            f"{work} holds an unfinished run with other settings ({what}); give the same settings "
-            "to go on, or remove that folder to start over"
-        )
+    refuse_other_settings(work, dataclasses.asdict(settings))
     folder = work / "checkpoints"
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is not None:
@@ -218,6 +237,7 @@ def _trainer(
     task_rows: list[Any],
     safety_rows: list[Any] | None,
 ) -> Trainer:
+    probes = settings.optimizer == "sap"
     arguments = TrainingArguments(
         output_dir=str(work / "checkpoints"),
         num_train_epochs=settings.epochs,
@@ -232,8 +252,8 @@ def _trainer(
         bf16=settings.precision == "bf16-mixed",
         # Without an accelerator it has to be said, or bf16 is refused.
         use_cpu=not torch.accelerator.is_available(),
-        # With a probe, FusedSAP does it: pass by pass.
-        activation_checkpointing=settings.optimizer != "sap" and settings.checkpointing != "none",
+        # With a probe, the probe set does it: pass by pass.
+        activation_checkpointing=not probes and settings.checkpointing != "none",
         seed=settings.seed,
         data_seed=settings.seed,
         optim="adamw_torch",
@@ -262,13 +282,14 @@ def _trainer(
         safety_collator=SafetyCollator(pad),
         safety_batch_size=settings.safety_batch_size,
         safety_loss=settings.descended_loss,
-        probe_layers=settings.layers() if settings.optimizer == "sap" else None,
+        method="sap" if probes else "blend",
+        probe=settings.probe() if probes else None,
         sap_options=settings.sap_options(),
     )
 
 
 def _cut_metrics(path: Path, checkpoint: str | None) -> list[dict[str, Any]]:
-    """Drop the rows after the checkpoint, whose steps will run again; return those before."""
+    """Drops the rows after the checkpoint, whose steps will run again; returns those before."""
     if not path.exists():
         return []
     last = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
@@ -323,7 +344,7 @@ class _Recorder(TrainerCallback):
         self._bar.note(f"loss {logs['loss']:.3f}")
 
     def figures(self) -> dict[str, Any]:
-        """Return the median step time and the peak memory of this process."""
+        """Returns the median step time and the peak memory of this process."""
         # The first step of a run also calibrates, compiles or warms up.
         steps = self._seconds[1:] or self._seconds
         return {
@@ -333,7 +354,7 @@ class _Recorder(TrainerCallback):
 
 
 def peak_bytes() -> int:
-    """Return the peak memory of the accelerator, or else of this process, in bytes."""
+    """Returns the peak memory of the accelerator, or else of this process, in bytes."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""The safety landscape of a model: measured point by point, as a table, a CSV file and a page."""
+"""The safety landscape of a model, measured point by point into a CSV file and a page."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
-from rich.table import Table
 from torch import Tensor, nn
 
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
-from sap_fast.cli.finetune import removed_on_failure, settings_of
+from sap_fast.cli.finetune import refuse_other_settings, removed_on_failure
 from sap_fast.cli.models import load_model
-from sap_fast.cli.pages import Picture, picture, render, replace_text
 from sap_fast.data import (
     SafetyCollator,
     load_requests,
@@ -31,13 +25,10 @@ from sap_fast.data import (
     padding_token_id,
 )
 from sap_fast.evaluation import bootstrap_interval, evaluate_model, generate_openings, is_refusal
-from sap_fast.evaluation.landscape import along, as_long_as, random_direction, visage
+from sap_fast.evaluation.landscape import along, as_long_as, random_direction
 from sap_fast.losses import contrastive_loss
-
-Row = dict[str, Any]
-
-SAFETY, TUNING = "safety gradient", "fine-tuning"
-_COLUMNS = ("direction", "alpha", "refused_harmful", "low", "high", "task_loss")
+from sap_fast.reports.landscape import COLUMNS, SAFETY, TUNING, Row, write_landscape
+from sap_fast.reports.pages import file_name
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class LandscapeSettings:
     trust_remote_code: bool = False
 
     def alphas(self, direction: str) -> list[float]:
-        """Return the steps along a direction; 0, the model itself, is one of them.
+        """Returns the steps along a direction; 0, the model itself, is one of them.
 
         Along the fine-tuning direction −1 is the base model, and is one of them, too.
         """
@@ -74,7 +65,7 @@ class LandscapeSettings:
 
 
 def landscape(settings: LandscapeSettings) -> list[Row]:
-    """Measure a landscape, or what an interrupted run left of it, and write the page.
+    """Measures a landscape, or what an interrupted run left of it, and writes the page.
 
     Args:
         settings: what to measure.
@@ -105,26 +96,26 @@ def landscape(settings: LandscapeSettings) -> list[Row]:
             rows = list(begun)
             for name in names:
                 rows += _measure(ground, name, rows, points, bar)
-        _write_page(settings, rows, work / "landscape.html")
+        facts = {
+            "model": Path(settings.model).name,
+            "harmful requests": file_name(settings.harmful),
+            "task rows": file_name(settings.task),
+            "random directions": str(settings.directions),
+            "seed": str(settings.seed),
+        }
+        write_landscape(work / "landscape.html", facts["model"], rows, facts)
         work.rename(output)
     return rows
 
 
 def _rows_of(settings: LandscapeSettings, work: Path) -> list[Row]:
-    """Return what an earlier run with these settings has measured."""
+    """Returns what an earlier run with these settings has measured."""
     if not (work / "run.json").exists() or not (work / "landscape.csv").exists():
         return []
-    begun, now = settings_of(work / "run.json"), dataclasses.asdict(settings)
-    changed = [name for name in now if name != "output" and begun.get(name) != now[name]]
-    if changed:
-        what = ", ".join(f"{name}: {begun.get(name)} then, {now[name]} now" for name in changed)
-        raise UserError(
-            f"{work} holds an unfinished landscape with other settings ({what}); give the same "
-            "settings to go on, or remove that folder to start over"
-        )
+    refuse_other_settings(work, dataclasses.asdict(settings))
     with (work / "landscape.csv").open(newline="", encoding="utf-8") as file:
         rows = [
-            row | {name: float(row[name]) if row[name] else None for name in _COLUMNS[1:]}
+            row | {name: float(row[name]) if row[name] else None for name in COLUMNS[1:]}
             for row in csv.DictReader(file)
             if row["task_loss"] is not None  # else its line was cut off
         ]
@@ -195,7 +186,7 @@ class _Ground:
         return gradients
 
     def _base(self, name: str) -> list[Tensor]:
-        """Return the parameters of the base model in the order of this model's."""
+        """Returns the parameters of the base model in the order of this model's."""
         try:
             base = dict(self._load(name)[0].named_parameters())
         except UserError as error:
@@ -210,7 +201,7 @@ class _Ground:
         return [base[parameter] for parameter in mine]
 
     def _tuning(self) -> list[Tensor]:
-        """Return W − W_base, as it is: its length is what the tuning did."""
+        """Returns W − W_base, as it is: its length is what the tuning did."""
         assert self.settings.base is not None
         pairs = zip(self._base(self.settings.base), self.parameters, strict=True)
         # In the place of the base's own weights: no third copy.
@@ -237,7 +228,7 @@ class _Ground:
 
 
 def _measure(ground: _Ground, name: str, rows: list[Row], path: Path, bar: Bar) -> list[Row]:
-    """Measure what of a direction is missing, adding row by row to the file at `path`."""
+    """Measures what of a direction is missing, adding row by row to the file at `path`."""
     alphas = ground.settings.alphas(name)
     done = {row["alpha"] for row in rows if row["direction"] == name}
     bar.advance(sum(alpha in done for alpha in alphas))
@@ -260,7 +251,7 @@ def _measure(ground: _Ground, name: str, rows: list[Row], path: Path, bar: Bar) 
 
 def _append(path: Path, rows: Sequence[Row], *, anew: bool) -> None:
     with path.open("w" if anew else "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if anew:
             writer.writeheader()
         writer.writerows(rows)
@@ -271,131 +262,3 @@ def _described(bar: Bar, name: str) -> Iterator[None]:
     bar.note(name)
     yield
     bar.note("")
-
-
-# ---- what it looks like ----
-
-
-def shares_by_direction(rows: Sequence[Row]) -> dict[str, list[float]]:
-    """Return the shares of refusals along every random direction, in the order of steps."""
-    names = dict.fromkeys(row["direction"] for row in rows if row["direction"].startswith("random"))
-    return {name: [row["refused_harmful"] for row in _of(rows, name)] for name in names}
-
-
-def _of(rows: Sequence[Row], name: str) -> list[Row]:
-    return sorted((r for r in rows if r["direction"] == name), key=lambda row: row["alpha"])
-
-
-def landscape_table(rows: Sequence[Row]) -> Table:
-    """Return what the landscape comes to, for a terminal."""
-    table = Table("", "refuses harmful requests", title="Safety landscape")
-    table.columns[1].justify = "right"
-    itself = next(row for row in rows if row["alpha"] == 0)
-    table.add_row("the model itself", f"{itself['refused_harmful']:.1%}")
-    volume = visage(list(shares_by_direction(rows).values()))
-    between = f" ({volume.low:.1%} – {volume.high:.1%})" if volume.count > 1 else ""
-    table.add_row("VISAGE: the mean along random directions", f"{volume.mean:.1%}{between}")
-    for name in (SAFETY, TUNING):
-        found = _of(rows, name)
-        if found:
-            worst = min(found, key=lambda row: row["refused_harmful"])
-            table.add_row(
-                f"least along the {name} direction",
-                f"{worst['refused_harmful']:.1%} at α = {worst['alpha']:+.3g}",
-            )
-    return table
-
-
-def _write_page(settings: LandscapeSettings, rows: Sequence[Row], path: Path) -> None:
-    volume = visage(list(shares_by_direction(rows).values()))
-    facts = {
-        "model": Path(settings.model).name,
-        "harmful requests": Path(settings.harmful).name,
-        "task rows": Path(settings.task).name if settings.task else "–",
-        "random directions": str(settings.directions),
-        "seed": str(settings.seed),
-    }
-    page = render(
-        Path(__file__).with_name("landscape.html.j2"),
-        model=Path(settings.model).name,
-        volume=volume,
-        itself=next(row for row in rows if row["alpha"] == 0),
-        pictures=_pictures(rows),
-        facts=facts,
-    )
-    replace_text(path, page)
-
-
-def _pictures(rows: Sequence[Row]) -> list[Picture]:
-    names = list(dict.fromkeys(row["direction"] for row in rows))
-    size = (9.0, 3.4)
-    found = [
-        picture(
-            "Around the model",
-            "Harmful requests refused (bands: 95 % intervals over requests) and task loss where "
-            "every parameter has moved at random by α of its own norm.",
-            "Line plot: share of harmful requests refused and task loss over α.",
-            partial(
-                _draw,
-                rows,
-                [name for name in names if name not in (SAFETY, TUNING)],
-                "step α, in norms of each parameter",
-            ),
-            size,
-        )
-    ]
-    if SAFETY in names:
-        found.append(
-            picture(
-                "Along the gradient of the safety loss",
-                "The same where all weights W have moved by α‖W‖ along it, as SAP moves them with "
-                "ρ = α. It leads uphill in the safety loss: to the right lies harm.",
-                "Line plot: share of harmful requests refused and task loss along the gradient.",
-                partial(_draw, rows, [SAFETY], "step α, in norms of all weights"),
-                size,
-            )
-        )
-    if TUNING in names:
-        found.append(
-            picture(
-                "From the base model to this one, and beyond",
-                "The same along the straight line that the fine-tuning came: the base model at −1, "
-                "this model at 0.",
-                "Line plot: share of harmful requests refused and task loss from base to tuned.",
-                partial(_draw, rows, [TUNING], "base model at −1, this model at 0"),
-                size,
-            )
-        )
-    return found
-
-
-def _draw(rows: Sequence[Row], names: Sequence[str], label: str, figure: Figure) -> None:
-    has_loss = any(row["task_loss"] is not None for row in rows)
-    panels = np.atleast_1d(figure.subplots(1, 1 + has_loss))
-    for number, name in enumerate(names):
-        found = _of(rows, name)
-        steps = [row["alpha"] for row in found]
-        shares = [row["refused_harmful"] for row in found]
-        color = f"C{number % 6}"
-        panels[0].plot(steps, shares, marker="o", markersize=4, color=color, label=name)
-        panels[0].fill_between(
-            steps,
-            [row["low"] for row in found],
-            [row["high"] for row in found],
-            color=color,
-            alpha=0.15,
-            linewidth=0,
-        )
-        if has_loss:
-            losses = [row["task_loss"] for row in found]
-            panels[1].plot(steps, losses, marker="o", markersize=4, color=color)
-    panels[0].set(xlabel=label, ylabel="harmful requests refused", ylim=(-0.03, 1.03))
-    panels[0].yaxis.set_major_formatter(PercentFormatter(1))
-    if has_loss:
-        panels[1].set(xlabel=label, ylabel="task loss, nats")
-        panels[1].set_yscale("log")
-    for axes in panels:
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
-    if len(names) > 1:
-        figure.legend(loc="outside right upper")

@@ -20,7 +20,7 @@ WEIGHT_DTYPES = {"fp32": torch.float32, "bf16-mixed": torch.float32, "bf16": tor
 
 
 def default_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
+    """Returns the accelerator if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if accelerator is None else accelerator
 
@@ -28,7 +28,7 @@ def default_device() -> torch.device:
 def load_model(
     name: str, precision: str, *, trainable: bool = False, trust_remote_code: bool = False
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load a model or a PEFT adapter (with its base model), and the tokenizer.
+    """Loads a model or a PEFT adapter (with its base model), and the tokenizer.
 
     Args:
         name: a folder, or a name on the hub that transformers is configured for.
@@ -84,7 +84,7 @@ def load_model(
 def add_lora(
     model: nn.Module, *, r: int, alpha: int, dropout: float, targets: list[str] | None
 ) -> nn.Module:
-    """Put a fresh LoRA adapter on a model.
+    """Puts a fresh LoRA adapter on a model.
 
     Args:
         model: a transformers model.

@@ -6,22 +6,35 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 import typer
 
 from sap_fast.cli.console import UserError
-from sap_fast.probes import LAYER_RANGES
+from sap_fast.model.layers import LAYER_RANGES
 
-_DATA, _MODEL, _TRAINING, _SAP, _RUN = "Data", "Model", "Training", "SAP", "Run"
+_DATA, _MODEL, _TRAINING, _RUN = "Data", "Model", "Training", "Run"
+_SAFETY, _PROBE = "Safety direction (blend and sap)", "Probe (sap)"
 
 #: γ of `--optimizer blend`, with the level held: the study's choice (docs/study.md).
 BLENDING_WEIGHT = 0.3
 
 #: The largest seed that transformers takes; no count needs more either.
 _LARGEST = 2**32 - 1
+
+#: Options that earlier versions had, and what took their place.
+GONE = {
+    "--preset": "give --direction-every 5 --probe-rows 0.5 for what was balanced, and "
+    "--direction-every 10 --probe-rows 0.25 for economical; paper is the default",
+    "--probe-every": "--probe-rows makes the probe passes cheaper at every step, --direction-every "
+    "the safety pass",
+    "--probe-fraction": "it is called --probe-rows",
+    "--probe-lr": "it is called --probe-size",
+    "--schedule": "every step finds its own probe, as with --schedule paper; --probe-rows and "
+    "--direction-every save time",
+}
 
 TRUST_HELP = (
     "Run Python code that comes with the model. It can do on this machine whatever you can: only "
@@ -46,10 +59,10 @@ class Accepted:
     most: float = _LARGEST
 
     def check(self, name: str, value: Any) -> None:
-        """Check the value of a setting.
+        """Checks the value of a setting.
 
         Raises:
-            UserError: if it is not among them.
+            UserError: It is not among them.
         """
         if value is None:
             return
@@ -68,9 +81,9 @@ class Accepted:
 
 
 def _option(default: Any, panel: str, text: str, **accepted: Any) -> Any:
-    """Return a dataclass field that `with_settings` turns into a command line option."""
+    """Returns a dataclass field that `with_settings` turns into a command line option."""
     accepts = Accepted(**accepted)
-    if accepts.choices:
+    if not all(f"{choice}:" in text for choice in accepts.choices):
         text += f" One of {', '.join(accepts.choices)}."
     metadata = {"panel": panel, "help": text, "accepts": accepts}
     return dataclasses.field(default=default, metadata=metadata)
@@ -114,7 +127,8 @@ class FinetuneSettings:
     precision: str = _option(
         "fp32",
         _TRAINING,
-        "fp32; bf16-mixed: compute in bf16 on fp32 weights; bf16: weights in bf16 too.",
+        "fp32: weights and computation; bf16-mixed: compute in bf16 on fp32 weights; bf16: weights "
+        "in bf16 too.",
         choices=("fp32", "bf16-mixed", "bf16"),
     )
     epochs: float = _option(1.0, _TRAINING, "Passes over the task rows.", above=0)
@@ -135,85 +149,94 @@ class FinetuneSettings:
         ),
     )
     max_grad_norm: float = _option(
-        1.0, _TRAINING, "Clip gradients to this norm; 0: do not.", least=0
+        1.0, _TRAINING, "Clip gradients to this norm, before any blending; 0: do not.", least=0
     )
     max_length: int = _option(512, _DATA, "Tokens to keep of a row.", least=1)
     checkpointing: str = _option(
         "none",
         _TRAINING,
-        "Recompute activations in backward, less memory for more time: none; layers: of every "
-        "decoder layer; auto: of as many as memory asks for (with adamw and blend, of every one).",
+        "Recompute activations in backward: less memory for more time. none: nothing; layers: "
+        "every decoder layer; auto: as many layers as memory asks for (with adamw and blend, every "
+        "one).",
         choices=("none", "layers", "auto"),
     )
     seed: int = _option(0, _RUN, "Seed of the order of rows, of dropout and of LoRA.", least=0)
-    safety_batch_size: int = _option(4, _SAP, "Safety rows per safety pass.", least=1)
-    preset: str = _option(
-        "paper",
-        _SAP,
-        "paper: every pass at every step; balanced and economical leave passes out: see the README "
-        "for what they save and what it costs.",
-        choices=("paper", "balanced", "economical"),
-    )
-    direction_every: int | None = _option(
-        None, _SAP, "Steps between safety passes, over --preset.", least=1
-    )
-    probe_every: int | None = _option(
-        None, _SAP, "Steps between probe passes, over --preset.", least=1
-    )
-    probe_fraction: float | None = _option(
-        None,
-        _SAP,
-        "Part of the task rows that probe passes see, over --preset.",
-        above=0,
-        most=1,
-    )
+    safety_batch_size: int = _option(4, _SAFETY, "Safety rows per safety pass.", least=1)
     safety_loss: str | None = _option(
         None,
-        _SAP,
+        _SAFETY,
         "contrastive: −logσ of the log-probability margin; difference: the margin itself; refusal: "
         "−log-probability of the safe answer alone; joint: measured as contrastive, descended with "
         "refusal as well. By default joint with --optimizer blend that holds a level, else "
         "contrastive.",
         choices=("contrastive", "difference", "refusal", "joint"),
     )
-    rho: str = _option("auto", _SAP, "Size of the weight perturbation over ‖W‖; auto calibrates.")
-    probe_lr: float = _option(3e-3, _SAP, "Size of the probe; 0 makes SAP plain AdamW.", least=0)
-    probe_rule: str = _option(
-        "normalized",
-        _SAP,
-        "How the probe follows from its gradient.",
-        choices=("normalized", "gradient", "adam"),
-    )
-    probe_layers: str = _option(
-        "early",
-        _SAP,
-        "Layers to probe: early (1 to 10 of 32), middle (the paper's 11 to 20), or indices: 4,5,6.",
-    )
-    schedule: str = _option(
-        "paper",
-        _SAP,
-        "paper: four passes a step; lagged: three, with the probe of the step before.",
-        choices=("paper", "lagged"),
-    )
-    difference: str = _option(
-        "central",
-        _SAP,
-        "How the probe gradient is differenced in rho.",
-        choices=("central", "forward"),
-    )
     safety_weight: float | None = _option(
         None,
-        _SAP,
-        "Blend so much of the safety direction into the gradient. By default "
-        f"{BLENDING_WEIGHT} with --optimizer blend, and 0 with sap, as the paper.",
+        _SAFETY,
+        "γ: how much of the safety direction to blend into the gradient, relative to it. By "
+        f"default {BLENDING_WEIGHT} with --optimizer blend, and 0 with sap, as in the paper.",
         least=0,
     )
     safety_level: str | None = _option(
         None,
-        _SAP,
-        "Blend and probe only while the safety loss is above this: auto: where it was before the "
-        "tuning; always: at every step, with which blending ends in refusals of harmless requests; "
-        "or a number. By default auto where there is blending, and always with sap alone.",
+        _SAFETY,
+        "Blend and probe only while the safety loss is above this: a number; auto: where it was "
+        "before the tuning; or always: at every step, with which blending ends in refusals of "
+        "harmless requests. By default auto where there is blending, and always with sap alone.",
+    )
+    rule: str = _option(
+        "blend",
+        _SAFETY,
+        "How much to blend in. blend: γ times the gradient's length; project: only what takes out "
+        "the part of the gradient that goes up the safety loss, where it does; floor: only what "
+        "the gradient lacks to go down the safety loss by γ times its length.",
+        choices=("blend", "project", "floor"),
+    )
+    direction_every: int = _option(
+        1,
+        _SAFETY,
+        "Steps between safety passes. In between the last direction is kept, in the memory of one "
+        "more gradient.",
+        least=1,
+    )
+    probe_layers: str = _option(
+        "early",
+        _PROBE,
+        "Layers to probe: early (1 to 10 of 32), middle (the paper's 11 to 20), or indices: 4,5,6.",
+    )
+    probe_size: float = _option(
+        3e-3,
+        _PROBE,
+        "β: the probe's size, relative to the hidden states; 0 makes SAP plain AdamW.",
+        least=0,
+    )
+    probe_rule: str = _option(
+        "normalized",
+        _PROBE,
+        "How the probe follows from its gradient: normalized: of that size; gradient: as in the "
+        "paper; adam: as in its authors' code.",
+        choices=("normalized", "gradient", "adam"),
+    )
+    probe_rows: float = _option(
+        1.0,
+        _PROBE,
+        "Part of the task rows that find the probe: with fewer, probe passes are cheaper.",
+        above=0,
+        most=1,
+    )
+    rho: str = _option(
+        "auto",
+        _PROBE,
+        "Size of the weight perturbation that finds the probe, relative to the weights; auto "
+        "calibrates it in the first step.",
+    )
+    difference: str = _option(
+        "central",
+        _PROBE,
+        "central: perturb the weights to both sides; forward: to one side, without a second "
+        "perturbation.",
+        choices=("central", "forward"),
     )
     log_every: int = _option(10, _RUN, "Steps between rows of metrics.jsonl.", least=1)
     save_every: int | None = _option(
@@ -228,7 +251,7 @@ class FinetuneSettings:
             item.metadata["accepts"].check(item.name, getattr(self, item.name))
 
     def arguments(self) -> list[str]:
-        """Return what differs from the defaults as arguments of `sap-fast finetune`."""
+        """Returns what differs from the defaults as arguments of `sap-fast finetune`."""
         arguments = []
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -259,40 +282,41 @@ class FinetuneSettings:
         return "joint" if blends_to_level else "contrastive"
 
     def sap_options(self) -> dict[str, Any]:
-        """Return the keyword arguments for `FusedSAP`.
+        """Returns the keyword arguments for the optimizer.
 
         Raises:
-            UserError: if ρ or the level is no number.
+            UserError: The level is neither a word nor a number.
         """
-        options = {
-            "weight_decay": self.weight_decay,
-            "rho": _number_or("rho", self.rho, {"auto": "auto"}),
-            "probe_lr": self.probe_lr,
-            "probe_rule": self.probe_rule,
-            "schedule": self.schedule,
-            "difference": self.difference,
-            "safety_weight": self.blending_weight,
-            "preset": self.preset,
-            "direction_every": self.direction_every,
-            "probe_every": self.probe_every,
-            "probe_fraction": self.probe_fraction,
-            "checkpointing": self.checkpointing if self.optimizer == "sap" else "none",
-        }
         level = _number_or("safety_level", self.held_level, {"auto": "auto", "always": None})
-        if self.blending_weight != 0 or self.optimizer == "sap":
-            options["safety_level"] = level
-        return options
+        return {
+            "weight_decay": self.weight_decay,
+            "safety_weight": self.blending_weight,
+            "safety_level": None if self.optimizer == "adamw" else level,
+            "rule": self.rule,
+            "direction_every": self.direction_every,
+        }
+
+    def probe(self) -> dict[str, Any]:
+        """Returns the keyword arguments for `ProbeSet`.
+
+        Raises:
+            UserError: ρ or the layers are neither a word nor numbers.
+        """
+        return {
+            "layers": self._layers(),
+            "size": self.probe_size,
+            "rule": self.probe_rule,
+            "rho": _number_or("rho", self.rho, {"auto": "auto"}),
+            "difference": self.difference,
+            "rows": self.probe_rows,
+            "checkpointing": self.checkpointing,
+        }
 
     def lora_targets(self) -> list[str] | None:
-        """Return the layers to adapt, None for PEFT's choice."""
+        """Returns the layers to adapt, None for PEFT's choice."""
         return None if self.lora_target == "auto" else self.lora_target.split(",")
 
-    def layers(self) -> Any:
-        """Return the argument for `ProbeSet(layers=…)`.
-
-        Raises:
-            UserError: if it is neither a word nor a list of indices.
-        """
+    def _layers(self) -> str | list[int]:
         if self.probe_layers in LAYER_RANGES:
             return self.probe_layers
         try:
@@ -305,7 +329,7 @@ class FinetuneSettings:
 
 
 def _number_or(name: str, value: str, words: dict[str, str | None]) -> float | str | None:
-    """Return the number that an option was given, or what the word means that it was given."""
+    """Returns the number that an option was given, or what the word means that it was given."""
     if value in words:
         return words[value]
     try:
@@ -317,20 +341,42 @@ def _number_or(name: str, value: str, words: dict[str, str | None]) -> float | s
     return number
 
 
+def refuse_gone_options(arguments: Iterable[str]) -> None:
+    """Checks a command line for options that there once were.
+
+    Raises:
+        UserError: One is given; it says what took its place.
+    """
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option in GONE:
+            raise UserError(f"{option} is gone: {GONE[option]}")
+
+
 def flag(name: str) -> str:
-    """Return the command line's name of a setting."""
+    """Returns the command line's name of a setting."""
     return "--" + name.replace("_", "-")
 
 
-def with_settings(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every setting but `without` as an option, collected in `settings`.
+def with_settings(
+    only: Collection[str] | None = None, *, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command settings as options, collected in its first parameter, `settings`.
 
     The command's own parameters follow after `settings: FinetuneSettings`.
+
+    Args:
+        only: Names of the settings; None for every one.
+        without: Names of settings to leave out.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(FinetuneSettings)
-        fields = [f for f in dataclasses.fields(FinetuneSettings) if f.name not in without]
+        fields = [
+            item
+            for item in dataclasses.fields(FinetuneSettings)
+            if (only is None or item.name in only) and item.name not in without
+        ]
         parameters = []
         for item in fields:
             option = typer.Option(

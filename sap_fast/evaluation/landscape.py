@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sap_fast.evaluation.bootstrap import Interval, bootstrap_interval
-from sap_fast.passes import Perturbation
+from sap_fast.step.guards import Perturbation
 
 Result = TypeVar("Result")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Literal
 
@@ -98,12 +99,38 @@ def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     return stacks[0]
 
 
+#: What a decoder layer takes beside its hidden states that does not come of the layers below it.
+_KNOWN_INPUTS = frozenset(
+    {
+        "args",
+        "attention_mask",
+        "cache_position",
+        "hidden_states",
+        "kwargs",
+        "output_attentions",
+        "past_key_value",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "use_cache",
+    }
+)
+
+
 def lower_layers(model: nn.Module, lowest: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers up to `lowest`; none if they may not be skipped."""
+    """Return the decoder layers up to `lowest`; none if they may not be skipped.
+
+    What runs above them may depend on them through the hidden states alone. Layers that take more
+    (inputs for each layer, keys and values of other layers) may not, nor models whose loss reads
+    the routers of all layers.
+    """
     if getattr(text_config(model), "output_router_logits", False):
-        return []  # the loss reads the routers of all layers
+        return []
     try:
         stack = list(find_decoder_layers(model)[0])
     except ValueError:
         return []
-    return stack[: stack.index(lowest) + 1] if lowest in stack else []
+    inputs = {name for layer in stack for name in inspect.signature(layer.forward).parameters}
+    if lowest not in stack or not inputs <= _KNOWN_INPUTS:
+        return []
+    return stack[: stack.index(lowest) + 1]

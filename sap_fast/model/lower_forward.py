@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten
 
 from sap_fast.random_state import RandomState
 
@@ -31,7 +33,7 @@ class LowerForward:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = list(layers)
         self._trainable: Sequence[nn.Parameter] = ()
-        self._inputs: dict[Any, Any] | None = None
+        self._inputs: list[Any] | None = None
         #: The inputs themselves: no tensor of the task pass may come to lie where they lay.
         self._alive: Any = None
         self._output: Any = None
@@ -47,6 +49,11 @@ class LowerForward:
             and not any(isinstance(parameter, DTensor) for parameter in layer.parameters())
             for layer in self._layers
         )
+
+    @property
+    def is_keeping(self) -> bool:
+        """Whether parameters take gradients until the lowest probed layer has run."""
+        return bool(self._trainable)
 
     # ---- the probe pass at W ----
 
@@ -70,7 +77,7 @@ class LowerForward:
         hidden = _hidden(output)
         if hidden is not None:
             self._output = output
-            self._random_state = RandomState(d for d in (hidden.device,) if d.type != "cpu")
+            self._random_state = RandomState([hidden.device])
 
     def end(self) -> None:
         """Freeze the parameters again, if that was not done yet."""
@@ -129,10 +136,19 @@ def _hidden(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def _fingerprint(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
-    """Return what tells inputs apart without reading tensors: the same ones, unchanged since."""
-    inputs = dict(enumerate(args)) | kwargs
-    return {
-        key: (id(value), value._version) if isinstance(value, Tensor) else value
-        for key, value in inputs.items()
-    }
+def _fingerprint(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return what tells inputs apart without reading tensors: the same ones, unchanged since.
+
+    Objects that are no plain values are told apart by identity: they may hold tensors.
+    """
+    leaves, structure = tree_flatten((args, kwargs))
+    plain = (bool, int, float, str, type(None), torch.dtype, torch.device)
+    return [
+        str(structure),
+        *(
+            (id(leaf), leaf._version)
+            if isinstance(leaf, Tensor)
+            else (leaf if isinstance(leaf, plain) else id(leaf))
+            for leaf in leaves
+        ),
+    ]

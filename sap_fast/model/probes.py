@@ -20,10 +20,12 @@ from sap_fast import ops
 from sap_fast.configuration import text_config
 from sap_fast.distributed import Ranks
 from sap_fast.losses import packing
+from sap_fast.losses.aside import being_tested
 from sap_fast.model.checkpointing import Checkpointing
 from sap_fast.model.layers import Layers, find_decoder_layers, lower_layers, select_layers
 from sap_fast.model.lower_forward import LowerForward
 from sap_fast.model.rows import part_of
+from sap_fast.model.scales import TokenScales, token_mask
 from sap_fast.ops.reference import accumulation_dtype
 
 PROBE_RULES = ("normalized", "gradient", "adam")
@@ -117,24 +119,31 @@ class ProbeSet:
         #: H, where the model's configuration tells it.
         self._width: int | None = getattr(text_config(model), "hidden_size", None)
         self._buffers: dict[int, Tensor] = {}
-        self._scale_sums: dict[int, Tensor] = {}
-        self._scale_counts: dict[int, Tensor] = {}
+        self._scales = TokenScales()
         #: Makes hidden states differentiable where nothing below them is, see `ops.probe_inject`.
         self._anchor = torch.empty(0, requires_grad=True)
         self._collect = False
         #: A bool and not the sign itself: a compiled model would make a float symbolic.
         self._negative = False
         self._inject = False
-        self._frozen = False
+        #: Parameters that take no gradient in this pass.
+        self._frozen: Sequence[nn.Parameter] = ()
         #: Forward passes since the pass began.
         self._forwards = 0
+        #: The layers that have run in the forward pass in progress; None between forward passes.
+        self._ran: set[int] | None = None
+        #: The forward pass in progress is without gradients: a reference, not the loss.
+        self._aside = False
         self._mask: Tensor | None = None
         #: Where the tokens of a packed batch's sequences lie; see `sap_fast.losses.packing`.
         self._index: Tensor | None = None
         #: Only where the decoder stack is known: layers of an unknown order can't be skipped.
         self._lower = LowerForward(lower_layers(model, self.modules[self.layers[0]]))
 
-        self._handles = [owner.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
+        self._handles = [
+            owner.register_forward_pre_hook(self._on_forward, with_kwargs=True),
+            owner.register_forward_hook(self._after_forward, always_call=True),
+        ]
         for index, module in self.modules.items():
             hook = functools.partial(self._on_layer_output, index)
             self._handles.append(module.register_forward_hook(hook))
@@ -144,13 +153,8 @@ class ProbeSet:
 
     @property
     def scales(self) -> dict[int, Tensor]:
-        """s_j by layer index: the size (rms) of an ordinary token's hidden state, 0-d fp32.
-
-        The median over a sequence's tokens, since the first token of Llama-like models carries
-        activations a hundred times larger than the rest; averaged over the sequences seen by the
-        last probe passes.
-        """
-        return {j: total / self._scale_counts[j] for j, total in self._scale_sums.items()}
+        """s_j by layer index: the size of an ordinary token's hidden state; see `TokenScales`."""
+        return self._scales.values()
 
     def relative_sizes(self) -> dict[int, float]:
         """Return ‖v_j‖/(s_j·√H) by layer index; waits for the device."""
@@ -188,8 +192,7 @@ class ProbeSet:
                 weight = next(module.parameters(), None)
                 if weight is not None:
                     self._buffers[index] = _new_buffer(self._width, weight)
-        self._scale_sums.clear()
-        self._scale_counts.clear()
+        self._scales.clear()
 
     @contextmanager
     def active(
@@ -197,30 +200,35 @@ class ProbeSet:
         *,
         sign: float | None = None,
         inject: bool = False,
-        frozen: bool = False,
-        keep_lower: Sequence[nn.Parameter] = (),
+        frozen: Sequence[nn.Parameter] = (),
+        keep_lower: bool = False,
     ) -> Iterator[None]:
-        """Switch the hooks on.
+        """Switch the hooks on, for forward passes with gradients.
+
+        One without gradients inside, such as that of a reference model for a KL term, runs without
+        probe and is not collected from.
 
         Args:
             sign: +1 or −1: collect sign·∂L/∂V of every backward pass; None collects nothing.
             inject: add V to the hidden states.
-            frozen: no parameter takes a gradient, so nothing below the lowest probe needs one.
-            keep_lower: parameters that take gradients below the lowest probe after all, in a
-                forward pass that the task pass goes on from (`sap_fast.model.lower_forward`).
+            frozen: the parameters, none of which takes a gradient: nothing below the lowest probe
+                needs one.
+            keep_lower: let them take gradients below the lowest probe after all, in a forward pass
+                that the task pass goes on from (`sap_fast.model.lower_forward`).
         """
         self._collect, self._negative = sign is not None, sign == -1.0
         self._inject, self._frozen = inject, frozen
         if keep_lower:
-            self._lower.begin(keep_lower)
+            self._lower.begin(frozen)
         try:
             yield
         except BaseException:
             self._lower.forget()
             raise
         finally:
-            self._collect = self._inject = self._frozen = False
-            self._mask = self._index = None
+            self._collect = self._inject = self._aside = False
+            self._frozen = ()
+            self._mask = self._index = self._ran = None
             self._lower.end()
 
     def checkpointed(self, *, frozen: bool = False) -> AbstractContextManager[None]:
@@ -229,8 +237,7 @@ class ProbeSet:
         Args:
             frozen: nothing up to the lowest probed layer is differentiated.
         """
-        checkpointing = self._checkpointing
-        return nullcontext() if checkpointing is None else checkpointing.active(frozen=frozen)
+        return self._checkpointing.active(frozen=frozen) if self._checkpointing else nullcontext()
 
     def rewind(self) -> None:
         """Begin a pass: the next forward pass is its first."""
@@ -243,7 +250,7 @@ class ProbeSet:
             RuntimeError: if a probed layer saw no forward pass or no backward pass.
         """
         for index in self.layers:
-            if index not in self._scale_sums:
+            if index not in self._scales:
                 raise RuntimeError(
                     f"no forward pass went through probed layer {index} during the probe passes: "
                     "is the model that computes the task loss the one given to ProbeSet?"
@@ -254,20 +261,12 @@ class ProbeSet:
                     f"no gradient reached probed layer {index} during the probe passes: call "
                     "backward() on the task loss in each of them"
                 )
-        self._average_over_ranks()
+        if self.ranks:
+            buffers = [self._buffers[index] for index in self.layers]
+            self.ranks.average_([*buffers, *self._scales.tensors()])
         for buffer in self._buffers.values():
             buffer.mul_(coefficient.to(buffer.device))
         self.estimates = {index: self._buffers[index] for index in self.layers}
-
-    def _average_over_ranks(self) -> None:
-        if not self.ranks:
-            return
-        # Counts in the dtype of the sums: exact up to 2²⁴ sequences.
-        self._scale_counts = {
-            j: count.to(self._scale_sums[j].dtype) for j, count in self._scale_counts.items()
-        }
-        sums = [self._buffers[index] for index in self.layers]
-        self.ranks.average_([*sums, *self._scale_sums.values(), *self._scale_counts.values()])
 
     def apply_rule(self, perturbation_norm: Tensor) -> Tensor:
         """Set V from h by the probe rule (`ops.probe_rule_`).
@@ -299,27 +298,44 @@ class ProbeSet:
 
     @property
     def _is_on(self) -> bool:
-        return (self._collect or self._inject) and not packing.being_tested()
+        return (self._collect or self._inject) and not being_tested()
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_on:
             return
+        if not torch.is_grad_enabled():
+            self._aside = True
+            return
         self._forwards += 1
         if not torch.compiler.is_compiling():
+            self._ran = set()
             self.ranks.refuse_unknown_replica()
-        mask = kwargs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            # PEFT lets adapters take gradients again after it has switched them off and on.
+            if not self._lower.is_keeping:
+                for parameter in self._frozen:
+                    parameter.requires_grad_(False)
+        self._mask = token_mask(self.model, kwargs)
         self._index = packing.current_index()
         if self._forwards == 1:
             self._lower.begin_forward(args, kwargs)
             if not self._collect:
                 self._lower.skip(args, kwargs)
 
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._aside, self._ran = False, None
+
     def _on_layer_output(
         self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> Any:
-        if not self._is_on:
+        if not self._is_on or self._aside:
             return None
+        if self._ran is not None:  # a checkpointed layer that runs again in backward is none
+            if index in self._ran:
+                raise RuntimeError(
+                    f"decoder layer {index} ({type(module).__name__}) ran twice in one forward "
+                    "pass: h of a layer that is shared or looped would be wrong; probe other layers"
+                )
+            self._ran.add(index)
         if index == self.layers[0]:
             self._lower.keep(output)
             self._lower.resume()
@@ -353,20 +369,7 @@ class ProbeSet:
         autocast = torch.is_autocast_enabled(device_type)
         self.compute_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
 
-        dtype = accumulation_dtype(hidden.dtype)
-        rms = torch.linalg.vector_norm(hidden, dim=-1, dtype=dtype) / hidden.shape[-1] ** 0.5
-        if self._index is not None:
-            # Back to one row per sequence; where two share tokens, each has them.
-            rms = rms.flatten().take(self._index.clamp(min=0))
-            rms = torch.where(self._index >= 0, rms, torch.nan)
-        elif self._mask is not None and self._mask.shape == rms.shape:
-            rms = torch.where(self._mask.to(rms.device).bool(), rms, torch.nan)
-        medians = rms.nanmedian(dim=-1).values
-        # A row of nothing but padding has no median and does not count.
-        total, count = medians.nansum(), medians.isnan().logical_not().sum()
-        if index in self._scale_sums:
-            total, count = total + self._scale_sums[index], count + self._scale_counts[index]
-        self._scale_sums[index], self._scale_counts[index] = total, count
+        self._scales.measure(index, hidden, self._mask, self._index)
 
 
 def _new_buffer(width: int, like: Tensor) -> Tensor:

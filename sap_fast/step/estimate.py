@@ -68,10 +68,9 @@ def estimate(
             random_state.restore()
             trained.forget_weights()
             probes.rewind()
-            lower = trainable if keep_lower else ()
             with (
                 probes.checkpointed(frozen=not keep_lower),
-                probes.active(sign=sign, frozen=True, keep_lower=lower),
+                probes.active(sign=sign, frozen=trainable, keep_lower=keep_lower),
             ):
                 record.probe_losses.append(task())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sap_fast.distributed import Ranks, refuse_foreign_shards
+from sap_fast.distributed import Ranks, local_shards, refuse_foreign_shards
 from sap_fast.model.probes import ProbeSet
 from sap_fast.random_state import RandomState
 
@@ -21,7 +22,8 @@ class Trained:
         probes: brings the model; None if only the parameters are known.
 
     Attributes:
-        parameters: all of the optimizer's, in its order.
+        parameters: all of the optimizer's, in its order, at the beginning of the step.
+        groups: what they are read from: the optimizer's groups, if `params` was that list.
         ranks: what spreads the model over ranks.
 
     Raises:
@@ -30,9 +32,11 @@ class Trained:
     """
 
     def __init__(self, params: Iterable[Any], probes: ProbeSet | None) -> None:
-        self.parameters = list(_flatten(params))
+        self.groups = params if _are_groups(params) else list(_flatten(params))
+        self.begin()
         self._probes = probes
         refuse_foreign_shards(self.parameters)
+        self.refuse_shared_storage()
         if probes is not None and set(probes.model.parameters()).isdisjoint(self.parameters):
             raise ValueError(
                 "params and probes share no parameter: the optimizer would perturb weights that "
@@ -40,17 +44,64 @@ class Trained:
                 "given"
             )
         self.runs_in(None if probes is None else probes.model)
-        self.begin()
+
+    def add(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Know of more parameters: those of a group that the optimizer was given later.
+
+        Raises:
+            ValueError: as at the construction, and none is added.
+        """
+        before = list(self.parameters)
+        self.parameters += parameters
+        try:
+            refuse_foreign_shards(self.parameters)
+            self.refuse_shared_storage()
+        except ValueError:
+            self.parameters[:] = before
+            raise
+
+    def refuse_shared_storage(self) -> None:
+        """Raise if two parameters lie in the same memory: each would be perturbed and updated.
+
+        Raises:
+            ValueError: naming both.
+        """
+        ends: list[tuple[torch.device, int, int, int]] = []
+        for place, tensor in enumerate(local_shards([p.detach() for p in self.parameters])):
+            if tensor.numel() and tensor.device.type != "meta":
+                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                first = tensor.data_ptr()
+                end = first + (last + 1) * tensor.element_size()
+                ends.append((tensor.device, first, end, place))
+        ends.sort(key=lambda entry: (str(entry[0]), entry[1]))
+        for (device, _, end, place), (other_device, first, _, other) in pairwise(ends):
+            if device == other_device and first < end:
+                raise ValueError(
+                    f"{self._name(place)} and {self._name(other)} share memory; give one of them "
+                    "and call requires_grad_(False) on the other: both would be perturbed and "
+                    "updated"
+                )
+
+    def _name(self, place: int) -> str:
+        parameter = self.parameters[place]
+        named = [] if self._probes is None else self._probes.model.named_parameters()
+        known = next((name for name, p in named if p is parameter), f"parameter {place}")
+        return f"{known} {tuple(parameter.shape)}"
 
     def runs_in(self, model: nn.Module | None) -> None:
         """Make known the model as the loop calls it; see `SafetyPasses.runs_in`."""
+        self.begin()
         refuse_foreign_shards(self.parameters)
         self.ranks = Ranks(model)
         if self._probes is not None:
             self._probes.ranks = self.ranks
 
     def begin(self) -> None:
-        """Begin a step: the modules of the model may be others than in the last one."""
+        """Begin a step: parameters and modules may be others than in the last one.
+
+        `fully_shard` puts others into the model, and Accelerate those into the optimizer's groups.
+        """
+        self.parameters = list(dict.fromkeys(_flatten(self.groups)))
         self._every: list[nn.Parameter] | None = None
 
     @property
@@ -85,6 +136,13 @@ class Trained:
         self.ranks.reshard()
 
 
+def _are_groups(params: Iterable[Any]) -> bool:
+    """Whether this is `param_groups` of an optimizer: a list that may be read again."""
+    return isinstance(params, list) and all(
+        isinstance(item, Mapping) and isinstance(item["params"], list) for item in params
+    )
+
+
 def _flatten(params: Iterable[Any]) -> Iterator[nn.Parameter]:
     """Yield the parameters of what `torch.optim.Optimizer` accepts as `params`."""
     if isinstance(params, Tensor):
@@ -103,9 +161,17 @@ def returned_loss(name: str, function: Callable[[], Any]) -> Tensor:
         TypeError: if it returns none.
     """
     with torch.enable_grad():
-        loss = function()
+        return checked_loss(name, function()).detach().clone()
+
+
+def checked_loss(name: str, loss: Any) -> Tensor:
+    """Return what a function of the caller returned, if it is a loss.
+
+    Raises:
+        TypeError: if it is none.
+    """
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"{name} returned {loss!r}; expected the loss, a 0-d tensor, after its backward()"
         )
-    return loss.detach().clone()
+    return loss

@@ -1,0 +1,178 @@
+"""Models and adapters that cannot be used, and code that does not run unasked."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sap_fast.cli.models import load_model
+from sap_fast.cli.settings import FinetuneSettings
+from tests.cli.terminal import Terminal
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def only_pickled(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+
+
+def without_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+
+
+def without_turn_end(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    change_json(folder / "tokenizer_config.json", eos_token=None)
+
+
+def with_own_code(folder: Path) -> None:
+    """A class of its own, whose module leaves a file when it runs."""
+    (folder / "own.py").write_text(
+        f"open({str(folder / 'it ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    change_json(folder / "config.json", model_type="own", auto_map=classes)
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "own code": (with_own_code, "runs only with --trust-remote-code"),
+    "pickled weights": (only_pickled, "no file named model.safetensors"),
+    "cut weights": (
+        lambda folder: os.truncate(folder / "model.safetensors", 5_000),
+        "cannot be loaded",
+    ),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    "config of another kind": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "cannot be loaded",
+    ),
+    "other shapes": (
+        lambda folder: change_json(folder / "config.json", hidden_size=64),
+        "cannot be loaded",
+    ),
+    "unknown architecture": (
+        lambda folder: change_json(folder / "config.json", model_type="unheard"),
+        "unheard",
+    ),
+    "broken tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "cannot be loaded",
+    ),
+    "no tokenizer": (without_tokenizer, "cannot be loaded"),
+    "no end of turns": (without_turn_end, "neither a chat template nor an eos_token"),
+    "broken template": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{% for %}"),
+        "the chat template rejects",
+    ),
+    "failing template": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ 1 + messages[0].role }}"),
+        "the chat template rejects",
+    ),
+    "nothing": (lambda folder: [path.unlink() for path in folder.iterdir()], "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_MODELS)
+def test_a_bad_model_is_one_line_and_leaves_nothing(
+    terminal: Terminal, tmp_path: Path, damage: str
+) -> None:
+    model = shutil.copytree(terminal.chat_model, tmp_path / "model")
+    change, message = BAD_MODELS[damage]
+    change(model)
+    for command in ("finetune", "evaluate", "compare", "doctor"):
+        line = terminal.refusal(*terminal.command(command, tmp_path / "out", "--model", str(model)))
+        assert line.startswith(f"Error: --model {model}: ") and message in line
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare", "doctor", "landscape"])
+def test_a_model_that_is_not_there_is_one_line(
+    terminal: Terminal, tmp_path: Path, command: str
+) -> None:
+    more = ["--model", "no/such/folder"]
+    line = terminal.refusal(*terminal.command(command, tmp_path / "out", *more))
+    assert "--model no/such/folder: cannot be loaded" in line
+
+
+def test_code_of_a_model_runs_where_it_is_asked_for(terminal: Terminal, tmp_path: Path) -> None:
+    terminal.monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache")
+    )
+    terminal.monkeypatch.setattr(sys, "path", [*sys.path])
+    model = shutil.copytree(terminal.chat_model, tmp_path / "model")
+    with_own_code(model)
+    arguments = ["doctor", "--model", str(model), "--full"]
+    terminal.refusal(*arguments)
+    assert not (model / "it ran").exists()
+    assert terminal.run(*arguments, "--trust-remote-code") == 0
+    assert (model / "it ran").exists()
+
+
+def test_an_adapter_is_read_from_safetensors_only(terminal: Terminal, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    assert terminal.run(*terminal.finetuning(adapter, "--max-steps", "1")) == 0
+    weights = adapter / "adapter_model.safetensors"
+    torch.save(load_file(weights), adapter / "adapter_model.bin")
+    content = weights.read_bytes()
+    weights.unlink()
+    arguments = ["evaluate", "--model", str(adapter), "--task", terminal.files["task"]]
+    assert "has no adapter_model.safetensors" in terminal.refusal(*arguments)
+    weights.write_bytes(content[:-100])
+    assert f"--model {adapter}: cannot be loaded" in terminal.refusal(*arguments)
+    weights.write_bytes(content)
+    assert terminal.run(*arguments) == 0
+    for changes in ({"base_model_name_or_path": "no/such/folder"}, {"peft_type": "UNHEARD"}):
+        change_json(adapter / "adapter_config.json", **changes)
+        assert f"--model {adapter}: cannot be loaded" in terminal.refusal(*arguments)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def calls() -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Every call in the package and its benchmarks: place, function and keyword arguments."""
+    for path in sorted([*ROOT.glob("sap_fast/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                given = {each.arg or "**": ast.unparse(each.value) for each in node.keywords}
+                place = f"{path.relative_to(ROOT)}:{node.lineno}"
+                yield place, ast.unparse(node.func), given
+
+
+def test_nothing_is_unpickled_and_no_remote_code_runs_unasked() -> None:
+    models = 0
+    for place, function, given in calls():
+        name = function.rsplit(".", 1)[-1]
+        assert function not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), place
+        if function == "torch.load" or name == "load_state_dict_from_url":
+            assert given.get("weights_only") == "True", place
+        # Nothing but the user's own word: the default of every function that takes it is False.
+        assert given.get("trust_remote_code", "False") in (
+            *("False", "trust_remote_code"),
+            *("settings.trust_remote_code", "self.settings.trust_remote_code"),
+        ), place
+        if name == "from_pretrained" and place.startswith("sap_fast"):
+            if "Tokenizer" not in function and "Config" not in function:
+                assert given.get("use_safetensors") == "True", place
+                models += 1
+    assert models > 0
+    assert inspect.signature(load_model).parameters["trust_remote_code"].default is False
+    assert FinetuneSettings.trust_remote_code is False
