@@ -143,6 +143,7 @@ class SinglePasses:
         before, self.stage = self.stage, stage
         try:
             self.trained.forget_weights()
+            self.trained.every(inside=True)  # finds them, once per step
             yield
         finally:
             self.stage = before
