@@ -228,13 +228,6 @@ def norm_of(tensors: list[Tensor]) -> float:
     return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
 
 
-def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """‖a − b‖/‖b‖ over all tensors."""
-    pairs = list(zip(actual, expected, strict=True))
-    square = sum(((a - b).detach().double() ** 2).sum() for a, b in pairs)
-    return float((square / sum((b.detach().double() ** 2).sum() for _, b in pairs)).sqrt())
-
-
 def spread(axes: Sequence[Sequence[Any]], quick: set[tuple[int, ...]]) -> list[Any]:
     """Every combination of settings, of which those not at the places of `quick` are slow.
 
