@@ -4,12 +4,12 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 # What runs the compiled kernels; the rest of the tests would find nothing else.
-SANITIZED := tests/test_ops.py tests/test_passes.py tests/test_probes.py
+SANITIZED := tests/ops/test_ops.py tests/ops/test_native.py tests/step/test_passes.py tests/model/test_probes.py
 BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow sanitize gpu gpu-build kernels ops step presets cost docs lint format install fidelity clean
+.PHONY: help demo study test test-slow sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -25,10 +25,12 @@ help:
 	@echo "make ops        time the operations against PyTorch's; writes CSV and picture"
 	@echo "make step       time and memory of a whole step against AdamW's, two hours; CSVs, pictures"
 	@echo "                (STEP='--table memory --only lora,bf16' for less)"
-	@echo "make presets    what leaving passes out costs in fidelity; writes CSV and picture"
+	@echo "make recipes    what leaving work out costs in fidelity; writes CSV and picture"
+	@echo "make before-after BEFORE=CHECKOUT"
+	@echo "                time and memory of a step here beside those of another checkout"
 	@echo "make cost       check the cost model against make step, predict Llama-3 on H100s"
 	@echo "make docs       build the site of docs/ into build/site"
-	@echo "make lint       ruff, mypy, clang-format;  make format  applies their fixes"
+	@echo "make lint       ruff, mypy, the import contract, clang-format;  make format  applies their fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
 
@@ -88,11 +90,15 @@ ops: install
 step: install
 	$(BIN)/python -m benchmarks.step $(STEP)
 
-presets: install
-	$(BIN)/python -m benchmarks.presets
+recipes: install
+	$(BIN)/python -m benchmarks.recipes
+
+# Alone on the machine: it times.
+before-after: install
+	$(BIN)/python -m benchmarks.before_after --before $(BEFORE)
 
 cost: install
-	$(BIN)/python -m benchmarks.cost_model
+	$(BIN)/python -m benchmarks.predictions
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -101,6 +107,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sap_fast
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: install

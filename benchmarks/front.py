@@ -7,14 +7,14 @@ Writes `docs/pictures/kept.svg`, and the table of the README between its two com
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SUMMARY = ROOT / "benchmarks" / "study" / "summary.csv"
-DEMO = ROOT / "benchmarks" / "results" / "demo.csv"
+from benchmarks.provenance import RESULTS, ROOT, read_rows
+
+SUMMARY = RESULTS / "study" / "summary.csv"
+DEMO = RESULTS / "demo.csv"
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "pictures" / "kept.svg"
 BEGIN, END = "<!-- from summary.csv and demo.csv -->\n", "<!-- until here -->\n"
@@ -37,15 +37,13 @@ Row = dict[str, str]
 
 def chosen(path: Path = SUMMARY) -> dict[tuple[str, str], Row]:
     """Return the row of the setting that was chosen for each method, by method and task."""
-    with path.open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["chosen"] == "1"]
+    rows = [row for row in read_rows(path) if row["chosen"] == "1"]
     return {(row["method"], row["task"]): row for row in rows}
 
 
 def step_over_adamw(path: Path = DEMO) -> dict[str, float]:
     """Return the time of a step over that of AdamW's, by the name in demo.csv; mean over seeds."""
-    with path.open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["step_seconds"]]
+    rows = [row for row in read_rows(path) if row["step_seconds"]]
     seconds = {(row["model"], row["seed"]): float(row["step_seconds"]) for row in rows}
     names = {model for model, _ in seconds}
     seeds = {seed for _, seed in seconds}

@@ -3,17 +3,18 @@
     python -m benchmarks.gpu_step        all cases, a few minutes on an H100; --help for less
 
 Weights and tokens are random: a step takes as long and as much memory as with real ones. The cases
-are some of those that `benchmarks.cost_model` predicts for H100s; it compares. Task batches are 4
+are some of those that `benchmarks.predictions` makes for H100s; it compares. Task batches are 4
 rows of 2,048 tokens of which half are scored; safety batches 4 pairs of a prompt of 64 tokens with
 two answers of 64. All under bf16 autocast, LoRA on bf16 weights, gradients clipped to norm 1.
 
     hf_adamw     transformers' own loss, which builds full logits, and `torch.optim.AdamW(fused)`
     adamw        the same with `task_loss`
-    paper        `FusedSAP` with the preset of that name; likewise balanced and economical
+    blend, sap   the optimizer of a recipe of `benchmarks.workloads`
 
-Configurations share the model and run in turn, for a whole period of the preset, each with the
+Configurations share the model and run in turn, for a whole period of the recipe, each with the
 memory for itself: optimizer states beside each other would fill the GPU, and what is timed would be
-its allocator. One that does not fit says so in its row. Writes `gpu_step.csv`, case by case.
+its allocator. One that does not fit says so in its row. Writes `gpu_step-….csv` with the name
+of the GPU, case by case.
 """
 
 from __future__ import annotations
@@ -38,42 +39,46 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.cost_model import (
+from benchmarks.cost_model import step_cost
+from benchmarks.measuring import Series, seconds_of, summary
+from benchmarks.predictions import TASK, WAYS, predicted_job
+from benchmarks.provenance import RESULTS, gpu_name, replace_rows
+from benchmarks.workloads import (
     LLAMA_1B,
     LLAMA_8B,
-    TASK,
-    WAYS,
+    RECIPES,
+    RHO,
+    TINY,
+    Batch,
     Lora,
     Model,
-    predicted_job,
-    step_cost,
+    Row,
+    Shape,
+    add_lora,
+    period_of,
+    random_llama,
+    trained_parameters,
 )
-from benchmarks.provenance import RESULTS, replace_rows
-from benchmarks.series import Series, preset_period, seconds_of, summary
-from benchmarks.step import RHO, add_lora, random_llama
-from benchmarks.step import Model as LlamaModel
-from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
-from sap_fast.optimizer import PRESETS
+from sap_fast import contrastive_loss, joint_loss, task_loss
 
-Row = dict[str, Any]
-Batch = dict[str, Tensor]
-
-CONFIGURATIONS = ("hf_adamw", "adamw", *PRESETS)
-#: Timed steps of a turn at least; a preset with a longer period runs a whole one.
+CONFIGURATIONS = (
+    "hf_adamw",
+    "adamw",
+    *(name for name, recipe in RECIPES.items() if recipe.layers == "early"),
+)
+#: Timed steps of a turn at least; a recipe with a longer period runs a whole one.
 STEPS = 5
 #: The first allocates state and meets every pass for the first time.
 WARM_UP_STEPS = 2
 ROWS, LENGTH = 4, 2048
 PAIRS, PART = 4, 64  # tokens of a prompt and of an answer
 
-TINY = Model("tiny", 64, 4, 4, 2, 128, 512, tied=True)
-
 
 @dataclass(frozen=True)
 class Case:
     """What is trained and how."""
 
-    model: Model
+    shape: Shape
     way: str
     checkpointing: str
 
@@ -85,7 +90,7 @@ class Case:
     def facts(self) -> Row:
         """Return the columns that name the case."""
         return {
-            "model": self.model.name,
+            "model": self.shape.name,
             "trained": self.way,
             "checkpointing": self.checkpointing,
         }
@@ -101,33 +106,22 @@ CASES = {
 # ---- model and batches ----
 
 
-def build_model(case: Case, device: str) -> LlamaModel:
-    """A random Llama on the device: bf16 below LoRA, fp32 where everything is trained."""
-    shape = case.model
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if case.lora is None else torch.bfloat16)
-    try:
-        with torch.device(device):
-            model: LlamaModel = random_llama(
-                vocab_size=shape.vocabulary,
-                hidden_size=shape.hidden,
-                intermediate_size=shape.intermediate,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                max_position_embeddings=LENGTH,
-                tie_word_embeddings=shape.tied,
-                attn_implementation="sdpa",
-            )
-    finally:
-        torch.set_default_dtype(before)
+def build_model(case: Case, device: str) -> Model:
+    """Return a random Llama on the device: bf16 below LoRA, fp32 where everything is trained."""
+    model: Model = random_llama(
+        case.shape,
+        dtype=torch.float32 if case.lora is None else torch.bfloat16,
+        device=device,
+        max_position_embeddings=LENGTH,
+        attn_implementation="sdpa",
+    )
     if case.lora is not None:
-        model = add_lora(model, case.lora.targets, case.lora.rank)
+        model = add_lora(model, case.lora)
     return model.train()
 
 
 def random_batch(rows: int, length: int, unscored: int, vocabulary: int, device: str) -> Batch:
-    """Rows of random tokens, all but the first `unscored` of each scored."""
+    """Return rows of random tokens, all but the first `unscored` of each scored."""
     tokens = torch.randint(1, vocabulary, (rows, length), device=device)
     labels = tokens.clone()
     labels[:, :unscored] = -100
@@ -144,7 +138,7 @@ class Batches:
 
 
 def make_batches(vocabulary: int, device: str, length: int) -> Batches:
-    """A task batch, and pairs that share their prompts."""
+    """Return a task batch, and pairs that share their prompts."""
     torch.manual_seed(1)
     task = random_batch(ROWS, length, length // 2, vocabulary, device)
     chosen, rejected = (random_batch(PAIRS, 2 * PART, PART, vocabulary, device) for _ in range(2))
@@ -158,76 +152,62 @@ def make_batches(vocabulary: int, device: str, length: int) -> Batches:
 
 @contextmanager
 def configuration(
-    name: str, model: LlamaModel, batches: Batches, case: Case, device: str
+    name: str, model: Model, batches: Batches, case: Case, device: str
 ) -> Iterator[Callable[[], None]]:
     """Yield what runs a step of a configuration, with an optimizer that lives as long."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = trained_parameters(model)
     settings: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.01}
+    recipe = RECIPES.get(name)
+    has_probe = recipe is not None and recipe.method == "sap"
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device, torch.bfloat16)
+    def backward(loss: Callable[[], Tensor]) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            value = loss()
+        value.backward()
+        return value.detach()
 
-    if name not in PRESETS:
+    if recipe is None:
         adamw = torch.optim.AdamW(trained, fused=True, **settings)
 
-        def adamw_step() -> None:
-            with autocast():
-                own = name == "hf_adamw"
-                loss = model(**batches.task).loss if own else task_loss(model, batches.task)
-            loss.backward()
+        def step() -> None:
+            own = name == "hf_adamw"
+            backward(lambda: model(**batches.task).loss if own else task_loss(model, batches.task))
             nn.utils.clip_grad_norm_(trained, 1.0)
             adamw.step()
             adamw.zero_grad()
 
-        if case.checkpointing == "layers":
-            model.activation_checkpointing_enable()
-        try:
-            yield adamw_step
-        finally:
-            if case.checkpointing == "layers":
-                model.activation_checkpointing_disable()
-        return
+    else:
+        optimizer = recipe.optimizer(
+            model, rho=RHO, checkpointing=case.checkpointing, max_grad_norm=1.0, **settings
+        )
+        safety_loss = contrastive_loss if has_probe else joint_loss
 
-    probes = ProbeSet(model)
-    sap = FusedSAP(
-        trained,
-        probes,
-        rho=RHO,
-        preset=name,
-        max_grad_norm=1.0,
-        checkpointing=case.checkpointing,
-        **settings,
-    )
+        def step() -> None:
+            optimizer.step(
+                lambda part: backward(lambda: task_loss(model, part)),
+                lambda: backward(lambda: safety_loss(model, batches.chosen, batches.rejected)),
+                batches.task,
+            )
+            optimizer.zero_grad()
 
-    def backward(loss: Tensor) -> Tensor:
-        loss.backward()
-        return loss.detach()
-
-    def task() -> Tensor:
-        with autocast():
-            loss = task_loss(model, sap.probe_part(batches.task))
-        return backward(loss)
-
-    def safety() -> Tensor:
-        with autocast():
-            loss = contrastive_loss(model, batches.chosen, batches.rejected)
-        return backward(loss)
-
-    def sap_step() -> None:
-        sap.step(task, safety)
-        sap.zero_grad()
-
+    # A probe set sees to it itself.
+    checkpointed = case.checkpointing == "layers" and not has_probe
+    if checkpointed:
+        model.gradient_checkpointing_enable()  # of every version; 5.23 has another name, too
     try:
-        yield sap_step
+        yield step
     finally:
-        probes.detach()
+        if checkpointed:
+            model.gradient_checkpointing_disable()
+        if has_probe:
+            optimizer.probes.detach()
 
 
 # ---- measuring ----
 
 
 def run_turn(
-    name: str, model: LlamaModel, batches: Batches, case: Case, turn: int, device: str
+    name: str, model: Model, batches: Batches, case: Case, turn: int, device: str
 ) -> tuple[Series, int]:
     """Run some steps after others that are not timed, with nothing else on the device.
 
@@ -237,7 +217,7 @@ def run_turn(
     """
     release(model, device)
     seconds: Series = {}
-    count = max(STEPS, preset_period(name))
+    count = max(STEPS, period_of(name))
     with configuration(name, model, batches, case, device) as step:
         for number in range(-WARM_UP_STEPS, count):
             taken = seconds_of(step, device)
@@ -249,7 +229,7 @@ def run_turn(
 def measure(case: Case, turns: int, device: str, length: int) -> list[Row]:
     """Return a row per configuration."""
     model = build_model(case, device)
-    batches = make_batches(case.model.vocabulary, device, length)
+    batches = make_batches(case.shape.vocabulary, device, length)
     seconds: dict[str, Series] = {name: {} for name in CONFIGURATIONS}
     peaks: dict[str, int] = {}
     order = list(CONFIGURATIONS)
@@ -265,7 +245,7 @@ def measure(case: Case, turns: int, device: str, length: int) -> list[Row]:
     return [row(case, name, seconds, peaks.get(name)) for name in CONFIGURATIONS]
 
 
-def release(model: LlamaModel, device: str) -> None:
+def release(model: Model, device: str) -> None:
     """Free all but the model, and count the peak anew."""
     model.zero_grad()
     gc.collect()
@@ -282,8 +262,8 @@ def row(case: Case, name: str, seconds: dict[str, Series], peak: int | None) -> 
     }
     if peak is None:
         return figures
-    figures |= summary(seconds[name], preset_period(name))
-    job = predicted_job(case.model, case.lora, name, case.checkpointing)
+    figures |= summary(seconds[name], period_of(name))
+    job = predicted_job(case.shape, case.lora, name, case.checkpointing)
     adamw_s = summary(seconds["adamw"], 1)["median_s"] if seconds["adamw"] else math.nan
     return figures | {
         "times_adamw": round(figures["median_s"] / adamw_s, 3),
@@ -334,12 +314,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     cases = [CASES[name] for name in options.case or CASES]
     if options.quick:
-        cases = list(dict.fromkeys(replace(case, model=TINY) for case in cases))
+        cases = list(dict.fromkeys(replace(case, shape=TINY) for case in cases))
     console = Console(width=150)
     for case in cases:
         rows = measure(case, options.turns, device, 32 if options.quick else LENGTH)
         show(case, rows, console)
-        path = replace_rows("gpu_step.csv", rows, tuple(case.facts()), options.results)
+        path = replace_rows(
+            f"gpu_step-{gpu_name()}.csv", rows, tuple(case.facts()), options.results
+        )
     console.print(f"Wrote {path}")
     return 0
 

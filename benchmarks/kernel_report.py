@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,24 +62,21 @@ OPERATIONS = {
     "find_largest": "probe_rule_",
     "find_norms": "probe_rule_",
 }
-#: The same for the Triton kernels, by name without dtype.
+#: The same bytes for the Triton kernels that stream, by operation, kernel and, where it matters,
+#: variant.
 TRITON_FLOORS = {
-    "sum_squares": ("sum_squares", 4, 2),
-    "dot": ("dot", 8, 4),
-    "perturb_swap": ("perturb_swap_", 16, 8),
-    "reflect": ("reflect_", 12, 6),
-    "restore_swap": ("restore_swap_", 16, 8),
-    "adamw": ("adamw_blend_", 28, 22),
-    "adamw_blend": ("adamw_blend_", 32, 24),
-    "probe_add_shared": ("probe_add", 8, 4),
-    "probe_add_token": ("probe_add", 12, 8),
-    "probe_column_sums": ("probe_project_", 4, 2),
-    "probe_add_scaled": ("probe_project_", 12, 10),
-    "rule_extent": ("probe_rule_", 4, 4),
-    "rule_unit_squares": ("probe_rule_", 4, 4),
-    "rule_gradient": ("probe_rule_", 8, 8),
-    "rule_normalized": ("probe_rule_", 8, 8),
-    "rule_adam": ("probe_rule_", 8, 8),
+    ("sum_squares", "sum_products"): (4, 2),
+    ("dot", "sum_products"): (8, 4),
+    ("perturb_swap_", "perturb_swap"): (16, 8),
+    ("reflect_", "reflect"): (12, 6),
+    ("restore_swap_", "restore_swap"): (16, 8),
+    ("adamw_blend_", "adamw_blend"): (28, 22),
+    ("adamw_blend_", "adamw_blend", "blended"): (32, 24),
+    ("probe_add", "add"): (8, 4),
+    ("probe_project_", "column_sums"): (4, 2),
+    ("probe_rule_", "extent"): (4, 4),
+    ("probe_rule_", "unit_squares"): (4, 4),
+    ("probe_rule_", "rule"): (8, 8),
 }
 #: `sap_fast::cuda::Rule`.
 RULES = ("gradient", "normalized", "adam")
@@ -182,10 +180,11 @@ def compile_source(source: Path, architectures: Sequence[int] = ARCHITECTURES) -
     return kernels
 
 
-def compile_sources() -> list[Kernel]:
+def compile_sources(architectures: Sequence[int] = ARCHITECTURES) -> list[Kernel]:
     """Compile every source of csrc/cuda, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return [kernel for kernels in pool.map(compile_source, SOURCES) for kernel in kernels]
+        compiled = pool.map(partial(compile_source, architectures=architectures), SOURCES)
+        return [kernel for kernels in compiled for kernel in kernels]
 
 
 def demangle(symbol: str) -> str:
@@ -355,18 +354,16 @@ def triton_rows() -> list[dict[str, Any]]:
     ]
 
 
-def triton_row(name: str, target: str, compiled: Any) -> dict[str, Any]:
+def triton_row(name: Any, target: str, compiled: Any) -> dict[str, Any]:
     """Return the row of one compiled Triton kernel."""
-    kernel, _, dtype = name.rpartition("_")
-    if dtype not in SIZES:
-        kernel, dtype = name, "fp32"
-    operation, *floors = TRITON_FLOORS.get(kernel, ("", "", ""))
+    key = (name.operation, name.kernel)
+    floors = TRITON_FLOORS.get((*key, name.variant)) or TRITON_FLOORS.get(key)
     moved = ""
     if target.startswith("sm_"):
         registers, stack, local, shared = compiled.resources()
         spills = stack + local
-        if operation:
-            constants = compiled.kernel.constants
+        if floors is not None:
+            constants = compiled.constants
             tile = constants.get("BLOCK") or constants["ROW_BLOCK"] * constants["COLUMN_BLOCK"]
             elements = tile / (32 * compiled.binary.metadata.num_warps)
             moved = f"{16 * main_block(compiled.ptx).wide / elements:g}"
@@ -377,18 +374,18 @@ def triton_row(name: str, target: str, compiled: Any) -> dict[str, Any]:
         spills = 4 * (int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]))
         shared = compiled.binary.metadata.shared
     return {
-        "operation": operation,
-        "kernel": kernel,
-        "variant": "",
+        "operation": name.operation,
+        "kernel": name.kernel,
+        "variant": name.variant,
         "backend": "triton",
         "compiler": f"triton {metadata.version('triton')}",
         "target": target,
-        "dtype": dtype,
+        "dtype": name.dtype,
         "registers": registers,
         "spill_bytes": spills,
         "shared_bytes": shared,
         "bytes_per_element": moved,
-        "floor": floors[dtype != "fp32"] if moved else "",
+        "floor": floors[name.dtype != "fp32"] if moved and floors is not None else "",
     }
 
 

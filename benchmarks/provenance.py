@@ -10,6 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sap_fast.cli.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,18 +23,29 @@ def provenance() -> dict[str, str]:
     return {"date": date.today().isoformat()} | environment() | {"commit": commit()}
 
 
-def commit() -> str:
+def gpu_name() -> str:
+    """Return a short name of the GPU, for the names of its results: "h100"; without one "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    words = torch.cuda.get_device_name().lower().replace("nvidia ", "").split()
+    return "-".join(words[:1] if words[0][-1].isdigit() else words[:2])
+
+
+def commit(checkout: Path = ROOT) -> str:
     """Return the short hash of the commit that is checked out.
 
     It ends in `-dirty` where a Python file or a kernel differs from that commit, and is `unknown`
-    outside of a clone. The environment variable SAP_FAST_COMMIT says it for a copy of the files on
-    another machine, whose history is missing or not theirs.
+    outside of a clone. The environment variable SAP_FAST_COMMIT says it for a copy of these files
+    on another machine, whose history is missing or not theirs.
+
+    Args:
+        checkout: a folder of the clone; by default that of these files.
     """
-    if "SAP_FAST_COMMIT" in os.environ:
+    if checkout == ROOT and "SAP_FAST_COMMIT" in os.environ:
         return os.environ["SAP_FAST_COMMIT"]
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
@@ -59,11 +72,28 @@ def replace_rows(
         return tuple(str(row[column]) for column in identity)
 
     replaced, path = {key(row) for row in rows}, folder / name
-    kept: list[Mapping[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if key(row) not in replaced]
+    kept = [row for row in read_rows(path) if key(row) not in replaced]
     return _write(kept, rows, path)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_numbers(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV, numbers as such."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    return [{name: value(text) for name, text in row.items()} for row in read_rows(path)]
 
 
 def _write(

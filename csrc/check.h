@@ -144,6 +144,13 @@ inline void check_overlap(std::initializer_list<const TensorList*> lists) {
   }
 }
 
+inline void check_one_dimension(const TensorList& list) {
+  for (size_t index = 0; index < list.tensors.size(); ++index) {
+    TORCH_CHECK(list.tensors[index]->dim() == 1, list.name, "[", index, "] has shape ",
+                list.tensors[index]->sizes(), "; one dimension is needed");
+  }
+}
+
 inline void check_scalar(const char* name, const at::Tensor& scalar) {
   TORCH_CHECK(scalar.numel() == 1 && scalar.is_floating_point(), name, " has shape ",
               scalar.sizes(), " and dtype ", name_of(scalar.scalar_type()),
@@ -168,13 +175,13 @@ inline void check_one_element_each(const char* name, at::TensorList items, const
   }
 }
 
-// Raises unless `vector` has the last dimensions of `matrix`; returns how often it fits in there.
+// Raises unless `vector` is as long as a row of `matrix`, (…, H); returns the number of rows.
 inline int64_t rows_of(const char* vector_name, const at::Tensor& vector, const char* matrix_name,
                        const at::Tensor& matrix) {
-  TORCH_CHECK(vector.dim() <= matrix.dim() &&
-                  vector.sizes() == matrix.sizes().slice(matrix.dim() - vector.dim()),
-              vector_name, " of shape ", vector.sizes(), " does not fit ", matrix_name,
-              " of shape ", matrix.sizes());
+  TORCH_CHECK(vector.dim() == 1 && matrix.dim() >= 1 && vector.size(0) == matrix.size(-1),
+              vector_name, " has shape ", vector.sizes(), ", ", matrix_name, " has ",
+              matrix.sizes(), "; one dimension is needed, as long as the last one of ",
+              matrix_name);
   return vector.numel() == 0 ? 0 : matrix.numel() / vector.numel();
 }
 

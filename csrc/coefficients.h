@@ -14,10 +14,10 @@ struct AdamWCoefficients {
   float eps;
 };
 
-// How the gradient is made from the stored one: scale·(sign·g + blend·d).
+// How the gradient is made from the stored one: scale·(sign·g + c·d).
 struct GradientCoefficients {
   float sign;   // −1 to ascend the task objective
-  float blend;  // γ‖g‖/‖d‖; zero leaves g, whatever d holds
+  float blend;  // c, of any sign; zero leaves g, whatever d holds
   float scale;  // clipping and unscaling
 };
 

@@ -45,8 +45,8 @@ SAP_HOST_DEVICE bool is_finite(float a) { return fabsf(a) <= 3.402823466e+38f; }
 
 // W + scale·d. At scale zero W as it is, whatever d holds.
 template <class T>
-SAP_HOST_DEVICE T perturb(T parameter, T direction, T scale) {
-  return select(scale == 0.0f, parameter, parameter + scale * direction);
+SAP_HOST_DEVICE T perturb(T parameter, T gradient, T scale) {
+  return select(scale == 0.0f, parameter, parameter + scale * gradient);
 }
 
 // W + ΔW becomes W − ΔW.
@@ -55,12 +55,13 @@ SAP_HOST_DEVICE T reflect(T perturbed, T parameter) {
   return 2.0f * parameter - perturbed;
 }
 
-// The direction, to rounding, from W + ΔW and W.
+// The safety gradient d, to rounding, from W + ΔW and W.
 template <class T>
-SAP_HOST_DEVICE T recover_direction(T perturbed, T parameter, T inverse_scale) {
+SAP_HOST_DEVICE T recover_gradient(T perturbed, T parameter, T inverse_scale) {
   return (perturbed - parameter) * inverse_scale;
 }
 
+// g + c·d. At c = 0 g as it is, whatever d holds.
 template <class T>
 SAP_HOST_DEVICE T blend_gradient(T gradient, T direction, T blend) {
   return select(blend == 0.0f, gradient, gradient + blend * direction);
@@ -76,22 +77,22 @@ SAP_HOST_DEVICE void adamw(T& parameter, T gradient, T& exp_avg, T& exp_avg_sq,
   parameter = parameter * c.decay + (c.negative_step * exp_avg) / denominator;
 }
 
-// The probe rules: h of one element to V_safe of it.
+// The probe rules: h of one element to V of it.
 // β·r·h/‖h‖ with `largest` = max|h| and `norm` = ‖h/largest‖.
 template <class T>
-SAP_HOST_DEVICE T normalized_rule(T h, float largest, float norm, float radius, float probe_lr) {
-  return probe_lr * (((h / largest) / norm) * radius);
+SAP_HOST_DEVICE T normalized_rule(T h, float largest, float norm, float radius, float probe_size) {
+  return probe_size * (((h / largest) / norm) * radius);
 }
 
 template <class T>
-SAP_HOST_DEVICE T gradient_rule(T h, float perturbation_norm, float probe_lr) {
-  return probe_lr * (h * perturbation_norm);
+SAP_HOST_DEVICE T gradient_rule(T h, float perturbation_norm, float probe_size) {
+  return probe_size * (h * perturbation_norm);
 }
 
 template <class T>
-SAP_HOST_DEVICE T adam_rule(T h, float perturbation_norm, float probe_lr) {
+SAP_HOST_DEVICE T adam_rule(T h, float perturbation_norm, float probe_size) {
   const T g = h * perturbation_norm;
-  return probe_lr * (g / (absolute(g) + 1e-8f));
+  return probe_size * (g / (absolute(g) + 1e-8f));
 }
 
 }  // namespace

@@ -209,17 +209,13 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
                   const c10::List<std::optional<at::Tensor>>& directions, const at::Tensor& lr,
                   double beta1, double beta2, double eps, double weight_decay, bool maximize,
                   const std::optional<at::Tensor>& blend,
-                  const std::optional<at::Tensor>& gradient_scale,
-                  const std::optional<at::Tensor>& found_inf) {
+                  const std::optional<at::Tensor>& gradient_scale) {
   const AdamWLists lists =
       check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, directions, blend.has_value());
   check_scalar("lr", lr);
   if (blend.has_value()) check_scalar("blend", *blend);
   if (gradient_scale.has_value()) check_scalar("gradient_scale", *gradient_scale);
-  if (found_inf.has_value()) check_scalar("found_inf", *found_inf);
   const Kernels& kernel = kernels();
-  if (value_of(found_inf, 0) != 0) return;
-
   const GradientCoefficients gradient{
       maximize ? -1.0f : 1.0f,
       static_cast<float>(value_of(blend, 0)),
@@ -318,10 +314,11 @@ void probe_project_(const at::Tensor& buffer, const at::Tensor& gradient, double
   });
 }
 
-at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, double probe_lr,
+at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, double probe_size,
                        const at::Tensor& perturbation_norm, at::TensorList radii) {
   check_not_empty("buffers", buffers);
   const TensorList h = list_of("buffers", Access::kWrite, buffers);
+  check_one_dimension(h);
   check_layout(h, h);
   check_float32(h);
   check_overlap({&h});
@@ -345,7 +342,7 @@ at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, doubl
   for (const at::Tensor& radius : radii) {
     const auto value = static_cast<float>(value_of(radius));
     if (!std::isfinite(value)) finite = false;
-    coefficients.push_back({rule, static_cast<float>(probe_lr), norm, 0, 0, value});
+    coefficients.push_back({rule, static_cast<float>(probe_size), norm, 0, 0, value});
   }
   const size_t count = work.chunks().size();
   std::vector<float> largest(count);

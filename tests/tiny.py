@@ -81,6 +81,14 @@ def random_batch(rows: int = 3, length: int = 12, seed: int = 0) -> Batch:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def encoded(seed: int) -> dict[str, list[int]]:
+    """A row of a dataset: random tokens of some length, the first three of them the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    length = 6 + seed % 5
+    ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+    return {"input_ids": ids, "labels": [-100] * 3 + ids[3:]}
+
+
 class Problem(NamedTuple):
     """A model with a task batch and a safety batch."""
 
@@ -160,15 +168,10 @@ def step_by_passes(case: Problem, optimizer: Any, batch: Batch | None = None) ->
     optimizer.step()
 
 
-def weights(case: Problem) -> list[Tensor]:
-    """Copies of all parameters of the model."""
-    return [parameter.detach().clone() for parameter in case.model.parameters()]
-
-
-def assert_same_bits(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
-    """Both hold the same numbers, to the last bit."""
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a, b)
+def weights(of: Problem | nn.Module) -> list[Tensor]:
+    """Copies of all parameters of a model, or of a problem's."""
+    model = of.model if isinstance(of, Problem) else of
+    return [parameter.detach().clone() for parameter in model.parameters()]
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -196,6 +199,28 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
                 assert a is None or torch.equal(a, b), name
         else:
             assert value == expected, name
+
+
+def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """‖a − b‖/‖b‖ over all tensors."""
+    pairs = list(zip(actual, expected, strict=True))
+    square = sum(((a - b).detach().double() ** 2).sum() for a, b in pairs)
+    return float((square / sum((b.detach().double() ** 2).sum() for _, b in pairs)).sqrt())
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    """Hold tensors, in nested dicts and lists, to be equal element by element, and all else too."""
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same_bits(left[key], right[key])
+    elif isinstance(left, Iterable) and not isinstance(left, str):
+        for a, b in zip(left, right, strict=True):
+            assert_same_bits(a, b)
+    else:
+        assert left == right
 
 
 def norm_of(tensors: list[Tensor]) -> float:

@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study",
         description="Fine-tune an aligned model with every method and ask every result the same "
-        "requests. Rows are added to benchmarks/study/results.csv as runs end, and what is there "
-        "already is not run again: interrupt it at any time.",
+        "requests. Rows are added to benchmarks/results/study/results.csv as runs end, and what is "
+        "there already is not run again: interrupt it at any time.",
     )
     parser.add_argument("--only", help="these methods: " + ",".join(METHODS))
     parser.add_argument("--tasks", help="these tasks: " + ",".join(TASKS))

@@ -1,4 +1,8 @@
-"""Every method of the study with the settings that are tried, as one table."""
+"""Every method of the study with the settings that are tried, as one table.
+
+The words of a setting are those of the rows in `results.csv`, whose keys are hashes of them; they
+stay what they were where the package has found better ones. `options_of` translates.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.workloads import RECIPES, Recipe, label_of
 from sap_fast import SAPTrainer
 from sap_fast.baselines import (
     AveragingTrainer,
@@ -41,9 +46,14 @@ TRAINING: Setting = {
 }
 
 
-#: Of every probe that a setting says nothing else of: the paper's layers. Spelt out, as what a row
-#: means may not follow from defaults, which change with what the study finds.
+# What a setting says nothing of is spelt out, as what a row means may not follow from defaults,
+# which change with what the study finds.
+#: Of every probe: the paper's layers.
 PROBE: Setting = {"probe_layers": "middle", "probe_lr": 3e-3}
+#: Of every optimizer.
+OPTIMIZER: Setting = {"safety_weight": 0.0, "safety_level": None}
+#: Of every safety pass.
+SAFETY_LOSS = "contrastive"
 #: `ProbeSet(layers="early")` of 30 layers.
 EARLY = list(range(1, 10))
 
@@ -55,10 +65,10 @@ class Method:
     Attributes:
         title: for tables and pictures.
         trainer: of `sap_fast`; None for a model that is not trained.
-        settings: what is tried. Keys of `TRAINING` replace it, those in `TRAINER_OPTIONS` go to
-            the trainer, all but those in `NEITHER` to `FusedSAP`.
+        settings: what is tried; see `options_of`.
         has_probe: whether `SAPTrainer` is to have a probe; it is `PROBE` with the setting over it.
         after: what is done with the tuned model, or before the tuning.
+        gone: settings that were tried, and that the package has no more. Their rows stay.
     """
 
     title: str
@@ -66,16 +76,8 @@ class Method:
     settings: tuple[Setting, ...] = ({},)
     has_probe: bool = False
     after: str | None = None
+    gone: tuple[Setting, ...] = ()
 
-
-#: Keys of a setting that are arguments of a trainer, by what they mean there.
-TRAINER_OPTIONS = frozenset(
-    "probe_layers probe_shape safety_loss refusal_weight alignment_steps task_steps proximal "
-    "radius harm_weight averaged".split()
-)
-
-#: Keys that are neither of the trainer nor of the optimizer.
-NEITHER = frozenset({"aligned_share", "varied_openings"})
 
 _SAP: tuple[Setting, ...] = (
     {},  # the settings below say what differs from `PROBE`
@@ -84,10 +86,8 @@ _SAP: tuple[Setting, ...] = (
     {"probe_lr": 1e-2},
     {"preset": "balanced"},
     {"preset": "economical"},
-    {"schedule": "lagged"},
     {"probe_rule": "adam", "probe_lr": 5e-2},
     {"probe_rule": "gradient", "probe_lr": 1.0},
-    {"probe_shape": "token"},
     {"safety_loss": "difference"},
     {"probe_layers": EARLY},
     {"probe_layers": list(range(20, 29))},
@@ -104,13 +104,16 @@ _SAP: tuple[Setting, ...] = (
     {"probe_layers": EARLY, "probe_lr": 1e-2, "safety_level": "auto"},
 )
 
+#: V of the batch before, and a probe for each token.
+_GONE: tuple[Setting, ...] = ({"schedule": "lagged"}, {"probe_shape": "token"})
+
 _CONTROLS: tuple[Setting, ...] = ({}, {"probe_layers": EARLY}, {"probe_lr": 1e-2})
 
 METHODS: dict[str, Method] = {
     "shipped": Method("As published", None),
     "aligned": Method("Aligned, not tuned", None),
     "adamw": Method("AdamW", SAPTrainer),
-    "sap": Method("SAP", SAPTrainer, _SAP, has_probe=True),
+    "sap": Method("SAP", SAPTrainer, _SAP, has_probe=True, gone=_GONE),
     "blend": Method(
         "γ-blending",
         SAPTrainer,
@@ -212,6 +215,47 @@ class Run:
         """What identifies the run in `results.csv`: a hash of all that decides its outcome."""
         content = json.dumps([asdict(self), self.training], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+#: Words of a setting: arguments of a trainer;
+_OF_TRAINER = frozenset(
+    {"safety_loss", "refusal_weight", "alignment_steps", "task_steps", "proximal", "radius"}
+    | {"harm_weight", "averaged"}
+)
+#: of `ProbeSet`, and what they are called there;
+_OF_PROBE = {"probe_layers": "layers", "probe_lr": "size", "probe_rule": "rule"}
+#: of the optimizer;
+_OF_OPTIMIZER = frozenset({"safety_weight", "safety_level", "direction_every"})
+#: of what is done before or after the tuning.
+_AROUND = frozenset({"aligned_share", "varied_openings"})
+
+
+def options_of(run: Run) -> dict[str, Any]:
+    """Return the keyword arguments of a run's trainer, beside those that all trainers have.
+
+    Raises:
+        ValueError: for a setting that the package has no more.
+    """
+    method, values = METHODS[run.method], run.values
+    values = {word: value for word, value in values.items() if word not in _AROUND | set(TRAINING)}
+    recipe = RECIPES[label_of(values.pop("preset"))] if "preset" in values else Recipe()
+    options = {word: values.pop(word) for word in _OF_TRAINER & set(values)}
+    probe = {name: values.pop(word) for word, name in _OF_PROBE.items() if word in values}
+    optimizer = {word: values.pop(word) for word in _OF_OPTIMIZER & set(values)}
+    if values:
+        raise ValueError(f"{run.method} {run.setting}: {', '.join(values)} is no more to be had")
+    if recipe.direction_every > 1:
+        optimizer |= {"direction_every": recipe.direction_every}
+        probe |= {"rows": recipe.rows}
+    if method.trainer is ControlTrainer:
+        options["control"] = run.method
+    if method.has_probe:
+        options["probe"] = probe
+    elif method.trainer is SAPTrainer:
+        options["method"] = "blend"
+    else:
+        return options  # such a trainer has an optimizer of its own
+    return {"safety_loss": SAFETY_LOSS} | options | {"sap_options": OPTIMIZER | optimizer}
 
 
 def run_of(method: str, setting: Setting, seed: int, task: str) -> Run:

@@ -14,14 +14,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from benchmarks.provenance import ROOT, write_rows
+from benchmarks.provenance import write_rows
 from benchmarks.study import results
 from benchmarks.study.methods import METHODS, PROBE, SEEDS, SELECTION, TASKS, TRAINING, Setting
-from benchmarks.study.results import MORE_HARMLESS_REFUSED, WORST_TASK_LOSS, Row
+from benchmarks.study.results import FOLDER, MORE_HARMLESS_REFUSED, WORST_TASK_LOSS, Row
 from sap_fast.evaluation import Interval, crossed_bootstrap_interval
 from sap_fast.reports.pages import MARKERS, Picture, picture, render, replace_text
 
-FOLDER = ROOT / "benchmarks" / "study"
 #: How far below the aligned model's a share of refusals may be to count as kept.
 FEWER_REFUSED = 0.03
 MISSING = "–"
@@ -554,7 +553,7 @@ def _knobs(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
     }
     adamw = table.get(("adamw", "{}"))
     knobs = []
-    for setting in METHODS["sap"].settings:
+    for setting in (*METHODS["sap"].settings, *METHODS["sap"].gone):
         row = table.get(("sap", json.dumps(setting, sort_keys=True)))
         if row and adamw:
             loss = row["task_loss"] / adamw["task_loss"] - 1

@@ -9,15 +9,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import ROOT
+from benchmarks import provenance
 from benchmarks.study.data import Split
 from benchmarks.study.methods import METHODS, SELECTION, Run, Setting
 
 Row = dict[str, Any]
 
-RESULTS = ROOT / "benchmarks" / "study" / "results.csv"
-LOOKS = ROOT / "benchmarks" / "study" / "looks.csv"
-LANDSCAPE = ROOT / "benchmarks" / "study" / "landscape.csv"
+FOLDER = provenance.RESULTS / "study"
+RESULTS = FOLDER / "results.csv"
+LOOKS = FOLDER / "looks.csv"
+LANDSCAPE = FOLDER / "landscape.csv"
 
 _NUMBERS = {
     "seed": int,

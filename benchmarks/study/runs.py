@@ -27,13 +27,8 @@ from benchmarks import assets
 from benchmarks.alignment import aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.study.data import Split, Task, load_task, requests_of, safety_pairs
-from benchmarks.study.methods import METHODS, NEITHER, TRAINER_OPTIONS, TRAINING, Run, run_of
-from sap_fast.baselines import (
-    ControlTrainer,
-    find_safety_layers,
-    freeze_layers,
-    merge_with_aligned,
-)
+from benchmarks.study.methods import METHODS, Run, options_of, run_of
+from sap_fast.baselines import find_safety_layers, freeze_layers, merge_with_aligned
 from sap_fast.cli.finetune import peak_bytes
 from sap_fast.cli.models import add_lora, load_model
 from sap_fast.data import (
@@ -136,7 +131,7 @@ def tune(
     run: Run, task: Task, model: nn.Module, tokenizer: Any, looked_at: bool
 ) -> tuple[Row, list[Row]]:
     """Fine-tune `model` in place, and return the figures of it and the looks at it."""
-    method, training, values = METHODS[run.method], run.training, run.values
+    method, training, varied = METHODS[run.method], run.training, "varied_openings" in run.values
     assert method.trainer is not None
     pad = padding_token_id(tokenizer)
     arguments = TrainingArguments(
@@ -158,12 +153,6 @@ def tune(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
-    options = {name: value for name, value in values.items() if name in TRAINER_OPTIONS}
-    others = set(values) - set(options) - set(TRAINING) - NEITHER
-    if method.trainer is ControlTrainer:
-        options["control"] = run.method
-    if not method.has_probe and method.trainer.__name__ == "SAPTrainer":
-        options["probe_layers"] = None
     trainer = method.trainer(
         model=model,
         args=arguments,
@@ -172,15 +161,14 @@ def tune(
         safety_dataset=load_safety_dataset(
             write_rows(
                 WORK / "data" / f"pairs-{run.key}.jsonl",
-                safety_pairs(training["safety_pairs"], values.get("varied_openings", False)),
+                safety_pairs(training["safety_pairs"], varied),
             ),
             tokenizer,
             128,
         ),
         safety_collator=SafetyCollator(pad),
         safety_batch_size=training["safety_batch_size"],
-        sap_options={name: values[name] for name in sorted(others)},
-        **options,
+        **options_of(run),
     )
     look = _Look(run, model, tokenizer, looked_at)
     trainer.add_callback(look)

@@ -39,11 +39,12 @@ from benchmarks.provenance import write_rows as write_csv
 from benchmarks.study.data import load_task, safety_pairs
 from benchmarks.study.methods import TRAINING
 from benchmarks.study.report import draw_band
+from benchmarks.study.results import FOLDER
 from benchmarks.study.runs import WORK, encoded
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, ops, task_loss
 from sap_fast.cli.models import add_lora, load_model
 from sap_fast.data import SafetyCollator, TaskCollator, load_safety_dataset, padding_token_id
-from sap_fast.probes import find_decoder_layers
+from sap_fast.model.layers import find_decoder_layers
 
 Row = dict[str, Any]
 
@@ -88,7 +89,7 @@ def measure(steps: int) -> tuple[list[Row], list[Row]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     layers = range(len(find_decoder_layers(model)[0]))
     optimizers = [
-        FusedSAP(trained, ProbeSet(model, layers=chosen), lr=0.0, probe_lr=1.0, keep_direction=True)
+        FusedSAP(trained, ProbeSet(model, layers=chosen, size=1.0), lr=0.0)
         for chosen in ("middle", list(layers))
     ]
     plain = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], weight_decay=0.01)
@@ -190,18 +191,18 @@ class Look:
     ) -> None:
         assert sap.probes is not None
         self._sap, self._trained, self._roots, self.asked = sap, trained, roots, asked
-        self._probes: ProbeSet = sap.probes
+        self._probes, self._passes = sap.probes, sap.passes
+        self._passes.measures_lean = True  # keeps the direction for several rounds of probe passes
         self._direction = self._unit_gradient(asked.safety)
         self._elsewhere = self._unit_gradient(asked.other_safety)
         self._start = self._gradient(asked.task)
         sap.zero_grad()
-        if sap.needs_calibration:
-            sap.calibrate_rho(asked.task, asked.safety)
-        with sap.safety_pass():
-            asked.safety()
+        if self._passes.calibration is None:
+            self._passes.calibrate(lambda _: asked.task(), asked.safety)
+        self._passes.safety_pass(asked.safety)
         #: h, and V of size 1, by layer.
         self.estimates = self.estimate(asked.task)
-        self.unit = self._probes.copy_offsets()
+        self.unit = self._probes.offsets
         self._of_all = {
             "slope": inner(self._direction, self._start),
             "gradient_norm": norm(self._start),
@@ -209,8 +210,7 @@ class Look:
 
     def estimate(self, task: Callable[[], Tensor]) -> dict[int, Tensor]:
         """Return h of a task loss under the direction of this look, by layer."""
-        for _ in self._sap.probe_passes():
-            task()
+        self._passes.probe_passes(lambda _: task())
         return {layer: h.clone() for layer, h in self._probes.estimates.items()}
 
     def _gradient(self, backward: Callable[[], Tensor]) -> list[Tensor]:
@@ -223,14 +223,14 @@ class Look:
         length = norm(uphill)
         return [g / length for g in uphill]
 
-    def under(self, offsets: dict[int, list[Tensor]]) -> Row:
+    def under(self, offsets: dict[int, Tensor]) -> Row:
         """Return what the probe V makes of the gradient."""
 
         def probed() -> Tensor:
-            with self._sap.task_pass():
+            with self._passes.task_pass():
                 return self.asked.task()
 
-        self._probes.replace_offsets(offsets)
+        self._probes.offsets = offsets
         change = [g - before for g, before in zip(self._gradient(probed), self._start, strict=True)]
         lean, moved = inner(self._direction, change), norm(change)
         after_adamw, other_pairs = shares_of_blending(
@@ -242,7 +242,7 @@ class Look:
             "cosine": lean / moved,
             "after_adamw": after_adamw,
             "other_pairs": other_pairs,
-            "rho": self._sap.current_rho,
+            "rho": self._passes.rho,
         }
 
     def end(self) -> None:
@@ -258,12 +258,9 @@ def look_at_sizes(step: int, look: Look) -> list[Row]:
     for kind in ("sap", "random"):
         for size in SIZES:
             offsets = {}
-            for layer, calls in look.unit.items():
-                drawn = [torch.randn(v.shape, generator=noise) for v in calls]
-                offsets[layer] = [
-                    size * (v if kind == "sap" else n * (v.norm() / n.norm()))
-                    for v, n in zip(calls, drawn, strict=True)
-                ]
+            for layer, v in look.unit.items():
+                drawn = torch.randn(v.shape, generator=noise)
+                offsets[layer] = size * (v if kind == "sap" else drawn * (v.norm() / drawn.norm()))
             rows.append({"step": step, "probe": kind, "probe_lr": size} | look.under(offsets))
     return rows
 
@@ -274,8 +271,8 @@ def look_at_layers(step: int, look: Look) -> list[Row]:
     rows = []
     for layer in look.unit:
         offsets = {
-            other: [SIZE_OF_ONE * v if other == layer else torch.zeros_like(v) for v in calls]
-            for other, calls in look.unit.items()
+            other: SIZE_OF_ONE * v if other == layer else torch.zeros_like(v)
+            for other, v in look.unit.items()
         }
         h, other_h = look.estimates[layer], other_estimates[layer]
         other_batch = torch.nn.functional.cosine_similarity(h.flatten(), other_h.flatten(), dim=0)
@@ -328,9 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=40, help="of the fine-tuning (40)")
     options = parser.parse_args(arguments)
     rows, layers = measure(options.steps)
-    folder = ROOT / "benchmarks" / "study"
-    path = write_csv("why.csv", rows, folder)
-    draw_layers(layers, write_csv("layers.csv", layers, folder).with_suffix(".png"))
+    path = write_csv("why.csv", rows, FOLDER)
+    draw_layers(layers, write_csv("layers.csv", layers, FOLDER).with_suffix(".png"))
     table = Table("probe", "probe_lr", "⟨ĝ, g⟩/‖g‖", "lean/‖g‖", "‖Δg‖/‖g‖", "cosine of Δg and ĝ")
     table.add_column("lean after AdamW ÷ blending's")
     table.add_column("lean on other pairs ÷ blending's")

@@ -18,7 +18,7 @@ enum Rule { kGradient, kNormalized, kAdam };
 
 struct RuleCoefficients {
   Rule rule;
-  float probe_lr;
+  float probe_size;
   float perturbation_norm;
   float largest;  // max |h| of the layer
   float norm;     // ‖h / largest‖ of the layer

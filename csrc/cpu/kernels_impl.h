@@ -14,9 +14,9 @@ void perturb_swap(void* params, void* buffers, int64_t size, float scale) {
   const Vec scales = broadcast(scale);
   for_each_vector(size, [=](int64_t i, auto lanes) SAP_INLINE_LAMBDA {
     const Stored<S> parameter = fetch(p + i, lanes);
-    const Vec direction = load(b + i, lanes);
+    const Vec gradient = load(b + i, lanes);
     put(b + i, parameter, lanes);
-    store(p + i, perturb(widen(parameter), direction, scales), lanes);
+    store(p + i, perturb(widen(parameter), gradient, scales), lanes);
   });
 }
 
@@ -38,7 +38,7 @@ void restore_swap(void* params, void* buffers, int64_t size, float inverse_scale
     const Vec perturbed = load(p + i, lanes);
     const Stored<S> parameter = fetch(b + i, lanes);
     put(p + i, parameter, lanes);
-    store(b + i, recover_direction(perturbed, widen(parameter), scales), lanes);
+    store(b + i, recover_gradient(perturbed, widen(parameter), scales), lanes);
   });
 }
 
@@ -191,13 +191,13 @@ void probe_rule(float* h, int64_t size, const RuleCoefficients& coefficients) {
     Vec probe;
     switch (c.rule) {
       case kGradient:
-        probe = gradient_rule(value, c.perturbation_norm, c.probe_lr);
+        probe = gradient_rule(value, c.perturbation_norm, c.probe_size);
         break;
       case kNormalized:
-        probe = normalized_rule(value, c.largest, c.norm, c.radius, c.probe_lr);
+        probe = normalized_rule(value, c.largest, c.norm, c.radius, c.probe_size);
         break;
       default:
-        probe = adam_rule(value, c.perturbation_norm, c.probe_lr);
+        probe = adam_rule(value, c.perturbation_norm, c.probe_size);
     }
     store(h + i, probe, lanes);
   });

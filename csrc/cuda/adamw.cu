@@ -17,7 +17,6 @@ struct StepTable {
 
 struct CoefficientOptions {
   Scalar lr;
-  Scalar found_inf;
   double beta1;
   double beta2;
   double eps;
@@ -30,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
                 const __grid_constant__ CoefficientOptions options,
                 AdamWCoefficients* __restrict__ coefficients) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= table.tensors || read(options.found_inf) != 0.0) return;
+  if (index >= table.tensors) return;
   const float step = *table.steps[index] + 1.0f;
   *table.steps[index] = step;
   const double rate = read(options.lr);
@@ -106,13 +105,10 @@ struct AdamW {
   float sign;
   Scalar blend;
   Scalar gradient_scale;
-  Scalar found_inf;
 
-  __device__ __forceinline__ bool prepare(int64_t tensor, Element* element) const {
-    if (read(found_inf) != 0.0) return false;
-    element->gradient = {sign, kBlend ? read_float(blend) : 0.0f, read_float(gradient_scale)};
-    element->step = coefficients[tensor];
-    return true;
+  __device__ __forceinline__ Element prepare(int64_t tensor) const {
+    return {{sign, kBlend ? read_float(blend) : 0.0f, read_float(gradient_scale)},
+            coefficients[tensor]};
   }
 };
 
@@ -120,8 +116,8 @@ template <bool kBlend, int kOperands>
 cudaError_t run(Storage storage, const TensorLists<kOperands>& operands, void* const* steps,
                 const AdamWOptions& options, void* scratch, cudaStream_t stream) {
   auto* const coefficients = static_cast<AdamWCoefficients*>(scratch);
-  const CoefficientOptions of_step{options.lr,    options.found_inf, options.beta1,
-                                   options.beta2, options.eps,       options.weight_decay};
+  const CoefficientOptions of_step{options.lr, options.beta1, options.beta2, options.eps,
+                                   options.weight_decay};
   bool large = false;
   if (operands.tensors > StepTable<kSmallArguments>::kCapacity) {
     const cudaError_t error = takes_large_arguments(&large);
@@ -133,8 +129,7 @@ cudaError_t run(Storage storage, const TensorLists<kOperands>& operands, void* c
   if (error != cudaSuccess) return error;
   return with_storage(storage, [&](auto element) {
     const AdamW<decltype(element), kBlend> operation{coefficients, options.maximize ? -1.0f : 1.0f,
-                                                     options.blend, options.gradient_scale,
-                                                     options.found_inf};
+                                                     options.blend, options.gradient_scale};
     return launch_transform(operands, operation, stream);
   });
 }

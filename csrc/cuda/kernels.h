@@ -70,7 +70,6 @@ struct AdamWOptions {
   bool maximize;
   Scalar blend;           // not read without directions
   Scalar gradient_scale;  // 1: leaves the gradient
-  Scalar found_inf;       // not 0: nothing is updated or counted
 };
 
 // Bytes of scratch for `tensors` tensors.
@@ -101,7 +100,7 @@ cudaError_t probe_project(Storage storage, float* buffer, const void* gradient, 
 int64_t probe_rule_scratch(int64_t layers, const int64_t* sizes);
 
 // Operands: the buffers, and the radii (one float each), all fp32. `finite` takes the result.
-cudaError_t probe_rule(const TensorLists<2>& buffers_radii, Rule rule, float probe_lr,
+cudaError_t probe_rule(const TensorLists<2>& buffers_radii, Rule rule, float probe_size,
                        Scalar perturbation_norm, bool* finite, void* scratch, cudaStream_t stream);
 
 }  // namespace sap_fast::cuda

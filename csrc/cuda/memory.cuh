@@ -177,14 +177,13 @@ __device__ __forceinline__ void for_each_pack(int32_t size, bool aligned, const 
 // Runs an operation on each element, a chunk per block. An operation has
 //   Set      the Operands, kUnroll  packs of each that a thread loads before it computes,
 //   Element  a functor of one element of each operand, and
-//   prepare  which makes it for a tensor of the list; false: there is nothing to do.
+//   prepare  which makes it for a tensor of the list.
 template <class Operation, class Table>
 __global__ void __launch_bounds__(kThreads)
     transform(const __grid_constant__ Table table, const __grid_constant__ Operation operation) {
   using Set = typename Operation::Set;
   const Chunk chunk = table.find(static_cast<int32_t>(blockIdx.x));
-  typename Operation::Element element;
-  if (!operation.prepare(table.tensors_before + chunk.tensor, &element)) return;
+  const auto element = operation.prepare(table.tensors_before + chunk.tensor);
   const Set set(table, chunk);
   for_each_pack<Set::kWidth, Operation::kUnroll>(
       chunk.size, set.aligned(), [&](auto width, auto count, int32_t index) {

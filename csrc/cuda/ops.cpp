@@ -229,8 +229,7 @@ void adamw_blend_op(at::TensorList params, at::TensorList grads, at::TensorList 
                     const c10::List<std::optional<at::Tensor>>& directions, const at::Tensor& lr,
                     double beta1, double beta2, double eps, double weight_decay, bool maximize,
                     const std::optional<at::Tensor>& blend,
-                    const std::optional<at::Tensor>& gradient_scale,
-                    const std::optional<at::Tensor>& found_inf) {
+                    const std::optional<at::Tensor>& gradient_scale) {
   const AdamWLists lists =
       check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, directions, blend.has_value());
   const auto& [p, g, m, v, t, d, held] = lists;
@@ -244,11 +243,7 @@ void adamw_blend_op(at::TensorList params, at::TensorList grads, at::TensorList 
       maximize,
       scalar_of("blend", blend, device, 0),
       scalar_of("gradient_scale", gradient_scale, device, 1),
-      scalar_of("found_inf", found_inf, device, 0),
   };
-  // Known here where it is on the CPU.
-  if (options.found_inf.address == nullptr && options.found_inf.value != 0) return;
-
   // Only tensors that have a direction read one.
   const auto has_direction = [&](size_t index) { return d.tensors[index] != nullptr; };
   const std::vector<Group<6>> blended = groups_of({&p, &g, &m, &v, &d, &t}, has_direction);
@@ -318,11 +313,12 @@ Rule rule_of(c10::string_view name) {
   return Rule::kAdam;
 }
 
-at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, double probe_lr,
+at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, double probe_size,
                          const at::Tensor& perturbation_norm, at::TensorList radii) {
   check_not_empty("buffers", buffers);
   const TensorList h = list_of("buffers", Access::kWrite, buffers);
   const TensorList r = list_of("radii", Access::kRead, radii);
+  check_one_dimension(h);
   check_layout(h, h);
   check_float32(h);
   check_float32(r);
@@ -338,7 +334,7 @@ at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, dou
   at::Tensor finite = at::empty({}, at::TensorOptions().dtype(at::kBool).device(device));
   bump_versions(h);
   check_launch("probe_rule_",
-               probe_rule(layers.lists(), rule, static_cast<float>(probe_lr), norm,
+               probe_rule(layers.lists(), rule, static_cast<float>(probe_size), norm,
                           finite.mutable_data_ptr<bool>(), scratch.mutable_data_ptr(),
                           c10::cuda::getCurrentCUDAStream()));
   return finite;

@@ -21,10 +21,7 @@ struct PerturbSwap {
 
   Scalar scale;
 
-  __device__ __forceinline__ bool prepare(int64_t, Element* element) const {
-    element->scale = read_float(scale);
-    return true;
-  }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {read_float(scale)}; }
 };
 
 template <class Stored>
@@ -38,7 +35,7 @@ struct Reflect {
     }
   };
 
-  __device__ __forceinline__ bool prepare(int64_t, Element*) const { return true; }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {}; }
 };
 
 template <class Stored>
@@ -51,17 +48,14 @@ struct RestoreSwap {
 
     __device__ __forceinline__ void operator()(Stored& parameter, Stored& buffer) const {
       const Stored old = buffer;
-      narrow(recover_direction(widen(parameter), widen(old), inverse_scale), buffer);
+      narrow(recover_gradient(widen(parameter), widen(old), inverse_scale), buffer);
       parameter = old;
     }
   };
 
   Scalar inverse_scale;
 
-  __device__ __forceinline__ bool prepare(int64_t, Element* element) const {
-    element->inverse_scale = read_float(inverse_scale);
-    return true;
-  }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {read_float(inverse_scale)}; }
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// probe_rule: h of all layers to V_safe, in five launches (three unless the rule is `normalized`).
+// probe_rule: h of all layers to V, in five launches (three unless the rule is `normalized`).
 #include "reduction.cuh"
 
 namespace sap_fast::cuda {
@@ -38,7 +38,7 @@ struct LargestOfChunk {
     }
   };
 
-  __device__ __forceinline__ bool prepare(int64_t, Element*) const { return true; }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {}; }
 };
 
 // The first chunk of a table's layer, among all, and the one after its last.
@@ -93,10 +93,8 @@ struct UnitSquares {
 
   const float* largest;
 
-  __device__ __forceinline__ bool prepare(int64_t layer, Element* element) const {
-    element->largest = largest[layer];
-    return element->largest > 0.0f;
-  }
+  // NaN where all of h is zero: 0 / 0.
+  __device__ __forceinline__ Element prepare(int64_t layer) const { return {largest[layer]}; }
 };
 
 template <class Table>
@@ -124,7 +122,7 @@ struct ApplyRule {
 
   struct Element {
     bool zero;
-    float probe_lr;
+    float probe_size;
     float perturbation_norm;
     float largest;
     float norm;
@@ -133,11 +131,11 @@ struct ApplyRule {
     __device__ __forceinline__ void operator()(float& h) const {
       float probe;
       if constexpr (kRule == Rule::kNormalized) {
-        probe = normalized_rule(h, largest, norm, radius, probe_lr);
+        probe = normalized_rule(h, largest, norm, radius, probe_size);
       } else if constexpr (kRule == Rule::kGradient) {
-        probe = gradient_rule(h, perturbation_norm, probe_lr);
+        probe = gradient_rule(h, perturbation_norm, probe_size);
       } else {
-        probe = adam_rule(h, perturbation_norm, probe_lr);
+        probe = adam_rule(h, perturbation_norm, probe_size);
       }
       h = select(zero, 0.0f, probe);
     }
@@ -145,22 +143,21 @@ struct ApplyRule {
 
   Layers layers;
   const bool* finite;
-  float probe_lr;
+  float probe_size;
   Scalar perturbation_norm;
 
-  __device__ __forceinline__ bool prepare(int64_t layer, Element* element) const {
-    element->zero = !*finite;
-    element->probe_lr = probe_lr;
+  __device__ __forceinline__ Element prepare(int64_t layer) const {
+    Element element{!*finite, probe_size, 0.0f, 0.0f, 0.0f, 0.0f};
     if constexpr (kRule == Rule::kNormalized) {
-      element->largest = layers.largest[layer];
-      element->norm = layers.norms[layer];
-      element->radius = layers.radii[layer];
-      // Without a size there is nothing to normalize: 0 / 0.
-      element->zero = element->zero || !(element->norm > 0.0f);
+      element.largest = layers.largest[layer];
+      element.norm = layers.norms[layer];
+      element.radius = layers.radii[layer];
+      // Without a size there is nothing to normalize, and the norm may be NaN.
+      element.zero = element.zero || !(element.norm > 0.0f);
     } else {
-      element->perturbation_norm = read_float(perturbation_norm);
+      element.perturbation_norm = read_float(perturbation_norm);
     }
-    return true;
+    return element;
   }
 };
 
@@ -185,8 +182,8 @@ cudaError_t launch_find_norms(const TensorLists<2>& lists, const Layers& layers,
 
 template <Rule kRule>
 cudaError_t launch_rule(const TensorLists<2>& lists, const Layers& layers, const bool* finite,
-                        float probe_lr, Scalar perturbation_norm, cudaStream_t stream) {
-  return launch_transform(lists, ApplyRule<kRule>{layers, finite, probe_lr, perturbation_norm},
+                        float probe_size, Scalar perturbation_norm, cudaStream_t stream) {
+  return launch_transform(lists, ApplyRule<kRule>{layers, finite, probe_size, perturbation_norm},
                           stream);
 }
 
@@ -196,7 +193,7 @@ int64_t probe_rule_scratch(int64_t layers, const int64_t* sizes) {
   return Layers::bytes(layers, count_chunks(layers, sizes));
 }
 
-cudaError_t probe_rule(const TensorLists<2>& buffers_radii, Rule rule, float probe_lr,
+cudaError_t probe_rule(const TensorLists<2>& buffers_radii, Rule rule, float probe_size,
                        Scalar perturbation_norm, bool* finite, void* scratch, cudaStream_t stream) {
   const Layers layers(scratch, buffers_radii.tensors);
   cudaError_t error = launch_reduction(buffers_radii, LargestOfChunk{}, layers.values, stream);
@@ -212,7 +209,7 @@ cudaError_t probe_rule(const TensorLists<2>& buffers_radii, Rule rule, float pro
   const auto run = rule == Rule::kNormalized ? launch_rule<Rule::kNormalized>
                    : rule == Rule::kGradient ? launch_rule<Rule::kGradient>
                                              : launch_rule<Rule::kAdam>;
-  return run(buffers_radii, layers, finite, probe_lr, perturbation_norm, stream);
+  return run(buffers_radii, layers, finite, probe_size, perturbation_norm, stream);
 }
 
 }  // namespace sap_fast::cuda

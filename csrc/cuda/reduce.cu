@@ -16,7 +16,7 @@ struct Dot {
     }
   };
 
-  __device__ __forceinline__ bool prepare(int64_t, Element*) const { return true; }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {}; }
 };
 
 template <class Stored>
@@ -31,7 +31,7 @@ struct SumSquares {
     }
   };
 
-  __device__ __forceinline__ bool prepare(int64_t, Element*) const { return true; }
+  __device__ __forceinline__ Element prepare(int64_t) const { return {}; }
 };
 
 constexpr int kThreadsOfLastStage = 1024;

@@ -48,7 +48,7 @@ __device__ __forceinline__ T reduce_block(T value) {
 }
 
 // First stage: the value of each chunk of the list, in the order of plan_chunks. An operation has
-//   Set, kUnroll, Element, prepare  as for `transform`; where it is not prepared the value is zero,
+//   Set, kUnroll, Element, prepare  as for `transform`,
 //   Combination                     of values, and
 //   Element::add(value, elements…)  which takes in one element of each operand.
 template <class Operation, class Table>
@@ -58,33 +58,30 @@ __global__ void __launch_bounds__(kThreads)
   using Set = typename Operation::Set;
   using Combination = typename Operation::Combination;
   const Chunk chunk = table.find(static_cast<int32_t>(blockIdx.x));
-  typename Operation::Element element;
-  float result = 0.0f;
-  if (operation.prepare(table.tensors_before + chunk.tensor, &element)) {
-    const Set set(table, chunk);
-    // A chain of its own for each pack on the way: shorter sums round less.
-    float chains[Operation::kUnroll] = {};
-    for_each_pack<Set::kWidth, Operation::kUnroll>(
-        chunk.size, set.aligned(), [&](auto width, auto count, int32_t index) {
-          constexpr int kWidth = decltype(width)::value;
-          constexpr int kCount = decltype(count)::value;
-          typename Set::template Packs<kWidth> packs[kCount];
+  const auto element = operation.prepare(table.tensors_before + chunk.tensor);
+  const Set set(table, chunk);
+  // A chain of its own for each pack on the way: shorter sums round less.
+  float chains[Operation::kUnroll] = {};
+  for_each_pack<Set::kWidth, Operation::kUnroll>(
+      chunk.size, set.aligned(), [&](auto width, auto count, int32_t index) {
+        constexpr int kWidth = decltype(width)::value;
+        constexpr int kCount = decltype(count)::value;
+        typename Set::template Packs<kWidth> packs[kCount];
 #pragma unroll
-          for (int i = 0; i < kCount; ++i) set.load(packs[i], index + i * kThreads * kWidth);
+        for (int i = 0; i < kCount; ++i) set.load(packs[i], index + i * kThreads * kWidth);
 #pragma unroll
-          for (int i = 0; i < kCount; ++i) {
+        for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-            for (int place = 0; place < kWidth; ++place) {
-              Set::apply(packs[i], place, [&](const auto&... values_of_element) {
-                chains[i] = element.add(chains[i], values_of_element...);
-              });
-            }
+          for (int place = 0; place < kWidth; ++place) {
+            Set::apply(packs[i], place, [&](const auto&... values_of_element) {
+              chains[i] = element.add(chains[i], values_of_element...);
+            });
           }
-        });
-    result = chains[0];
+        }
+      });
+  float result = chains[0];
 #pragma unroll
-    for (int i = 1; i < Operation::kUnroll; ++i) result = Combination::combine(result, chains[i]);
-  }
+  for (int i = 1; i < Operation::kUnroll; ++i) result = Combination::combine(result, chains[i]);
   result = reduce_block<Combination, kThreads>(result);
   if (threadIdx.x == 0) values[table.chunks_before + blockIdx.x] = result;
 }

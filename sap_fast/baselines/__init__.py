@@ -8,24 +8,24 @@
 | `merge_with_aligned` | merging after the tuning: Farn et al. 2024, arXiv:2412.19512 |
 | `PanaceaTrainer` | a perturbation added after the tuning: Wang et al. 2025, arXiv:2501.18100 |
 | `freeze_layers` | frozen safety layers, SPPFT: Li et al. 2024, arXiv:2408.17003 |
+| `PublishedSAPTrainer` | SAP as its authors released it: Wu et al. 2025, arXiv:2505.16737 |
 | `ControlTrainer` | SAP with a random or a flipped probe, or with one part of what its probe does |
 | `AveragingTrainer` | SAP with h, or its direction, averaged over steps |
 
 Every trainer takes the arguments of `sap_fast.SAPTrainer` and updates with the same AdamW, so that
-what differs is the method alone. Gradient blending without a probe is `SAPTrainer` itself, with
-`probe_layers=None` and `sap_options={"safety_weight": …}`; AdamW is that without a weight.
+what differs is the method alone. Blending without a probe is `SAPTrainer` itself, with
+`method="blend"`; AdamW is that with `sap_options={"safety_weight": 0.0}`.
 """
 
+from sap_fast.baselines.averaging import AveragingTrainer
+from sap_fast.baselines.controls import ControlTrainer
+from sap_fast.baselines.lisa import LisaTrainer
 from sap_fast.baselines.merging import merge_with_aligned
+from sap_fast.baselines.mixed import MixedTrainer
+from sap_fast.baselines.panacea import PanaceaTrainer
+from sap_fast.baselines.published import PublishedSAP, PublishedSAPTrainer, published_step
 from sap_fast.baselines.safety_layers import SafetyLayers, find_safety_layers, freeze_layers
-from sap_fast.baselines.trainers import (
-    AveragingTrainer,
-    ControlTrainer,
-    LisaTrainer,
-    MixedTrainer,
-    PanaceaTrainer,
-    SAMTrainer,
-)
+from sap_fast.baselines.sam import SAMTrainer
 
 __all__ = [
     "AveragingTrainer",
@@ -33,9 +33,12 @@ __all__ = [
     "LisaTrainer",
     "MixedTrainer",
     "PanaceaTrainer",
+    "PublishedSAP",
+    "PublishedSAPTrainer",
     "SAMTrainer",
     "SafetyLayers",
     "find_safety_layers",
     "freeze_layers",
     "merge_with_aligned",
+    "published_step",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,15 @@ _SAFETY_LOSSES: dict[str, SafetyLoss] = {
     "refusal": refusal_loss,
     "joint": joint_loss,
 }
-#: The safety loss of each method, by the study (docs/study.md).
-_METHODS = {"sap": "contrastive", "blend": "joint"}
+
+
+class _Method(NamedTuple):
+    optimizer: type[BlendedAdamW]
+    safety_loss: str
+    """by the study (docs/study.md)"""
+
+
+_METHODS = {"sap": _Method(FusedSAP, "contrastive"), "blend": _Method(BlendedAdamW, "joint")}
 
 
 # Where TRL's trainers keep what their `compute_loss` records.
@@ -156,15 +164,14 @@ class SAPTrainerMixin(_Base):
         method: `"sap"` for `FusedSAP`, `"blend"` for `BlendedAdamW`.
         probe: keyword arguments for `ProbeSet`, with `"sap"`.
         sap_options: keyword arguments for the optimizer, over what `TrainingArguments` says. An
-            optimizer given as `optimizers=(FusedSAP(…), …)` is used as it is instead.
+            optimizer given as `optimizers=(FusedSAP(…), …)` is used as it is instead; leave these
+            and `probe` out then.
         **kwargs: as for the trainer.
 
-    Attributes:
-        probe_set: the `ProbeSet`, once the trainer has built the optimizer; None without a probe.
-
     Raises:
-        ValueError: without safety data or collator, for an unknown `safety_loss` or `method`, or
-            for a `probe` without a method that has one.
+        ValueError: without safety data or collator, for an unknown `safety_loss` or `method`, for a
+            `probe` without a method that has one, for another optimizer in `TrainingArguments`, or
+            for settings beside an optimizer that is given.
     """
 
     def __init__(
@@ -190,7 +197,7 @@ class SAPTrainerMixin(_Base):
         if probe and method != "sap":
             raise ValueError(f"probe={probe!r} with method={method!r}, which has no probe")
         if safety_loss is None:
-            safety_loss = _METHODS[method]
+            safety_loss = _METHODS[method].safety_loss
         if isinstance(safety_loss, str) and safety_loss not in _SAFETY_LOSSES:
             raise ValueError(
                 f"safety_loss={safety_loss!r} is not known; choose one of "
@@ -204,9 +211,37 @@ class SAPTrainerMixin(_Base):
         self._sap_options = dict(sap_options or {})
         self._window: list[Any] = []
         self._window_position = 0
-        self.probe_set: ProbeSet | None = None
         super().__init__(*args, **kwargs)
+        if self.optimizer is None:
+            self._refuse_other_optimizers()
+        elif self._probe or self._sap_options:
+            raise ValueError(
+                f"probe={self._probe} and sap_options={self._sap_options} have no effect on an "
+                "optimizer that is given: leave them out, or leave optimizers= out"
+            )
         self._safety_batches = SafetyBatches(safety_dataset, safety_batch_size, self.args.seed)
+
+    def _refuse_other_optimizers(self) -> None:
+        """Raise for a choice of an optimizer that the update of SAP would overrule."""
+        default = next(f.default for f in dataclasses.fields(self.args) if f.name == "optim")
+        chosen = getattr(self.args.optim, "value", self.args.optim)
+        if chosen != getattr(default, "value", default):
+            what = f"optim={chosen!r}"
+        elif self.optimizer_cls_and_kwargs is not None:
+            what = f"optimizer_cls_and_kwargs with {self.optimizer_cls_and_kwargs[0].__name__}"
+        else:
+            return
+        name = _METHODS[self._method].optimizer.__name__
+        raise ValueError(
+            f"{what}, but the trainer updates with {name}, which is AdamW with SAP: leave it out, "
+            "or run SafetyPasses with that optimizer in a loop of your own "
+            "(examples/any_optimizer.py)"
+        )
+
+    @property
+    def probe_set(self) -> ProbeSet | None:
+        """The probe set, once there is an optimizer; None without a probe."""
+        return None if self.optimizer is None else self.sap_optimizer.probes
 
     @property
     def sap_optimizer(self) -> BlendedAdamW:
@@ -219,8 +254,8 @@ class SAPTrainerMixin(_Base):
         while not isinstance(optimizer, BlendedAdamW):
             if not hasattr(optimizer, "optimizer"):
                 raise TypeError(
-                    f"the trainer's optimizer is a {type(self.optimizer).__name__}, neither "
-                    "FusedSAP nor BlendedAdamW; leave optimizers= out, or give one of these"
+                    f"the trainer's optimizer is of {type(optimizer).__name__}, neither FusedSAP "
+                    "nor BlendedAdamW; leave optimizers= out, or give one of these"
                 )
             optimizer = optimizer.optimizer
         return optimizer
@@ -253,10 +288,9 @@ class SAPTrainerMixin(_Base):
                 "eps": self.args.adam_epsilon,
                 "grad_scaler": self.accelerator.scaler,
             }
-            optimizer: type[BlendedAdamW] = BlendedAdamW
             if self._method == "sap":
-                self.probe_set = ProbeSet(trained_model, **self._probe)
-                optimizer, settings["probes"] = FusedSAP, self.probe_set
+                settings["probes"] = ProbeSet(trained_model, **self._probe)
+            optimizer = _METHODS[self._method].optimizer
             self.optimizer_cls_and_kwargs = (optimizer, settings | self._sap_options)
         return super().create_optimizer(model)
 
@@ -294,35 +328,42 @@ class SAPTrainerMixin(_Base):
     ) -> None:
         passes = optimizer.passes
 
-        def safety() -> Tensor:
-            model.train()
-            rows = self._safety_batches.rows(
-                passes.direction.taken, self.args.process_index, self.args.world_size
-            )
-            loss = self.compute_safety_loss(
-                model, self._prepare_inputs(self._safety_collator(rows))
-            )
-            self.accelerator.backward(loss)
-            return loss.detach()
-
         def task(part: list[Any]) -> Tensor:
             items = num_items
-            if part is not window and num_items is not None:
+            # Asked of the setting and not of the part: to count is to wait for the other ranks.
+            if optimizer.probes is not None and optimizer.probes.rows < 1 and items is not None:
                 items = self._get_num_items_in_batch(part, self.args.device)
             # What a loss is divided by that no number of items scales.
             self.current_gradient_accumulation_steps = len(part)
             try:
-                losses = [
-                    super(SAPTrainerMixin, self).training_step(model, micro_batch, items)
-                    for micro_batch in part
-                ]
+                return self._backward_of_task(model, part, items)
             finally:
                 self.current_gradient_accumulation_steps = len(window)
-            return torch.stack(losses).sum()
 
         # What a log wants to know about this step costs a buffer; other steps go without.
-        passes.measures_lean = self._logs_after_this_step()
-        optimizer.inner_passes(task, safety, window)
+        passes.measures_lean = self._measures_lean()
+        optimizer.inner_passes(
+            task, lambda: self._backward_of_safety(model, passes.direction.taken), window
+        )
+
+    def _backward_of_task(self, model: nn.Module, batches: list[Any], num_items: Any) -> Tensor:
+        """Run the trainer's own step on micro-batches, not in the task pass; return L_task."""
+        losses = []
+        for micro_batch in batches:
+            losses.append(super().training_step(model, micro_batch, num_items))
+        return torch.stack(losses).sum()
+
+    def _backward_of_safety(self, model: nn.Module, number: int) -> Tensor:
+        """Run forward and backward on the rows of safety pass `number`; return L_safe."""
+        model.train()
+        rows = self._safety_batches.rows(number, self.args.process_index, self.args.world_size)
+        loss = self.compute_safety_loss(model, self._prepare_inputs(self._safety_collator(rows)))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _measures_lean(self) -> bool:
+        """Say whether the step keeps its direction to its end; see `SafetyPasses.measures_lean`."""
+        return self._logs_after_this_step()
 
     @contextmanager
     def _figures_set_aside(self) -> Iterator[None]:

@@ -43,10 +43,10 @@ OPERATIONS = {
     "dot": "inner product of two lists of tensors",
     "perturb_swap_": "W becomes W + ΔW; the buffer of ΔW keeps W",
     "reflect_": "W + ΔW becomes W − ΔW",
-    "restore_swap_": "W comes back bit for bit; the buffer becomes the direction again",
+    "restore_swap_": "W comes back bit for bit; the buffer becomes the safety gradient again",
     "probe_add": "x + v: the probe in the hidden states",
     "probe_project_": "the sum over tokens of the gradient of x, on the way back",
-    "probe_rule_": "the probe gradient h becomes the probe V_safe",
+    "probe_rule_": "the probe gradient h becomes the probe V",
     "adamw_blend_": "gradient blending, unscaling, clipping and AdamW",
 }
 assert OPERATIONS.keys() == SCHEMAS.keys()
@@ -252,7 +252,6 @@ def adamw_blend_(
     maximize: bool = False,
     blend: Tensor | None = None,
     gradient_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Blend, unscale, clip and update with AdamW; see `reference.adamw_blend_`."""
@@ -271,21 +270,20 @@ def adamw_blend_(
         maximize=maximize,
         blend=blend,
         gradient_scale=gradient_scale,
-        found_inf=found_inf,
     )
 
 
 def probe_rule_(
     buffers: Sequence[Tensor],
     rule: str,
-    probe_lr: float,
+    probe_size: float,
     *,
     perturbation_norm: Tensor,
     radii: Sequence[Tensor],
     backend: str = "auto",
 ) -> Tensor:
-    """Turn the probe gradients h into the probes V_safe; see `reference.probe_rule_`."""
-    arguments = (buffers, rule, probe_lr, perturbation_norm, radii)
+    """Turn the probe gradients h into the probes V; see `reference.probe_rule_`."""
+    arguments = (buffers, rule, probe_size, perturbation_norm, radii)
     if len({buffer.device for buffer in buffers}) > 1:
         # One h that is not finite zeroes the probes of every device.
         return reference.probe_rule_(*arguments)
@@ -338,10 +336,9 @@ def probe_inject(
 
     Args:
         hidden: hidden states, (…, H).
-        offset: the probe V in fp32, (H,) or the shape of `hidden`; None stands for zero. The sum is
-            rounded to the dtype of `hidden`.
-        buffer: where the backward pass adds sign·∂L/∂V, in fp32, of the shape of the probe. None:
-            nothing is collected.
+        offset: the probe V in fp32, (H,); None stands for zero. The sum is rounded to the dtype of
+            `hidden`.
+        buffer: where the backward pass adds sign·∂L/∂V, in fp32, (H,). None: nothing is collected.
         sign: +1 or −1, the sign of this pass in the finite difference.
         anchor: an empty tensor that requires grad. It makes the result differentiable where nothing
             below it is, and takes no gradient. Made here unless given; `torch.compile` needs it

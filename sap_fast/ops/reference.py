@@ -1,9 +1,10 @@
 """The specification of every operation, in plain PyTorch.
 
-Symbols and names are those of the paper (arXiv:2505.16737): parameters W, direction ĝ, perturbation
-ΔW = ρ‖W‖ĝ, probe gradient h, probe V. Arithmetic runs in `accumulation_dtype` of the stored
-dtype (fp32, or fp64 for fp64 tensors) and results are rounded once, when they are stored. Norms,
-scales and coefficients are 0-d tensors, so that nothing here waits for the device.
+Symbols are those of the paper (arXiv:2505.16737): parameters W, gradient g, safety gradient d,
+direction ĝ = d/‖d‖, perturbation ΔW = ρ‖W‖ĝ, hidden states x, probe gradient h, probe V of size β.
+Arithmetic runs in `accumulation_dtype` of the stored dtype (fp32, or fp64 for fp64 tensors) and
+results are rounded once, when they are stored. Norms, scales and coefficients are 0-d tensors, so
+that nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -21,6 +22,24 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor.dtype))
+
+
+def check_row(name: str, vector: Tensor, matrix_name: str, matrix: Tensor) -> None:
+    """Raise ValueError unless `vector` is (H,) and `matrix` (…, H)."""
+    if vector.dim() != 1 or vector.shape != matrix.shape[-1:]:
+        raise ValueError(
+            f"{name} has shape {tuple(vector.shape)}, {matrix_name} has {tuple(matrix.shape)}; "
+            f"one dimension is needed, as long as the last one of {matrix_name}"
+        )
+
+
+def check_one_dimension(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise ValueError unless every tensor of a list has one dimension."""
+    for index, tensor in enumerate(tensors):
+        if tensor.dim() != 1:
+            raise ValueError(
+                f"{name}[{index}] has shape {tuple(tensor.shape)}; one dimension is needed"
+            )
 
 
 def sum_squares(tensors: Sequence[Tensor]) -> Tensor:
@@ -44,11 +63,12 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 def perturb_swap_(params: Sequence[Tensor], buffers: Sequence[Tensor], scale: Tensor) -> None:
     """Set p, b ← p + scale·b, p for each parameter p and its buffer b, of equal shape and dtype.
 
-    The buffer that held the direction holds W afterwards: the saved copy costs no memory. Where
-    `scale` is zero p stays as it is, whatever b holds, so that a direction of NaN perturbs nothing.
+    With b = d and scale = ρ‖W‖/‖d‖, W becomes W + ΔW, and the buffer that held the safety gradient
+    holds W: the saved copy costs no memory. Where `scale` is zero p stays as it is, whatever b
+    holds, so that a safety gradient of NaN perturbs nothing.
 
-    A parameter is written only after its buffer holds W; `passes.Perturbation` relies on that to
-    put W back after an interrupt.
+    A parameter is written only after its buffer holds W. `Perturbation`, which puts W back after an
+    interrupt, relies on it.
     """
     for parameter, buffer in zip(params, buffers, strict=True):
         step = scale.to(parameter.device)
@@ -69,13 +89,13 @@ def restore_swap_(
 ) -> None:
     """Set p, b ← b, (p − b)·inverse_scale: W comes back bit for bit.
 
-    The direction comes back to rounding only: in fp32 with a relative error of about 1e-7·|W|/|ΔW|
-    per element, in bf16 with little left of it. Whoever needs it again keeps a copy.
+    The safety gradient comes back to rounding only: in fp32 with a relative error of about
+    1e-7·|W|/|ΔW| per element, in bf16 with little left of it. Whoever needs it again keeps a copy.
     """
     for parameter, buffer in zip(params, buffers, strict=True):
-        direction = (_wide(parameter) - _wide(buffer)) * inverse_scale.to(parameter.device)
+        recovered = (_wide(parameter) - _wide(buffer)) * inverse_scale.to(parameter.device)
         parameter.copy_(buffer)
-        buffer.copy_(direction)
+        buffer.copy_(recovered)
 
 
 def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
@@ -83,8 +103,12 @@ def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
 
     Args:
         hidden: hidden states, (…, H).
-        offset: the probe V in fp32, (H,) or the shape of `hidden`.
+        offset: the probe V in fp32, (H,).
+
+    Raises:
+        ValueError: if `offset` is not of that shape.
     """
+    check_row("offset", offset, "hidden", hidden)
     return (hidden + offset).to(hidden.dtype)
 
 
@@ -92,36 +116,42 @@ def probe_project_(buffer: Tensor, gradient: Tensor, sign: float) -> None:
     """Add sign·Σ_tokens gradient to `buffer`.
 
     Args:
-        buffer: fp32. One of H elements stands for every token; one of the gradient's shape for
-            each.
+        buffer: fp32, (H,).
         gradient: ∂L/∂x of the hidden states x, (…, H).
         sign: +1 or −1, the sign of this pass in the finite difference.
+
+    Raises:
+        ValueError: if `buffer` is not of that shape.
     """
-    token_dims = tuple(range(gradient.dim() - buffer.dim()))
-    total = gradient.sum(token_dims, dtype=buffer.dtype) if token_dims else gradient
-    buffer.add_(total, alpha=sign)
+    check_row("buffer", buffer, "gradient", gradient)
+    rows = torch.atleast_2d(gradient)
+    buffer.add_(rows.sum(tuple(range(rows.dim() - 1)), dtype=buffer.dtype), alpha=sign)
 
 
 def probe_rule_(
     buffers: Sequence[Tensor],
     rule: str,
-    probe_lr: float,
+    probe_size: float,
     perturbation_norm: Tensor,
     radii: Sequence[Tensor],
 ) -> Tensor:
-    """Turn the probe gradients h into the probes V_safe, in place.
+    """Turn the probe gradients h into the probes V, in place.
 
     Args:
-        buffers: h of each layer, fp32.
+        buffers: the probe gradient h of each layer, fp32, (H,).
         rule: `"gradient"`: V = β·ρ‖W‖·h. `"normalized"`: V = β·r·h/‖h‖ with r the layer's radius.
             `"adam"`: one step of size β of Adam from V = 0 on g = ρ‖W‖·h, so V = β·g/(|g| + 1e-8).
-        probe_lr: β.
+        probe_size: β, the size of the probe.
         perturbation_norm: ρ‖W‖, 0-d.
         radii: per layer the norm of ordinary hidden states, s_j·√H, 0-d; for `"normalized"`.
 
     Returns:
         0-d bool: whether every h and radius was finite. If not, every V is zero.
+
+    Raises:
+        ValueError: if an h does not have one dimension.
     """
+    check_one_dimension("buffers", buffers)
     finite = torch.stack(
         [
             (buffer.isfinite().all() & radius.isfinite()).to(buffers[0].device)
@@ -141,7 +171,7 @@ def probe_rule_(
             probe = buffer * perturbation_norm.to(buffer.device)
             if rule == "adam":
                 probe = probe / (probe.abs() + 1e-8)
-        buffer.copy_(torch.where(finite.to(buffer.device), probe_lr * probe, 0.0))
+        buffer.copy_(torch.where(finite.to(buffer.device), probe_size * probe, 0.0))
     return finite
 
 
@@ -161,13 +191,16 @@ def adamw_blend_(
     maximize: bool,
     blend: Tensor | None,
     gradient_scale: Tensor | None,
-    found_inf: Tensor | None,
 ) -> None:
     """Blend, unscale, clip and update with AdamW; gradients are read, not written.
 
-    g ← gradient_scale·(±g + blend·d), then AdamW with decoupled weight decay (Loshchilov & Hutter,
-    arXiv:1711.05101). Without `blend` and `gradient_scale` an fp32 parameter gets the bits that
-    `torch.optim.AdamW` gives it on the CPU.
+    g′ = gradient_scale·(±g + c·d) with c = `blend`, then AdamW with decoupled weight decay
+    (Loshchilov & Hutter, arXiv:1711.05101) on g′. Without `blend` and `gradient_scale` an fp32
+    parameter gets the bits that `torch.optim.AdamW` gives it on the CPU.
+
+    There is no `found_inf` as PyTorch's fused optimizers have it. A `torch.amp.GradScaler` already
+    skips `step()` on the host. Counters on the host could follow a skip inside of a kernel only by
+    waiting for the device.
 
     Args:
         params: parameters.
@@ -182,13 +215,11 @@ def adamw_blend_(
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        maximize: ascend the task objective; the blended safety loss is descended all the same.
-        blend: γ‖g‖/‖d‖, 0-d. Zero leaves the gradient, whatever d holds.
+        maximize: ascend the task objective, −g + c·d: what is blended in is descended all the same.
+        blend: c, 0-d, of any sign, whatever rule found it; γ‖g‖/‖d‖ for `"blend"`. Zero leaves the
+            gradient, whatever d holds. None: no directions are read.
         gradient_scale: clipping coefficient, or 1/loss scale, or their product; 0-d.
-        found_inf: 0-d; where it is not zero nothing is updated or counted. Waits for the device.
     """
-    if found_inf is not None and bool(found_inf):
-        return
     for index, parameter in enumerate(params):
         gradient = -_wide(grads[index]) if maximize else _wide(grads[index])
         direction = directions[index] if directions else None

@@ -28,14 +28,14 @@ SCHEMAS = {
     "probe_add": "(Tensor hidden, Tensor offset) -> Tensor",
     "probe_project_": "(Tensor(a!) buffer, Tensor gradient, float sign) -> ()",
     "probe_rule_": (
-        "(Tensor(a!)[] buffers, str rule, float probe_lr, Tensor perturbation_norm, "
+        "(Tensor(a!)[] buffers, str rule, float probe_size, Tensor perturbation_norm, "
         "Tensor[] radii) -> Tensor"
     ),
     "adamw_blend_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] steps, Tensor?[] directions, *, Tensor lr, float beta1, float beta2, "
-        "float eps, float weight_decay, bool maximize, Tensor? blend, Tensor? gradient_scale, "
-        "Tensor? found_inf) -> ()"
+        "float eps, float weight_decay, bool maximize, Tensor? blend, "
+        "Tensor? gradient_scale) -> ()"
     ),
 }
 

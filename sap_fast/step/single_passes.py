@@ -86,7 +86,8 @@ class SinglePasses:
         self.record = StepRecord()
         self.trained.begin()
         self._task_random_state: RandomState | None = None
-        if not self.direction.is_settled:
+        known = set(self.trained.parameters)
+        if not self.direction.is_settled or not known.issuperset(self.direction.parameters):
             self.direction.release()
             self.level.forget()
         if self.probes is not None:

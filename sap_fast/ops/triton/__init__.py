@@ -13,23 +13,13 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 from sap_fast.ops import schema
 
-#: The file that implements each operation.
-_MODULES = {
-    "sum_squares": "perturb",
-    "dot": "perturb",
-    "perturb_swap_": "perturb",
-    "reflect_": "perturb",
-    "restore_swap_": "perturb",
-    "probe_add": "probe",
-    "probe_project_": "probe",
-    "probe_rule_": "probe",
-    "adamw_blend_": "adamw",
-}
-assert _MODULES.keys() == schema.SCHEMAS.keys()
+#: The files of this folder that implement operations, each by a function of the same name.
+_FAMILIES = ("perturb", "probe", "adamw")
 
 #: Whether the kernels run in Triton's interpreter. Triton asks when a kernel is defined.
 interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -59,15 +49,21 @@ def describe() -> str:
     return f"Triton {version}{' in its interpreter' if interpreted else ''}"
 
 
-def _register(name: str, module: str) -> None:
+@functools.cache
+def _implementation(name: str) -> Callable[..., Any]:
+    """Return the function that implements an operation; imports triton."""
+    modules = [importlib.import_module(f"{__name__}.{family}") for family in _FAMILIES]
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
+def _register(name: str) -> None:
     def run(*arguments: Any, **options: Any) -> Any:
-        implementation = importlib.import_module(f"{__name__}.{module}")
-        return getattr(implementation, name)(*arguments, **options)
+        return _implementation(name)(*arguments, **options)
 
     # AMD's devices go by the name of CUDA as well.
     for key in ("CUDA", "CPU") if interpreted else ("CUDA",):
         schema.library.impl(f"{name}.triton", run, key)
 
 
-for _name, _module in _MODULES.items():
-    _register(_name, _module)
+for _name in schema.SCHEMAS:
+    _register(_name)

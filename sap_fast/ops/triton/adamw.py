@@ -19,8 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sap_fast.ops.triton.table import (
-    DTYPES,
-    TAIL,
     Operand,
     address_table,
     check_lists,
@@ -28,13 +26,12 @@ from sap_fast.ops.triton.table import (
     check_same,
     interrupts_deferred,
     launch,
-    load_address,
-    load_block,
     load_chunk,
+    load_operands,
     make_tables,
     on_device,
     scalar,
-    store_block,
+    transform,
     widen,
 )
 
@@ -50,7 +47,7 @@ STEP_BLOCK = 128
 
 @triton.jit
 def blend_gradient(gradient: tl.tensor, direction: tl.tensor, blend: tl.tensor) -> tl.tensor:
-    """Return g + blend·d. At blend zero g as it is, whatever d holds."""
+    """Return g + c·d. At c = 0 g as it is, whatever d holds."""
     return tl.where(blend == 0.0, gradient, gradient + blend * direction)
 
 
@@ -76,161 +73,68 @@ def adamw(
     return parameter * decay + update, exp_avg, exp_avg_sq
 
 
+@triton.jit
+def adamw_blend(stored: tl.tuple, coefficients: tl.tuple) -> tl.tuple:
+    """p, m, v, g and, where there is a blend, d become the p, m and v of the next step."""
+    of_gradient, of_step = coefficients
+    sign, blend, gradient_scale = of_gradient
+    gradient = widen(stored[3]) * sign
+    if blend is not None:
+        gradient = blend_gradient(gradient, widen(stored[4]), blend)
+    if gradient_scale is not None:
+        gradient = gradient * gradient_scale
+    return adamw(widen(stored[0]), gradient, stored[1], stored[2], *of_step)
+
+
 # ---- memory ----
 
 
 @triton.jit(do_not_specialize=["tensors"])
-def load_steps_kernel(
+def count_steps_kernel(
     addresses: tl.tensor, counts: tl.tensor, tensors: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """Gather the step counters, one more than they are stored."""
+    """Count the step counters up where they lie, and gather them."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < tensors
     steps = tl.load(addresses + index, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-    tl.store(counts + index, tl.load(steps, mask=inside, other=0.0) + 1.0, mask=inside)
+    count = tl.load(steps, mask=inside, other=0.0) + 1.0
+    tl.store(steps, count, mask=inside)
+    tl.store(counts + index, count, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["found_inf"])
-def store_steps_kernel(
-    addresses: tl.tensor,
-    counts: tl.tensor,
-    found_inf: tl.tensor | None,
-    tensors: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Scatter the step counters, unless an infinity was found."""
-    if found_inf is not None:
-        if tl.load(found_inf) != 0.0:
-            return
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < tensors
-    steps = tl.load(addresses + index, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-    tl.store(steps, tl.load(counts + index, mask=inside, other=0.0), mask=inside)
-
-
-@triton.jit
-def _adamw_block(
-    params: tl.tensor,
-    grads: tl.tensor,
-    exp_avgs: tl.tensor,
-    exp_avg_sqs: tl.tensor,
-    directions: tl.tensor,
-    sign: tl.tensor,
-    blend: tl.tensor | None,
-    gradient_scale: tl.tensor | None,
-    decay: tl.tensor,
-    gradient_weight: tl.tensor,
-    beta2: tl.tensor,
-    square_weight: tl.tensor,
-    negative_step: tl.tensor,
-    root_correction: tl.tensor,
-    eps: tl.tensor,
-    size: tl.tensor,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-) -> None:
-    gradient = widen(load_block(grads, size, BLOCK, WHOLE)) * sign
-    if blend is not None:
-        direction = widen(load_block(directions, size, BLOCK, WHOLE))
-        gradient = blend_gradient(gradient, direction, tl.load(blend))
-    if gradient_scale is not None:
-        gradient = gradient * tl.load(gradient_scale)
-    parameter, exp_avg, exp_avg_sq = adamw(
-        widen(load_block(params, size, BLOCK, WHOLE)),
-        gradient,
-        load_block(exp_avgs, size, BLOCK, WHOLE),
-        load_block(exp_avg_sqs, size, BLOCK, WHOLE),
-        decay,
-        gradient_weight,
-        beta2,
-        square_weight,
-        negative_step,
-        root_correction,
-        eps,
-    )
-    store_block(params, parameter, size, BLOCK, WHOLE)
-    store_block(exp_avgs, exp_avg, size, BLOCK, WHOLE)
-    store_block(exp_avg_sqs, exp_avg_sq, size, BLOCK, WHOLE)
-
-
-@triton.jit(do_not_specialize_on_alignment=["blend", "gradient_scale", "found_inf"])
+@triton.jit(do_not_specialize_on_alignment=["blend", "gradient_scale"])
 def adamw_blend_kernel(
     addresses: tl.tensor,
     chunks: tl.tensor,
     coefficients: tl.tensor,
     blend: tl.tensor | None,
     gradient_scale: tl.tensor | None,
-    found_inf: tl.tensor | None,
     sign: tl.tensor,
     gradient_weight: tl.tensor,
     beta2: tl.tensor,
     square_weight: tl.tensor,
     eps: tl.tensor,
-    DTYPE: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """The update of one chunk; without `blend` the table has no directions."""
-    if found_inf is not None:
-        if tl.load(found_inf) != 0.0:
-            return
     tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
-    OPERANDS: tl.constexpr = 4 if blend is None else 5
-    params = load_address(addresses, tensor, 0, OPERANDS, DTYPE) + offset
-    grads = load_address(addresses, tensor, 1, OPERANDS, DTYPE) + offset
-    exp_avgs = load_address(addresses, tensor, 2, OPERANDS, tl.float32) + offset
-    exp_avg_sqs = load_address(addresses, tensor, 3, OPERANDS, tl.float32) + offset
-    directions = load_address(addresses, tensor, OPERANDS - 1, OPERANDS, DTYPE) + offset
-    decay = tl.load(coefficients + 3 * tensor)
-    negative_step = tl.load(coefficients + 3 * tensor + 1)
-    root_correction = tl.load(coefficients + 3 * tensor + 2)
-    sign32 = tl.full((), sign, tl.float32)
-    gradient_weight32 = tl.full((), gradient_weight, tl.float32)
-    beta2_32 = tl.full((), beta2, tl.float32)
-    square_weight32 = tl.full((), square_weight, tl.float32)
-    eps32 = tl.full((), eps, tl.float32)
-    if whole:
-        _adamw_block(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            directions,
-            sign32,
-            blend,
-            gradient_scale,
-            decay,
-            gradient_weight32,
-            beta2_32,
-            square_weight32,
-            negative_step,
-            root_correction,
-            eps32,
-            size,
-            BLOCK,
-            True,
-        )
-    else:
-        for start in range(0, size, TAIL):
-            _adamw_block(
-                params + start,
-                grads + start,
-                exp_avgs + start,
-                exp_avg_sqs + start,
-                directions + start,
-                sign32,
-                blend,
-                gradient_scale,
-                decay,
-                gradient_weight32,
-                beta2_32,
-                square_weight32,
-                negative_step,
-                root_correction,
-                eps32,
-                size - start,
-                TAIL,
-                False,
-            )
+    of_gradient = (
+        tl.full((), sign, tl.float32),
+        None if blend is None else tl.load(blend),
+        None if gradient_scale is None else tl.load(gradient_scale),
+    )
+    of_step = (
+        tl.load(coefficients + 3 * tensor),
+        tl.full((), gradient_weight, tl.float32),
+        tl.full((), beta2, tl.float32),
+        tl.full((), square_weight, tl.float32),
+        tl.load(coefficients + 3 * tensor + 1),
+        tl.load(coefficients + 3 * tensor + 2),
+        tl.full((), eps, tl.float32),
+    )
+    operands = load_operands(addresses, tensor, offset, DTYPES)
+    transform(adamw_blend, operands, (of_gradient, of_step), size, whole, BLOCK)
 
 
 # ---- operation ----
@@ -252,14 +156,13 @@ def adamw_blend_(
     maximize: bool,
     blend: Tensor | None,
     gradient_scale: Tensor | None,
-    found_inf: Tensor | None,
 ) -> None:
     """See `reference.adamw_blend_`; nothing here waits for the device."""
     operands = [
         Operand("params", params, written=True),
-        Operand("grads", grads, written=False),
         Operand("exp_avgs", exp_avgs, written=True, dtype=torch.float32),
         Operand("exp_avg_sqs", exp_avg_sqs, written=True, dtype=torch.float32),
+        Operand("grads", grads, written=False),
     ]
     if blend is not None and directions:
         operands.append(Operand("directions", directions, written=False))
@@ -267,15 +170,10 @@ def adamw_blend_(
     device = params[0].device
     _check_steps(steps, len(params), device)
     check_overlaps([*operands, Operand("steps", steps, written=True)])
-    if found_inf is not None and found_inf.device != device and found_inf.device.type == "cpu":
-        if bool(found_inf):
-            return
-        found_inf = None
     with on_device(device):
         gradient_factor = (
             None if gradient_scale is None else scalar("gradient_scale", gradient_scale, device)
         )
-        skip = None if found_inf is None else scalar("found_inf", found_inf, device)
         weight = None if blend is None else scalar("blend", blend, device)
         rate = scalar("lr", lr, device, torch.float64)
         with interrupts_deferred():
@@ -283,17 +181,16 @@ def adamw_blend_(
                 members = [steps[index] for index in table.members]
                 step_table = address_table([step.data_ptr() for step in members], device)
                 counts = torch.empty(len(members), dtype=torch.float32, device=device)
-                grid = (triton.cdiv(len(members), STEP_BLOCK),)
                 launch(
-                    load_steps_kernel,
-                    grid,
+                    count_steps_kernel,
+                    (triton.cdiv(len(members), STEP_BLOCK),),
                     step_table,
                     counts,
                     len(members),
-                    written=(),
+                    written=members,
                     BLOCK=STEP_BLOCK,
                 )
-                has_directions = table.addresses.shape[1] == 5
+                has_directions = len(table.dtypes) == 5
                 launch(
                     adamw_blend_kernel,
                     (table.plan.chunk_count,),
@@ -302,25 +199,14 @@ def adamw_blend_(
                     _coefficients(counts, rate, beta1, beta2, weight_decay),
                     weight if has_directions else None,
                     gradient_factor,
-                    skip,
                     -1.0 if maximize else 1.0,
                     1 - beta1,
                     beta2,
                     1 - beta2,
                     eps,
                     written=table.written,
-                    DTYPE=DTYPES[table.dtype],
+                    DTYPES=table.dtypes,
                     BLOCK=BLOCK,
-                )
-                launch(
-                    store_steps_kernel,
-                    grid,
-                    step_table,
-                    counts,
-                    skip,
-                    len(members),
-                    written=members,
-                    BLOCK=STEP_BLOCK,
                 )
 
 

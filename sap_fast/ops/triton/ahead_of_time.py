@@ -3,23 +3,28 @@
 The tests read what `compile_all` returns (wide loads and stores, no fp64, no fused additions), and
 `benchmarks.kernel_report` tabulates it. No GPU or driver is needed; the package triton brings the
 assembler for NVIDIA's.
+
+Which kernels there are, and for what types, alignments and constants Triton compiles each, is not
+listed here: the operations run on small tensors of the CPU, and what they launch is compiled.
 """
 
 from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from sap_fast.ops.triton import adamw, perturb, probe
+from sap_fast.ops.triton import adamw, perturb, probe, table
 from sap_fast.ops.triton.table import OPTIONS
 
 #: The devices that the kernels are checked for.
@@ -30,18 +35,17 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-_NAMES = {tl.float32: "fp32", tl.bfloat16: "bf16", tl.float16: "fp16"}
 
+class Name(NamedTuple):
+    """What tells one compiled kernel from all others."""
 
-class Kernel(NamedTuple):
-    """A kernel, and how it is launched."""
-
-    function: Any
-    #: Triton's name of the type of every argument; pointers ("*…") are aligned to 16 bytes.
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    #: Integers that are multiples of 16 on the main path, where Triton compiles for that.
-    multiples_of_16: tuple[str, ...] = ()
+    operation: str
+    #: What else the operation has to be asked for: "blended", or a probe rule; mostly nothing.
+    variant: str
+    #: Without `_kernel`.
+    kernel: str
+    #: "fp32", "bf16" or "fp16": what the operation's tensors store.
+    dtype: str
 
 
 class Resources(NamedTuple):
@@ -59,14 +63,23 @@ class Resources(NamedTuple):
 class Compiled:
     """A kernel compiled for one target."""
 
-    kernel: Kernel
-    target: GPUTarget
+    function: Any
+    #: What it was launched with by keyword: block sizes and dtypes.
+    constants: Mapping[str, Any]
     binary: Any
 
     @property
     def ptx(self) -> str:
         """The intermediate assembly of an NVIDIA target."""
         return self.binary.asm["ptx"]
+
+    @property
+    def specialisation(self) -> tuple[str, ...]:
+        """What Triton compiled it for: types, constants, and which arguments are aligned."""
+        source = self.binary.src
+        aligned = sorted(key for key, value in source.attrs.items() if value)
+        constants = sorted(source.constants.items(), key=str)
+        return self.function.__name__, str(source.signature), str(constants), str(aligned)
 
     def resources(self) -> Resources:
         """Return registers and memory per thread and program, on an NVIDIA target."""
@@ -91,170 +104,101 @@ class Compiled:
             ).stdout
 
 
-def _table(*rest: tuple[str, str]) -> dict[str, str]:
-    return {"addresses": "*i64", "chunks": "*i64", **dict(rest)}
+# ---- launches ----
 
 
-def _kernels() -> dict[str, Kernel]:
-    found: dict[str, Kernel] = {}
-    for dtype, name in _NAMES.items():
-        constants = {"DTYPE": dtype, "BLOCK": perturb.BLOCK}
-        stored = f"*{name}"
-        found[f"perturb_swap_{name}"] = Kernel(
-            perturb.perturb_swap_kernel, _table(("scale", "*fp32")), constants
+class _AbsentDevice:
+    """As much of a GPU's driver as Triton needs to compile for a launch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_device(self) -> str:
+        # Triton keeps compiled kernels per device: none that is there has this name.
+        return f"absent {self._target}"
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+@contextmanager
+def compiled_launches(target: GPUTarget) -> Iterator[list[Compiled]]:
+    """Compile every launch for `target` instead of running it; yields what was launched."""
+    launched: list[Compiled] = []
+
+    def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: Any, constants: Any) -> None:
+        binary = kernel.warmup(*arguments, grid=grid, **constants, **OPTIONS)
+        launched.append(Compiled(kernel, constants, binary))
+
+    config = triton.runtime.driver
+    launcher, driver = table.launcher, config._active
+    table.launcher = compile_launch
+    config.set_active(_AbsentDevice(target))
+    try:
+        yield launched
+    finally:
+        table.launcher = launcher
+        config.set_active(driver)
+
+
+def _calls(dtype: torch.dtype) -> dict[tuple[str, str], Callable[[], object]]:
+    """Return, by operation and variant, calls that take the main path."""
+
+    def some(stored: torch.dtype = dtype) -> list[Tensor]:
+        return [torch.ones(32, 64, dtype=stored)]
+
+    def row() -> Tensor:
+        return torch.ones(64)
+
+    def update(blend: Tensor | None, gradient_scale: Tensor | None) -> None:
+        adamw.adamw_blend_(
+            some(),
+            some(),
+            some(torch.float32),
+            some(torch.float32),
+            [torch.tensor(0.0)],
+            some(),
+            lr=one,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.1,
+            maximize=False,
+            blend=blend,
+            gradient_scale=gradient_scale,
         )
-        found[f"reflect_{name}"] = Kernel(perturb.reflect_kernel, _table(), constants)
-        found[f"restore_swap_{name}"] = Kernel(
-            perturb.restore_swap_kernel, _table(("inverse_scale", "*fp32")), constants
-        )
-        for operation, operands in (("sum_squares", 1), ("dot", 2)):
-            found[f"{operation}_{name}"] = Kernel(
-                perturb.sum_products_kernel,
-                _table(("partials", "*fp32")),
-                {
-                    "DTYPE": dtype,
-                    "OPERANDS": operands,
-                    "CHUNK": perturb.SUM_CHUNK,
-                    "BLOCK": perturb.SUM_BLOCK,
-                },
-            )
-        numbers = ("sign", "gradient_weight", "beta2", "square_weight", "eps")
-        every = ("blend", "gradient_scale", "found_inf")
-        for variant, given in (("adamw", ()), ("adamw_blend", every)):
-            found[f"{variant}_{name}"] = Kernel(
-                adamw.adamw_blend_kernel,
-                _table(
-                    ("coefficients", "*fp32"),
-                    *((scalar, "*fp32") for scalar in given),
-                    *((number, "fp32") for number in numbers),
-                ),
-                {
-                    "DTYPE": dtype,
-                    "BLOCK": adamw.BLOCK,
-                    **{scalar: None for scalar in every if scalar not in given},
-                },
-            )
-        for variant, shared in (("shared", True), ("token", False)):
-            found[f"probe_add_{variant}_{name}"] = Kernel(
-                probe.add_kernel,
-                {
-                    "hidden": stored,
-                    "offset": "*fp32",
-                    "result": stored,
-                    "count": "i32",
-                    "width": "i32",
-                },
-                {"SHARED": shared, "BLOCK": probe.BLOCK},
-                ("count", "width"),
-            )
-        found[f"probe_column_sums_{name}"] = Kernel(
-            probe.column_sums_kernel,
-            {"gradient": stored, "partials": "*fp32", "rows": "i32", "width": "i32"},
-            {
-                "ROWS": probe.ROWS,
-                "ROW_BLOCK": probe.ROW_BLOCK,
-                "COLUMN_BLOCK": probe.COLUMN_BLOCK,
-            },
-            ("rows", "width"),
-        )
-        found[f"probe_add_scaled_{name}"] = Kernel(
-            probe.add_scaled_kernel,
-            {"buffer": "*fp32", "gradient": stored, "count": "i32", "sign": "fp32"},
-            {"BLOCK": probe.BLOCK},
-            ("count",),
-        )
-    found["probe_project"] = Kernel(
-        probe.project_kernel,
-        {
-            "partials": "*fp32",
-            "buffer": "*fp32",
-            "parts": "i32",
-            "width": "i32",
-            "sign": "fp32",
-        },
-        {"BLOCK": probe.COLUMN_BLOCK},
-        ("width",),
-    )
-    found["fold"] = Kernel(
-        perturb.fold_kernel,
-        {"partials": "*fp32", "result": "*fp32", "count": "i32"},
-        {"BLOCK": perturb.FOLD_BLOCK},
-    )
-    steps = {"addresses": "*i64", "counts": "*fp32"}
-    found["load_steps"] = Kernel(
-        adamw.load_steps_kernel, {**steps, "tensors": "i32"}, {"BLOCK": adamw.STEP_BLOCK}
-    )
-    found["store_steps"] = Kernel(
-        adamw.store_steps_kernel,
-        {**steps, "found_inf": "*fp32", "tensors": "i32"},
-        {"BLOCK": adamw.STEP_BLOCK},
-    )
-    block = {"BLOCK": probe.RULE_BLOCK}
-    found["rule_extent"] = Kernel(
-        probe.extent_kernel, _table(("largest", "*fp32"), ("finite", "*i32")), block
-    )
-    found["rule_layer_extent"] = Kernel(
-        probe.layer_extent_kernel,
-        {
-            "starts": "*i64",
-            "radii": "*i64",
-            "largest": "*fp32",
-            "finite": "*i32",
-            "layer_largest": "*fp32",
-            "layer_finite": "*i32",
-        },
-        block,
-    )
-    found["rule_all_finite"] = Kernel(
-        probe.all_finite_kernel,
-        {"layer_finite": "*i32", "result": "*u8", "layers": "i32"},
-        block,
-    )
-    found["rule_unit_squares"] = Kernel(
-        probe.unit_squares_kernel,
-        _table(("layer_largest", "*fp32"), ("partials", "*fp32")),
-        block,
-    )
-    found["rule_layer_norm"] = Kernel(
-        probe.layer_norm_kernel,
-        {"starts": "*i64", "partials": "*fp32", "norms": "*fp32"},
-        block,
-    )
-    for rule in probe.RULES:
-        found[f"rule_{rule}"] = Kernel(
-            probe.rule_kernel,
-            _table(
-                ("radii", "*i64"),
-                ("perturbation_norm", "*fp32"),
-                ("layer_largest", "*fp32"),
-                ("norms", "*fp32"),
-                ("finite", "*u8"),
-                ("probe_lr", "fp32"),
-            ),
-            {"RULE": rule, **block},
-        )
-    return found
 
-
-#: Every kernel by operation, variant and the dtype that is stored.
-KERNELS = _kernels()
-
-
-def compile_kernel(kernel: Kernel, target: GPUTarget) -> Compiled:
-    """Compile one kernel for a target."""
-    parameters = kernel.function.params
-    signature = {p.name: kernel.signature.get(p.name, "constexpr") for p in parameters}
-    # What a launch finds out from its arguments, where the kernel wants it to.
-    aligned = {
-        (parameter.num,): [["tt.divisibility", 16]]
-        for parameter in parameters
-        if (signature[parameter.name].startswith("*") or parameter.name in kernel.multiples_of_16)
-        and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+    one = torch.tensor(1.0)
+    calls: dict[tuple[str, str], Callable[[], object]] = {
+        ("sum_squares", ""): lambda: perturb.sum_squares(some()),
+        ("dot", ""): lambda: perturb.dot(some(), some()),
+        ("perturb_swap_", ""): lambda: perturb.perturb_swap_(some(), some(), one),
+        ("reflect_", ""): lambda: perturb.reflect_(some(), some()),
+        ("restore_swap_", ""): lambda: perturb.restore_swap_(some(), some(), one),
+        ("adamw_blend_", ""): lambda: update(None, None),
+        ("adamw_blend_", "blended"): lambda: update(one, one.clone()),
+        ("probe_add", ""): lambda: probe.probe_add(some()[0], row()),
+        ("probe_project_", ""): lambda: probe.probe_project_(row(), some()[0], 1.0),
     }
-    source = ASTSource(kernel.function, signature, dict(kernel.constants), aligned)
-    return Compiled(kernel, target, triton.compile(source, target=target, options=OPTIONS))
+    for rule in probe.RULES:
+        calls["probe_rule_", rule] = partial(probe.probe_rule_, [row()], rule, 0.1, one, [one])
+    return calls
 
 
-def compile_all(target: GPUTarget) -> dict[str, Compiled]:
-    """Compile every kernel for a target, as `TARGETS` has them."""
-    return {name: compile_kernel(kernel, target) for name, kernel in KERNELS.items()}
+def compile_all(target: GPUTarget) -> dict[Name, Compiled]:
+    """Compile every kernel for a target, as `TARGETS` has them; once if several calls share it."""
+    found: dict[tuple[str, ...], tuple[Name, Compiled]] = {}
+    for dtype, stored in table.DTYPES.items():
+        for (operation, variant), call in _calls(dtype).items():
+            with compiled_launches(target) as launched:
+                call()
+            for kernel in launched:
+                short = kernel.function.__name__.removesuffix("_kernel")
+                name = Name(operation, variant, short, str(stored))
+                known, _ = found.setdefault(kernel.specialisation, (name, kernel))
+                if known.operation == operation and known.variant != variant:
+                    found[kernel.specialisation] = (known._replace(variant=""), kernel)
+    return dict(found.values())

@@ -14,20 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sap_fast.ops.triton.table import (
-    DTYPES,
-    TAIL,
     Operand,
     check_lists,
     check_overlaps,
     interrupts_deferred,
     launch,
-    load_address,
     load_block,
     load_chunk,
+    load_operands,
+    load_values,
     make_tables,
     on_device,
     scalar,
-    store_block,
+    transform,
     widen,
 )
 
@@ -46,9 +45,9 @@ FOLD_BLOCK = 1024
 
 
 @triton.jit
-def perturb(parameter: tl.tensor, direction: tl.tensor, scale: tl.tensor) -> tl.tensor:
+def perturb(parameter: tl.tensor, gradient: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """W + scale·d. At scale zero W as it is, whatever d holds."""
-    return tl.where(scale == 0.0, parameter, parameter + scale * direction)
+    return tl.where(scale == 0.0, parameter, parameter + scale * gradient)
 
 
 @triton.jit
@@ -58,30 +57,35 @@ def reflect(perturbed: tl.tensor, parameter: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def recover_direction(
+def recover_gradient(
     perturbed: tl.tensor, parameter: tl.tensor, inverse_scale: tl.tensor
 ) -> tl.tensor:
-    """The direction, to rounding, from W + ΔW and W."""
+    """The safety gradient d, to rounding, from W + ΔW and W."""
     return (perturbed - parameter) * inverse_scale
 
 
-# ---- memory ----
+@triton.jit
+def perturb_swap(stored: tl.tuple, scale: tl.tensor) -> tl.tuple:
+    """p, b become p + scale·b, p."""
+    parameter, gradient = stored
+    return perturb(widen(parameter), widen(gradient), scale), parameter
 
 
 @triton.jit
-def _perturb_swap_block(
-    params: tl.tensor,
-    buffers: tl.tensor,
-    scale: tl.tensor,
-    size: tl.tensor,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-) -> None:
-    parameter = load_block(params, size, BLOCK, WHOLE)
-    direction = load_block(buffers, size, BLOCK, WHOLE)
-    perturbed = perturb(widen(parameter), widen(direction), scale)
-    store_block(buffers, parameter, size, BLOCK, WHOLE)
-    store_block(params, perturbed, size, BLOCK, WHOLE)
+def reflect_params(stored: tl.tuple, _: tl.tuple) -> tl.tuple:
+    """p, b become 2·b − p, b."""
+    perturbed, parameter = stored
+    return (reflect(widen(perturbed), widen(parameter)),)
+
+
+@triton.jit
+def restore_swap(stored: tl.tuple, inverse_scale: tl.tensor) -> tl.tuple:
+    """p, b become b, (p − b)·inverse_scale."""
+    perturbed, parameter = stored
+    return parameter, recover_gradient(widen(perturbed), widen(parameter), inverse_scale)
+
+
+# ---- memory ----
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale"])
@@ -89,64 +93,23 @@ def perturb_swap_kernel(
     addresses: tl.tensor,
     chunks: tl.tensor,
     scale: tl.tensor,
-    DTYPE: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Set p, b ← p + scale·b, p on one chunk."""
     tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
-    params = load_address(addresses, tensor, 0, 2, DTYPE) + offset
-    buffers = load_address(addresses, tensor, 1, 2, DTYPE) + offset
-    factor = tl.load(scale)
-    if whole:
-        _perturb_swap_block(params, buffers, factor, size, BLOCK, True)
-    else:
-        for start in range(0, size, TAIL):
-            _perturb_swap_block(params + start, buffers + start, factor, size - start, TAIL, False)
-
-
-@triton.jit
-def _reflect_block(
-    params: tl.tensor,
-    buffers: tl.tensor,
-    size: tl.tensor,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-) -> None:
-    perturbed = load_block(params, size, BLOCK, WHOLE)
-    parameter = load_block(buffers, size, BLOCK, WHOLE)
-    reflected = reflect(widen(perturbed), widen(parameter))
-    store_block(params, reflected, size, BLOCK, WHOLE)
+    operands = load_operands(addresses, tensor, offset, DTYPES)
+    transform(perturb_swap, operands, tl.load(scale), size, whole, BLOCK)
 
 
 @triton.jit
 def reflect_kernel(
-    addresses: tl.tensor, chunks: tl.tensor, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+    addresses: tl.tensor, chunks: tl.tensor, DTYPES: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     """Set p ← 2·b − p on one chunk."""
     tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
-    params = load_address(addresses, tensor, 0, 2, DTYPE) + offset
-    buffers = load_address(addresses, tensor, 1, 2, DTYPE) + offset
-    if whole:
-        _reflect_block(params, buffers, size, BLOCK, True)
-    else:
-        for start in range(0, size, TAIL):
-            _reflect_block(params + start, buffers + start, size - start, TAIL, False)
-
-
-@triton.jit
-def _restore_swap_block(
-    params: tl.tensor,
-    buffers: tl.tensor,
-    inverse_scale: tl.tensor,
-    size: tl.tensor,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-) -> None:
-    perturbed = load_block(params, size, BLOCK, WHOLE)
-    parameter = load_block(buffers, size, BLOCK, WHOLE)
-    direction = recover_direction(widen(perturbed), widen(parameter), inverse_scale)
-    store_block(params, parameter, size, BLOCK, WHOLE)
-    store_block(buffers, direction, size, BLOCK, WHOLE)
+    operands = load_operands(addresses, tensor, offset, DTYPES)
+    transform(reflect_params, operands, (), size, whole, BLOCK)
 
 
 @triton.jit(do_not_specialize_on_alignment=["inverse_scale"])
@@ -154,39 +117,27 @@ def restore_swap_kernel(
     addresses: tl.tensor,
     chunks: tl.tensor,
     inverse_scale: tl.tensor,
-    DTYPE: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Set p, b ← b, (p − b)·inverse_scale on one chunk."""
     tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
-    params = load_address(addresses, tensor, 0, 2, DTYPE) + offset
-    buffers = load_address(addresses, tensor, 1, 2, DTYPE) + offset
-    factor = tl.load(inverse_scale)
-    if whole:
-        _restore_swap_block(params, buffers, factor, size, BLOCK, True)
-    else:
-        for start in range(0, size, TAIL):
-            _restore_swap_block(params + start, buffers + start, factor, size - start, TAIL, False)
+    operands = load_operands(addresses, tensor, offset, DTYPES)
+    transform(restore_swap, operands, tl.load(inverse_scale), size, whole, BLOCK)
 
 
 @triton.jit
 def _sum_products(
-    left: tl.tensor,
-    right: tl.tensor,
+    operands: tl.tuple,
     size: tl.tensor,
-    OPERANDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tl.tensor:
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, CHUNK if WHOLE else size, BLOCK):
-        a = widen(load_block(left + start, size - start, BLOCK, WHOLE))
-        if OPERANDS == 1:
-            total += a * a
-        else:
-            b = widen(load_block(right + start, size - start, BLOCK, WHOLE))
-            total += a * b
+        values = load_values(operands, start, size, BLOCK, WHOLE)
+        total += widen(values[0]) * widen(values[len(operands) - 1])
     return tl.sum(total)
 
 
@@ -195,20 +146,18 @@ def sum_products_kernel(
     addresses: tl.tensor,
     chunks: tl.tensor,
     partials: tl.tensor,
-    DTYPE: tl.constexpr,
-    OPERANDS: tl.constexpr,
+    DTYPES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Stage one of `dot`, or with one operand of `sum_squares`: one partial sum per chunk."""
     index = tl.program_id(0)
     tensor, offset, size, whole = load_chunk(chunks, index)
-    left = load_address(addresses, tensor, 0, OPERANDS, DTYPE) + offset
-    right = load_address(addresses, tensor, OPERANDS - 1, OPERANDS, DTYPE) + offset
+    operands = load_operands(addresses, tensor, offset, DTYPES)
     if whole:
-        total = _sum_products(left, right, size, OPERANDS, CHUNK, BLOCK, True)
+        total = _sum_products(operands, size, CHUNK, BLOCK, True)
     else:
-        total = _sum_products(left, right, size, OPERANDS, CHUNK, BLOCK, False)
+        total = _sum_products(operands, size, CHUNK, BLOCK, False)
     tl.store(partials + index, total)
 
 
@@ -253,8 +202,7 @@ def _reduce(operands: Sequence[Operand]) -> Tensor:
                 table.plan.chunks,
                 partials[done:],
                 written=(),
-                DTYPE=DTYPES[table.dtype],
-                OPERANDS=len(operands),
+                DTYPES=table.dtypes,
                 CHUNK=SUM_CHUNK,
                 BLOCK=SUM_BLOCK,
             )
@@ -307,6 +255,6 @@ def _elementwise(
                     table.plan.chunks,
                     *scalars,
                     written=table.written,
-                    DTYPE=DTYPES[table.dtype],
+                    DTYPES=table.dtypes,
                     BLOCK=BLOCK,
                 )

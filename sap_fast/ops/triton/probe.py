@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sap_fast.ops.reference import check_one_dimension, check_row
 from sap_fast.ops.triton.table import (
     DTYPES,
     Operand,
@@ -25,11 +26,12 @@ from sap_fast.ops.triton.table import (
     load_address,
     load_block,
     load_chunk,
+    load_operands,
     make_tables,
     narrow,
     on_device,
     scalar,
-    store_block,
+    transform,
     widen,
 )
 
@@ -41,7 +43,7 @@ ROWS = 128
 ROW_BLOCK = 16
 COLUMN_BLOCK = 128
 
-#: Elements of h per program: a probe of one token is cut into a few.
+#: Elements of h per program: the probe of a layer is cut into a few.
 RULE_BLOCK = 1024
 
 #: The rules of `reference.probe_rule_`.
@@ -59,24 +61,38 @@ def is_finite(a: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def normalized_rule(
-    h: tl.tensor, largest: tl.tensor, norm: tl.tensor, radius: tl.tensor, probe_lr: tl.tensor
+    h: tl.tensor, largest: tl.tensor, norm: tl.tensor, radius: tl.tensor, probe_size: tl.tensor
 ) -> tl.tensor:
     """β·r·h/‖h‖ with largest = max|h| and norm = ‖h/largest‖; zero for h = 0."""
     unit = tl.math.div_rn(tl.math.div_rn(h, largest), norm)
-    return probe_lr * (tl.where(largest > 0.0, unit, 0.0) * radius)
+    return probe_size * (tl.where(largest > 0.0, unit, 0.0) * radius)
 
 
 @triton.jit
-def gradient_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_lr: tl.tensor) -> tl.tensor:
+def gradient_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_size: tl.tensor) -> tl.tensor:
     """β·ρ‖W‖·h."""
-    return probe_lr * (h * perturbation_norm)
+    return probe_size * (h * perturbation_norm)
 
 
 @triton.jit
-def adam_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_lr: tl.tensor) -> tl.tensor:
+def adam_rule(h: tl.tensor, perturbation_norm: tl.tensor, probe_size: tl.tensor) -> tl.tensor:
     """The first step of Adam on ρ‖W‖·h, of size β."""
     g = h * perturbation_norm
-    return probe_lr * tl.math.div_rn(g, tl.abs(g) + 1e-8)
+    return probe_size * tl.math.div_rn(g, tl.abs(g) + 1e-8)
+
+
+@triton.jit
+def probe_rule(stored: tl.tuple, coefficients: tl.tuple) -> tl.tuple:
+    """Turn h into V by the rule, or zero if anything anywhere is not finite."""
+    h = stored[0]
+    finite, probe_size, perturbation_norm, largest, norm, radius = coefficients[1]
+    if coefficients[0] == "normalized":
+        probe = normalized_rule(h, largest, norm, radius, probe_size)
+    elif coefficients[0] == "adam":
+        probe = adam_rule(h, perturbation_norm, probe_size)
+    else:
+        probe = gradient_rule(h, perturbation_norm, probe_size)
+    return (tl.where(finite, probe, 0.0),)
 
 
 # ---- memory: add and project ----
@@ -89,19 +105,15 @@ def add_kernel(
     result: tl.tensor,
     count: tl.tensor,
     width: tl.tensor,
-    SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Hidden + offset on BLOCK elements; if SHARED, one offset of `width` serves every token."""
+    """Hidden + offset on BLOCK elements; the offset of `width` serves every token."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = start + tl.arange(0, BLOCK)
     inside = index < count
-    if SHARED:
-        # One division of 64 bits per program, then 32 bits per element.
-        column = ((start % width).to(tl.int32) + tl.arange(0, BLOCK)) % width
-        added = tl.load(offset + column, mask=inside, other=0.0)
-    else:
-        added = tl.load(offset + index, mask=inside, other=0.0)
+    # One division of 64 bits per program, then 32 bits per element.
+    column = ((start % width).to(tl.int32) + tl.arange(0, BLOCK)) % width
+    added = tl.load(offset + column, mask=inside, other=0.0)
     values = widen(tl.load(hidden + index, mask=inside, other=0.0)) + added
     tl.store(result + index, narrow(values, result.dtype.element_ty), mask=inside)
 
@@ -155,22 +167,6 @@ def project_kernel(
         row += width
     values = tl.load(buffer + column, mask=inside, other=0.0)
     tl.store(buffer + column, values + tl.full((), sign, tl.float32) * total, mask=inside)
-
-
-@triton.jit
-def add_scaled_kernel(
-    buffer: tl.tensor,
-    gradient: tl.tensor,
-    count: tl.tensor,
-    sign: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Add sign·gradient to a buffer of its shape."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < count
-    added = widen(tl.load(gradient + index, mask=inside, other=0.0))
-    values = tl.load(buffer + index, mask=inside, other=0.0)
-    tl.store(buffer + index, values + tl.full((), sign, tl.float32) * added, mask=inside)
 
 
 # ---- memory: the probe rules ----
@@ -284,30 +280,6 @@ def layer_norm_kernel(
     tl.store(norms + layer, tl.math.sqrt_rn(tl.sum(total)))
 
 
-@triton.jit
-def _rule_block(
-    buffer: tl.tensor,
-    probe_lr: tl.tensor,
-    perturbation_norm: tl.tensor,
-    largest: tl.tensor,
-    norm: tl.tensor,
-    radius: tl.tensor,
-    finite: tl.tensor,
-    size: tl.tensor,
-    RULE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-) -> None:
-    h = load_block(buffer, size, BLOCK, WHOLE)
-    if RULE == "normalized":
-        probe = normalized_rule(h, largest, norm, radius, probe_lr)
-    elif RULE == "adam":
-        probe = adam_rule(h, perturbation_norm, probe_lr)
-    else:
-        probe = gradient_rule(h, perturbation_norm, probe_lr)
-    store_block(buffer, tl.where(finite, probe, 0.0), size, BLOCK, WHOLE)
-
-
 @triton.jit(do_not_specialize_on_alignment=["perturbation_norm"])
 def rule_kernel(
     addresses: tl.tensor,
@@ -317,23 +289,23 @@ def rule_kernel(
     layer_largest: tl.tensor,
     norms: tl.tensor,
     finite: tl.tensor,
-    probe_lr: tl.tensor,
+    probe_size: tl.tensor,
+    DTYPES: tl.constexpr,
     RULE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Per chunk: h becomes V, or zero if anything anywhere is not finite."""
     layer, offset, size, whole = load_chunk(chunks, tl.program_id(0))
-    buffer = load_address(addresses, layer, 0, 1, tl.float32) + offset
-    radius = load_radius(radii, layer)
-    largest = tl.load(layer_largest + layer)
-    norm = tl.load(norms + layer)
-    factor = tl.load(perturbation_norm)
-    every = tl.load(finite) != 0
-    lr = tl.full((), probe_lr, tl.float32)
-    if whole:
-        _rule_block(buffer, lr, factor, largest, norm, radius, every, size, RULE, BLOCK, True)
-    else:
-        _rule_block(buffer, lr, factor, largest, norm, radius, every, size, RULE, BLOCK, False)
+    buffers = load_operands(addresses, layer, offset, DTYPES)
+    coefficients = (
+        tl.load(finite) != 0,
+        tl.full((), probe_size, tl.float32),
+        tl.load(perturbation_norm),
+        tl.load(layer_largest + layer),
+        tl.load(norms + layer),
+        load_radius(radii, layer),
+    )
+    transform(probe_rule, buffers, (RULE, coefficients), size, whole, BLOCK)
 
 
 # ---- operations ----
@@ -341,12 +313,7 @@ def rule_kernel(
 
 def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
     """See `reference.probe_add`; hidden states with gaps are copied first."""
-    shared = offset.shape == hidden.shape[-1:]
-    if not shared and offset.shape != hidden.shape:
-        raise ValueError(
-            f"offset of shape {tuple(offset.shape)} does not fit hidden of shape "
-            f"{tuple(hidden.shape)}; its last dimension or all of them are needed"
-        )
+    check_row("offset", offset, "hidden", hidden)
     _check_hidden("hidden", hidden)
     check_same("offset", offset, torch.float32, hidden.device)
     dense = hidden.contiguous()
@@ -360,9 +327,8 @@ def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
             offset.contiguous(),
             result,
             count,
-            hidden.shape[-1] if hidden.dim() else 1,
+            len(offset),
             written=(),
-            SHARED=shared,
             BLOCK=BLOCK,
         )
     # The result has the layout of `hidden`, as that of any addition.
@@ -371,12 +337,7 @@ def probe_add(hidden: Tensor, offset: Tensor) -> Tensor:
 
 def probe_project_(buffer: Tensor, gradient: Tensor, sign: float) -> None:
     """See `reference.probe_project_`; gradients that are not contiguous are copied first."""
-    shared = buffer.shape == gradient.shape[-1:]
-    if not shared and buffer.shape != gradient.shape:
-        raise ValueError(
-            f"buffer of shape {tuple(buffer.shape)} does not fit gradient of shape "
-            f"{tuple(gradient.shape)}; its last dimension or all of them are needed"
-        )
+    check_row("buffer", buffer, "gradient", gradient)
     _check_hidden("gradient", gradient)
     check_same("buffer", buffer, torch.float32, gradient.device)
     if not buffer.is_contiguous():
@@ -389,21 +350,7 @@ def probe_project_(buffer: Tensor, gradient: Tensor, sign: float) -> None:
         ]
     )
     with on_device(buffer.device):
-        if gradient.shape == buffer.shape:
-            count = gradient.numel()
-            with interrupts_deferred():
-                launch(
-                    add_scaled_kernel,
-                    (triton.cdiv(count, BLOCK),),
-                    buffer,
-                    gradient,
-                    count,
-                    sign,
-                    written=[buffer],
-                    BLOCK=BLOCK,
-                )
-            return
-        width = gradient.shape[-1]
+        width = len(buffer)
         rows = gradient.numel() // max(width, 1)
         parts = triton.cdiv(rows, ROWS)
         partials = torch.empty((parts, width), dtype=torch.float32, device=buffer.device)
@@ -445,7 +392,7 @@ def _check_hidden(name: str, tensor: Tensor) -> None:
 def probe_rule_(
     buffers: Sequence[Tensor],
     rule: str,
-    probe_lr: float,
+    probe_size: float,
     perturbation_norm: Tensor,
     radii: Sequence[Tensor],
 ) -> Tensor:
@@ -454,6 +401,7 @@ def probe_rule_(
         raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(RULES)}")
     if len(radii) != len(buffers):
         raise ValueError(f"buffers has {len(buffers)} tensors, radii has {len(radii)}")
+    check_one_dimension("buffers", buffers)
     operands = [Operand("buffers", buffers, written=True, dtype=torch.float32)]
     check_lists(operands)
     check_overlaps(operands)
@@ -533,8 +481,9 @@ def probe_rule_(
                 layer_largest,
                 norms,
                 result.view(torch.uint8),
-                probe_lr,
+                probe_size,
                 written=table.written,
+                DTYPES=table.dtypes,
                 RULE=rule,
                 BLOCK=RULE_BLOCK,
             )

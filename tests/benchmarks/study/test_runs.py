@@ -1,0 +1,150 @@
+"""One run of the study, on a tiny model."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.study import data, runs
+from benchmarks.study.methods import METHODS, TRAINING, run_of
+from sap_fast.cli.models import add_lora, load_model
+
+
+def test_a_model_is_tuned_once_and_asked_for_each_split(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
+    monkeypatch.setattr(runs, "LOOK_EVERY", 1)
+    monkeypatch.setitem(TRAINING, "steps", 2)
+    monkeypatch.setitem(TRAINING, "learning_rate", 0.1)
+    threads = torch.get_num_threads()
+    adamw = run_of("adamw", {}, 0, "alpaca")
+    try:
+        selection, looks = runs.execute(adamw, "selection", 1)
+        monkeypatch.delattr(runs, "tune")
+        reported, unseen = runs.execute(adamw, "report", 1)
+        found = [
+            runs.execute(run_of(*given, 0, "alpaca"), "selection", 1)[0]["task_loss"]
+            for given in (
+                ("aligned", {}),
+                ("merge", {"aligned_share": 0.0}),
+                ("merge", {"aligned_share": 1.0}),
+                ("adamw", {"aligned_share": 1.0}),
+            )
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert [look["step"] for look in looks] == [1] and unseen == []
+    assert list(selection) == list(reported)
+    for name in ("key", "steps", "step_seconds", "peak_bytes", "lean_predicted"):
+        assert selection[name] == reported[name], name
+    assert (selection["split"], reported["split"]) == ("selection", "report")
+    assert len(selection["harmful_refusals"]) == 100 and len(reported["harmful_refusals"]) == 220
+    aligned, untouched, merged, likewise = found
+    assert likewise == merged
+    assert untouched == selection["task_loss"] != aligned
+    assert merged == pytest.approx(aligned, abs=1e-3)
+
+
+def test_what_a_merge_starts_from() -> None:
+    held = {"safety_level": "auto", "safety_weight": 0.3}
+    blend = run_of("blend", held, 1, "gsm8k")
+    assert runs.tuning_of(blend) == blend
+    assert runs.tuning_of(run_of("blend", held | {"aligned_share": 0.2}, 1, "gsm8k")) == blend
+    merged = run_of("merge", {"aligned_share": 0.2}, 1, "gsm8k")
+    assert runs.tuning_of(merged) == run_of("adamw", {}, 1, "gsm8k")
+
+
+def test_two_runs_of_one_tuning_at_once_tune_once(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
+    monkeypatch.setitem(TRAINING, "steps", 2)
+    tuned: list[Any] = []
+    tune = runs.tune
+
+    def counted(*arguments: Any) -> Any:
+        tuned.append(arguments[0])
+        return tune(*arguments)
+
+    monkeypatch.setattr(runs, "tune", counted)
+    # In one process two that load at once leave transformers' classes patched.
+    loading = Lock()
+
+    def load_alone(*arguments: Any, **options: Any) -> Any:
+        with loading:
+            return load_model(*arguments, **options)
+
+    monkeypatch.setattr(runs, "load_model", load_alone)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            shares = (0.3, 0.7)
+            merges = [run_of("merge", {"aligned_share": share}, 0, "alpaca") for share in shares]
+            rows = list(pool.map(lambda run: runs.execute(run, "report", 1)[0], merges))
+    finally:
+        torch.set_num_threads(threads)
+    assert tuned == [run_of("adamw", {}, 0, "alpaca")]
+    assert [row["key"] for row in rows] == [run.key for run in merges]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("so #### 42", 42.0), ("#### 1,234.5 done", 1234.5), ("#### -3.", -3.0)]
+)
+def test_the_answer_of_a_solution_is_read(text: str, value: float) -> None:
+    assert runs.number(runs._ANSWER.findall(text)[-1]) == value
+
+
+EARLY = {"probe_layers": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("sap", EARLY | {"preset": "balanced"}),
+        ("blend", {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "joint"}),
+        ("along", EARLY),
+        *(
+            pytest.param(method, setting, marks=pytest.mark.slow)
+            for method, setting in (
+                ("sap", {"safety_batch_size": 2, "probe_rule": "adam", "probe_lr": 0.05}),
+                ("blend", {"safety_weight": 0.1, "direction_every": 5, "varied_openings": True}),
+                ("sap+blend", EARLY | {"safety_weight": 0.3, "safety_level": "auto"}),
+                ("mixed", {"refusal_weight": 0.1}),
+                ("random", {}),
+                ("averaging", EARLY | {"averaged": "direction"}),
+                ("sam", {"radius": 0.05}),
+                ("lisa", {"alignment_steps": 1, "task_steps": 9, "proximal": 1.0}),
+                ("panacea", {"radius": 1.0, "harm_weight": 0.001}),
+            )
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_setting_of_the_rows_still_tunes(
+    method: str,
+    setting: dict[str, Any],
+    chat_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    monkeypatch.setitem(TRAINING, "steps", 5)  # after which the trainer logs
+    run = run_of(method, setting, 0, "alpaca")
+    model, tokenizer = load_model(str(chat_model), "fp32", trainable=True)
+    model = add_lora(model, r=2, alpha=4, dropout=0.1, targets=None)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    figures, looks = runs.tune(run, data.load_task("alpaca"), model, tokenizer, False)
+    trained = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert trained and all("lora" in name for name in trained)
+    assert figures["step_seconds"] > 0 and looks == []
+    if "safety_level" not in setting:  # the step that is logged may be held
+        # The lean of a probe is known where there is one.
+        assert (figures["lean_predicted"] is not None) == METHODS[method].has_probe
