@@ -14,7 +14,7 @@ from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
 from sap_fast.ops import why_not
 from tests.tiny import distance, problem, random_batch
 
-STEPS = 40
+STEPS = 2_000
 MEASURED_AFTER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, STEPS)
 
 
