@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 # What runs the compiled kernels; the rest of the tests would find nothing else.
-SANITIZED := tests/test_ops.py tests/test_passes.py tests/test_probes.py
+SANITIZED := tests/ops/test_ops.py tests/ops/test_native.py tests/step/test_passes.py tests/model/test_probes.py
 BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE

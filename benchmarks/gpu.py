@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu        or: make gpu
 
-Prints a table of the tests and the operations, and one of each step. Writes `ops-cuda-native.csv`
-and `ops-cuda-triton.csv` with their pictures, and `gpu_step.csv`. Without a CUDA device the tests
-say why they skip, and nothing is timed.
+Prints a table of the tests and the operations, and one of each step. Writes, for a GPU named h100,
+`ops-h100-native.csv` and `ops-h100-triton.csv` with their pictures, and `gpu_step-h100.csv`.
+Without a CUDA device the tests say why they skip, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import RESULTS, ROOT
+from benchmarks.provenance import RESULTS, ROOT, gpu_name
 from sap_fast.ops import describe, why_not
 
 
 def run_tests() -> tuple[int, dict[str, int]]:
-    """Run the tests marked `gpu`; return pytest's exit status and how many ended how."""
+    """Run the tests marked `gpu`; return pytest's exit status and how many ended how.
+
+    Only files that hold such tests are collected: others import packages that a machine with a GPU
+    need not have.
+    """
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if _has_gpu(path)]
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *files]
         status = subprocess.run(command, cwd=ROOT).returncode
         suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
@@ -37,12 +42,16 @@ def run_tests() -> tuple[int, dict[str, int]]:
     return status, counts
 
 
+def _has_gpu(path: Path) -> bool:
+    return "mark.gpu" in path.read_text(encoding="utf-8")
+
+
 def run_benchmark(backend: str) -> list[dict[str, str]]:
     """Time the operations on the GPU with one backend; return the rows of the CSV."""
     surroundings = {"SAP_FAST_BACKEND": backend, "SAP_FAST_BENCHMARK_DEVICE": "cuda"}
     command = [sys.executable, "-m", "benchmarks.ops"]
     subprocess.run(command, cwd=ROOT, env=os.environ | surroundings, check=True)
-    with (RESULTS / f"ops-cuda-{backend}.csv").open(encoding="utf-8") as file:
+    with (RESULTS / f"ops-{gpu_name()}-{backend}.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

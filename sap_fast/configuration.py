@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -30,6 +31,41 @@ def text_config(model: nn.Module) -> Any:
 def text_setting(model: nn.Module, name: str) -> Any:
     """Returns one setting of `text_config(model)`, or None where there is no such setting."""
     return getattr(text_config(model), name, None)
+
+
+class VirtualTokens(NamedTuple):
+    """How many virtual tokens a model puts before every row."""
+
+    number: int
+    in_sequence: bool
+    """Whether they have hidden states beside the tokens', or keys and values alone."""
+
+
+NO_VIRTUAL_TOKENS = VirtualTokens(0, False)
+
+
+def virtual_tokens(model: nn.Module) -> VirtualTokens:
+    """Returns the virtual tokens of PEFT's prompt learning, while the adapter is not disabled.
+
+    Args:
+        model: A language model, possibly wrapped.
+    """
+    # Not imported here: a model of PEFT exists only where that was imported already.
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return NO_VIRTUAL_TOKENS
+    adapted: Any = next((m for m in model.modules() if isinstance(m, peft.PeftModel)), None)
+    if adapted is None or adapted._adapters_disabled:
+        return NO_VIRTUAL_TOKENS
+    config = adapted.active_peft_config
+    if not config.is_prompt_learning:
+        return NO_VIRTUAL_TOKENS
+    in_sequence = str(getattr(config.peft_type, "value", config.peft_type)) not in _IN_THE_CACHE
+    return VirtualTokens(config.num_virtual_tokens, in_sequence)
+
+
+# Prompt learning whose virtual tokens are keys and values of every layer.
+_IN_THE_CACHE = {"PREFIX_TUNING", "CARTRIDGE"}
 
 
 def _has_settings(config: Any) -> bool:

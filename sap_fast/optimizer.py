@@ -23,6 +23,7 @@ from sap_fast.step.metrics import LossRecord, SAPMetrics
 from sap_fast.step.passes import Safety, SafetyPasses, Task
 from sap_fast.step.rules import Rule
 from sap_fast.step.saving import SAPState
+from sap_fast.step.trained import checked_loss
 
 
 class BlendedAdamW(Optimizer):
@@ -120,7 +121,7 @@ class BlendedAdamW(Optimizer):
             backend=backend,
             grad_scaler=grad_scaler,
         )
-        self._check_maximize()
+        self._read_maximize()
 
     @property
     def probes(self) -> ProbeSet | None:
@@ -136,6 +137,7 @@ class BlendedAdamW(Optimizer):
 
     def inner_passes(self, task: Task, safety: Safety, batch: Any = None) -> None:
         """Begin a step: run whatever is due before the task pass; see `SafetyPasses`."""
+        self._read_maximize()
         self.passes.inner_passes(task, safety, batch)
 
     def task_pass(self) -> AbstractContextManager[LossRecord]:
@@ -153,6 +155,8 @@ class BlendedAdamW(Optimizer):
         task: Callable[..., Tensor] | None = None,
         safety: Safety | None = None,
         batch: Any = None,
+        *,
+        closure: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
         """Update the parameters; with closures, after all passes of the step.
 
@@ -164,6 +168,8 @@ class BlendedAdamW(Optimizer):
                 to come back if the step fails.
             safety: runs forward and backward on the safety loss and returns it.
             batch: a mapping of tensors (B, …), or a list of micro-batches.
+            closure: `task` by the name that PyTorch gives it: torch.distributed.checkpoint, for
+                one, calls `step(closure=None)`.
 
         Returns:
             The task loss of the task pass, if there was a closure.
@@ -171,11 +177,15 @@ class BlendedAdamW(Optimizer):
         Raises:
             RuntimeError: inside a pass; after inner passes without a task pass; for a sparse
                 gradient.
-            TypeError: with one closure but not the other that is needed, or for a closure that
-                returns no loss.
+            TypeError: with one closure but not the other that is needed, with `task` under both
+                of its names, or for a closure that returns no loss.
             ValueError: with `ProbeSet(rows=…)` below 1 and no batch.
         """
         self.passes.refuse_inside("step()")
+        if closure is not None:
+            if task is not None:
+                raise TypeError("step(task, closure=…): closure is another name for task; give one")
+            task = closure
         if task is None:
             if safety is not None:
                 raise TypeError("step(safety=…) without a task closure: give both, or neither")
@@ -192,13 +202,14 @@ class BlendedAdamW(Optimizer):
         with self.passes.given_up_on_error():
             self.inner_passes(task if batch is not None else lambda _: task(), safety, batch)
             with torch.enable_grad(), self.passes.task_pass(restores_gradients=False) as record:
-                loss = task() if batch is None else task(batch)
+                loss = checked_loss("task()", task() if batch is None else task(batch))
                 record(loss)
             self._update()
         return loss
 
     @torch.no_grad()
     def _update(self) -> None:
+        self._read_maximize()
         passes = self.passes
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         # All state first: an update that runs out of memory half-way cannot be undone.
@@ -254,7 +265,12 @@ class BlendedAdamW(Optimizer):
     # ---- groups and state ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`."""
+        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            RuntimeError: inside a pass.
+            ValueError: as at the construction, and nothing is added.
+        """
         passes: SafetyPasses | None = vars(self).get("passes")  # not yet, for the first groups
         if passes is not None:
             passes.refuse_inside("add_param_group()")
@@ -262,11 +278,15 @@ class BlendedAdamW(Optimizer):
         added = self.param_groups[-1]
         added["params"] = list(dict.fromkeys(added["params"]))  # one that is listed twice, once
         if passes is not None:
-            passes.trained.add(added["params"])
-            self._check_maximize()
+            try:
+                self._read_maximize()
+                passes.trained.add(added["params"])
+            except ValueError:
+                del self.param_groups[-1]
+                raise
 
-    def _check_maximize(self) -> None:
-        """Hand `maximize` on to the passes, for which there is one task objective.
+    def _read_maximize(self) -> None:
+        """Hand `maximize` of the groups on to the passes, for which there is one task objective.
 
         Raises:
             ValueError: if groups differ in it.
@@ -302,7 +322,7 @@ class BlendedAdamW(Optimizer):
         """
         self.passes.refuse_inside("load_state_dict()")
         super().load_state_dict(state_dict)
-        self._check_maximize()
+        self._read_maximize()
         saved = [identifier for g in state_dict["param_groups"] for identifier in g["params"]]
         ours = [parameter for group in self.param_groups for parameter in group["params"]]
         for identifier, parameter in zip(saved, ours, strict=True):
@@ -328,6 +348,8 @@ class BlendedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "passes" in vars(self):
+            self.passes.trained.groups = self.param_groups
         for group in self.param_groups:
             group.setdefault("maximize", False)
 

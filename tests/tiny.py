@@ -1,15 +1,19 @@
-"""Small random models and batches for the tests."""
+"""Small random models and batches for the tests, and what they take of memory."""
 
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sap_fast import FusedSAP, ProbeSet
 from sap_fast.ops import choose_backend
 from tests.oracle import naive_contrastive_loss, naive_task_loss
 
@@ -132,9 +136,67 @@ def safety(case: Problem) -> Tensor:
     return loss
 
 
-def weights(model: nn.Module) -> list[Tensor]:
-    """A copy of every parameter."""
+def safety_loss(case: Problem) -> Tensor:
+    """L_safe, without a backward."""
+    return naive_contrastive_loss(case.model, case.chosen, case.rejected)
+
+
+def closures(case: Problem) -> tuple[Callable[[Batch | None], Tensor], Callable[[], Tensor]]:
+    """What `step` and `inner_passes` take: `task(part)` and `safety()`."""
+    return lambda part: task(case, part), lambda: safety(case)
+
+
+def sap(case: Problem, probe: dict[str, Any] | None = None, **options: Any) -> FusedSAP:
+    """FusedSAP with a probe on layers 1 and 2 that shows in one step.
+
+    Args:
+        case: what it trains.
+        probe: keywords of `ProbeSet`.
+        options: keywords of `FusedSAP`.
+    """
+    settings: dict[str, Any] = {"layers": [1, 2], "rho": 1e-3, "size": 0.05} | (probe or {})
+    return FusedSAP(case.trained, ProbeSet(case.model, **settings), **({"lr": 1e-2} | options))
+
+
+def step_by_passes(case: Problem, optimizer: Any, batch: Batch | None = None) -> None:
+    """One step of a loop that owns its backward."""
+    optimizer.inner_passes(*closures(case), batch)
+    with optimizer.task_pass() as record:
+        record(task(case, batch))
+    optimizer.step()
+
+
+def weights(of: Problem | nn.Module) -> list[Tensor]:
+    """Copies of all parameters of a model, or of a problem's."""
+    model = of.model if isinstance(of, Problem) else of
     return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that a pass must leave as it was."""
+    return {
+        "parameters": [p.detach().clone() for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "random state": torch.get_rng_state(),
+        "hooks": [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()],
+        "forwards": [vars(m).get("forward") for m in model.modules()],
+        "training": [m.training for m in model.modules()],
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """The model, its gradients and the random state are as in a snapshot, bit for bit."""
+    for name, value in snapshot(model).items():
+        expected = before[name]
+        if name == "random state":
+            assert torch.equal(value, expected), name
+        elif name in ("parameters", "gradients"):
+            for a, b in zip(value, expected, strict=True):
+                assert (a is None) == (b is None), name
+                assert a is None or torch.equal(a, b), name
+        else:
+            assert value == expected, name
 
 
 def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
@@ -152,7 +214,7 @@ def assert_same_bits(left: Any, right: Any) -> None:
         assert left.keys() == right.keys()
         for key in left:
             assert_same_bits(left[key], right[key])
-    elif isinstance(left, list | tuple):
+    elif isinstance(left, Iterable) and not isinstance(left, str):
         for a, b in zip(left, right, strict=True):
             assert_same_bits(a, b)
     else:
@@ -171,3 +233,36 @@ def plain_adamw(params: Any, **settings: Any) -> torch.optim.AdamW:
     square root (MKL's) can be off by one unit in the last place.
     """
     return torch.optim.AdamW(params, fused=choose_backend("auto", "cpu") == "native", **settings)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are made inside and alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def forget() -> None:
+            self._known.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, forget)

@@ -24,6 +24,12 @@ def model(lora: bool = True) -> nn.Module:
     return with_lora(tiny, dropout=0.1) if lora else tiny
 
 
+def small(lora: bool) -> nn.Module:
+    """Two layers, and no dropout."""
+    tiny = tiny_llama(layers=2)
+    return with_lora(tiny) if lora else tiny
+
+
 def arguments(folder: Path, **overrides: Any) -> TrainingArguments:
     settings = {
         "output_dir": str(folder),

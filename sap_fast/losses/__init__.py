@@ -22,13 +22,14 @@ What they share:
 - *Result.* fp32 (fp64 for an fp64 model), and in nats.
 """
 
+from sap_fast.losses.batches import IGNORE_INDEX, Batch
 from sap_fast.losses.pairs import (
     contrastive_loss,
     difference_loss,
     joint_loss,
     refusal_loss,
 )
-from sap_fast.losses.scoring import IGNORE_INDEX, Batch, Reduction, response_log_probs
+from sap_fast.losses.scoring import Reduction, response_log_probs
 from sap_fast.losses.task import task_loss
 
 __all__ = [

@@ -11,26 +11,21 @@ does not share with the one before it:
 
 The tokens form a tree in preorder: what descends from slot j lies in j … end[j] − 1, so that slot i
 sees slot j where j ≤ i < end[j]. With that mask and these positions a causal LM computes for each
-token what it computes for the sequence alone, up to rounding; `usable` tests that it does.
+token what it computes for the sequence alone, up to rounding; `packable.usable` tests that it does.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
-import warnings
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sap_fast.configuration import text_config, text_setting
-from sap_fast.random_state import RandomState
+from sap_fast.configuration import text_setting
 
 # Elements of the mask: 16 MiB as bool, 64 MiB as the fp32 that eager attention adds.
 MAX_MASK_ELEMENTS = 2**24
@@ -49,24 +44,14 @@ class Packed(NamedTuple):
     """(B, L) int64: row·S + slot of each token; −1 at padding"""
 
 
-# ---- which model ----
-
-# Models for which a packed forward gave, or did not give, the log-probabilities of a plain one.
-_packable: WeakSet[nn.Module] = WeakSet()
-_unpackable: WeakSet[nn.Module] = WeakSet()
+# ---- the running forward ----
 
 _index: Tensor | None = None
-_testing = False
 
 
 def current_index() -> Tensor | None:
     """Returns `Packed.token_index` of the running forward, or None if its batch is not packed."""
     return _index
-
-
-def being_tested() -> bool:
-    """Says whether the forward that is running is one of `usable`'s, whose result is not used."""
-    return _testing
 
 
 @contextmanager
@@ -80,155 +65,22 @@ def running(index: Tensor | None) -> Iterator[None]:
         _index = before
 
 
-def usable(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Says whether packing leaves the result as it is, by the configuration and by a test.
-
-    The test runs at the first call for a model that its configuration allows. It costs three
-    forwards of some 50 tokens once. It does not depend on the batch, so that all ranks of a
-    sharded model, whose forwards communicate, run it at the same call.
-
-    Args:
-        model: The model as it was given, wrappers included.
-        causal_lm: The model inside the wrappers.
-        batch: The batch that is to be packed.
-    """
-    if causal_lm in _unpackable or not _is_allowed(model, causal_lm, batch):
-        return False
-    if causal_lm not in _packable:
-        reason = _test(model, causal_lm, batch["input_ids"].device)
-        if reason is not None:
-            _unpackable.add(causal_lm)
-            warnings.warn(
-                f"{type(causal_lm).__name__}: {reason}. Batches are not packed: tokens that "
-                "sequences share are computed for each of them, and padding too. pack=False "
-                "leaves the test out.",
-                stacklevel=5,
-            )
-            return False
-        _packable.add(causal_lm)
-    return True
-
-
-def _is_allowed(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]) -> bool:
-    # Not imported here: a model of transformers exists only where that was imported already.
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(causal_lm, transformers.PreTrainedModel):
-        return False
-    tensors = {key for key, value in batch.items() if isinstance(value, Tensor)}
-    if tensors != {"input_ids", "attention_mask", "labels"}:
-        return False  # what else there is for each token would have to be packed, too
-    accepted = set(inspect.signature(causal_lm.forward).parameters)
-    config = text_config(causal_lm)
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return (
-        config._attn_implementation in ("sdpa", "eager")  # flash and flex take no 4-D mask
-        and not window
-        and kinds <= {"full_attention"}  # others count along the row, or mix all that lies in it
-        and not getattr(causal_lm, "_is_stateful", False)
-        and not getattr(config, "is_encoder_decoder", False)
-        and not getattr(config, "output_router_logits", False)  # its loss is a mean over the slots
-        and getattr(config, "hidden_size", None) is not None
-        and {"position_ids", "attention_mask"} <= accepted
-        and not any(_forbids(module) for module in model.modules())
-    )
-
-
-def _forbids(module: nn.Module) -> bool:
-    # Compiled code would be compiled again for each new shape; virtual tokens in front of the
-    # row (PEFT's prompt and prefix tuning) shift what the mask is for.
-    children = module._modules
-    return (
-        module._compiled_call_impl is not None
-        or "_orig_mod" in children
-        or "prompt_encoder" in children
-    )
-
-
 def logits_of(outputs: Any) -> Tensor:
-    """Returns the logits among what a causal LM returned."""
+    """Returns the logits among what a causal LM returned.
+
+    A tuple may have losses before them, which have no axes.
+    """
     if isinstance(outputs, Tensor):
         return outputs
-    return outputs.logits if hasattr(outputs, "logits") else outputs[0]
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return next((x for x in outputs if isinstance(x, Tensor) and x.dim()), outputs[0])
 
 
 def mask_dtype(causal_lm: Any) -> torch.dtype:
     """Returns the dtype of the mask: bool for SDPA, the model's dtype for eager attention."""
     eager = text_setting(causal_lm, "_attn_implementation") == "eager"
     return causal_lm.dtype if eager else torch.bool
-
-
-def _test(model: nn.Module, causal_lm: Any, device: torch.device) -> str | None:
-    """Says why packing does not give a model's log-probabilities, or None if it does.
-
-    A plain and a packed forward differ by rounding (in bf16 by some 1e-2 of what the context
-    changes) where the model obeys the mask, and by all that the context changes where it does not.
-    How much that is depends on the model and is measured by a third forward, with the plain causal
-    mask over the packed rows. Medians, since one rounding can tip a router's choice.
-    """
-    vocabulary = text_config(causal_lm).vocab_size
-    tokens = torch.randint(vocabulary, (5, 14), generator=torch.Generator().manual_seed(0))
-    tokens[1, :6] = tokens[0, :6]  # a prompt with two answers
-    tokens[2, :9] = tokens[1, :9]  # and a branch inside the second
-    attended = torch.arange(14) < torch.tensor([14, 11, 14, 13, 14])[:, None]
-    sequences = _Sequences(tokens, attended)
-    packed = sequences.lay_out(sequences.cut(40), mask_dtype(causal_lm), device)
-    tokens, attended = tokens.to(device), attended.to(device)
-    plain = {"input_ids": tokens, "attention_mask": attended.long()}
-    blind = {**packed.inputs, "attention_mask": torch.ones_like(packed.inputs["input_ids"])}
-    packed_rows = packed.token_index[attended]
-    # Only those with more than their own sequence before them: the others don't need the mask.
-    length = packed.inputs["input_ids"].shape[1]
-    masked = packed.inputs["position_ids"].flatten()[packed_rows] < packed_rows % length
-    packed_rows = packed_rows[masked]
-    plain_rows = attended.flatten().nonzero()[masked, 0]
-
-    accepted = inspect.signature(causal_lm.forward).parameters
-    without_cache = {"use_cache": False} if "use_cache" in accepted else {}
-
-    def log_probs(inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
-        logits = logits_of(model(**inputs, **without_cache))
-        return logits.flatten(0, 1)[rows.to(logits.device)].float().log_softmax(-1)
-
-    with _aside(model, device):
-        expected = log_probs(plain, plain_rows)
-        try:
-            with running(packed.token_index):
-                right = log_probs(packed.inputs, packed_rows)
-            wrong = log_probs(blind, packed_rows)
-        except torch.OutOfMemoryError:
-            raise  # says nothing about the model
-        except Exception as error:  # whatever a model makes of a mask that it does not know
-            return f"a forward with position_ids and a 4-D mask fails ({error})"
-    difference, effect = ((x - expected).abs().median().item() for x in (right, wrong))
-    if not difference <= 0.1 * effect:
-        return (
-            f"a forward with position_ids and a 4-D mask changes log-probabilities by "
-            f"{difference:.2g} in the median (by {effect:.2g} with the wrong mask)"
-        )
-    return None
-
-
-@contextmanager
-def _aside(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Sets evaluation mode without gradients; puts modes and random state back on any exit."""
-    global _testing
-    modes = [(module, module.training) for module in model.modules()]
-    random_state = RandomState([device])
-    _testing = True
-    try:
-        for module, _ in modes:
-            module.training = False  # not by eval(), which some adapters answer by merging
-        with torch.no_grad():
-            yield
-    finally:
-        _testing = False
-        for module, training in modes:
-            module.training = training
-        # Before pytorch#165068 autocast kept the casts of weights made without gradients, and the
-        # forward that follows in the same context would give those weights none.
-        torch.clear_autocast_cache()
-        random_state.restore()
 
 
 # ---- the packing ----
@@ -254,7 +106,7 @@ def pack(
     def cost(rows: int, length: int) -> float:
         return rows * length * (1 + length / (3 * hidden_size))
 
-    sequences = _Sequences(tokens, attended)
+    sequences = Sequences(tokens, attended)
     longest, total = max(sequences.lengths), sum(sequences.lengths) - sum(sequences.shared)
     best, best_cost = None, (1 - MIN_SAVING) * cost(*tokens.shape)
     for rows in range(1, len(tokens) + 1):
@@ -273,7 +125,7 @@ def pack(
     return None if best is None else sequences.lay_out(best, mask, device)
 
 
-class _Sequences:
+class Sequences:
     """The sequences of a batch, sorted; `shared` is the prefix in common with the one before."""
 
     def __init__(self, tokens: Tensor, attended: Tensor) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sap_fast.losses.scoring import (
+from sap_fast.configuration import virtual_tokens
+from sap_fast.losses.batches import (
     Batch,
-    Reduction,
+    as_rows,
     check_batch,
     check_every_row_is_scored,
-    check_reduction,
-    checked_log_probs,
     concatenate,
     find_scored,
-    row_log_probs,
 )
+from sap_fast.losses.scoring import Reduction, check_reduction, checked_log_probs, row_log_probs
 
 
 def contrastive_loss(
@@ -171,11 +170,13 @@ def _pair_log_probs(
     check_reduction(reduction)
     check_batch(chosen, "chosen")
     check_batch(rejected, "rejected")
+    chosen, rejected = as_rows(chosen), as_rows(rejected)
     pairs, others = len(chosen["input_ids"]), len(rejected["input_ids"])
     if pairs != others:
         raise ValueError(f"chosen has {pairs} rows and rejected {others}; expected pairs")
     batch = concatenate(chosen, rejected)
-    scored = find_scored(batch, chosen, rejected)
+    after_virtual = virtual_tokens(model).in_sequence
+    scored = find_scored(batch, chosen, rejected, after_virtual=after_virtual)
     check_every_row_is_scored(scored.counts[:pairs], "chosen")
     check_every_row_is_scored(scored.counts[pairs:], "rejected")
     log_probs = row_log_probs(model, batch, scored, reduction, pack)

@@ -20,11 +20,12 @@ from sap_fast import ops
 from sap_fast.configuration import text_config
 from sap_fast.distributed import Ranks
 from sap_fast.losses import packing
+from sap_fast.losses.aside import being_tested
 from sap_fast.model.checkpointing import Checkpointing
 from sap_fast.model.layers import Layers, find_decoder_layers, lower_layers, select_layers
 from sap_fast.model.lower_forward import LowerForward
 from sap_fast.model.rows import part_of
-from sap_fast.model.scales import TokenScales
+from sap_fast.model.scales import TokenScales, token_mask
 from sap_fast.ops.reference import accumulation_dtype
 
 PROBE_RULES = ("normalized", "gradient", "adam")
@@ -297,7 +298,7 @@ class ProbeSet:
 
     @property
     def _is_on(self) -> bool:
-        return (self._collect or self._inject) and not packing.being_tested()
+        return (self._collect or self._inject) and not being_tested()
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_on:
@@ -313,8 +314,7 @@ class ProbeSet:
             if not self._lower.is_keeping:
                 for parameter in self._frozen:
                     parameter.requires_grad_(False)
-        mask = kwargs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._mask = token_mask(self.model, kwargs)
         self._index = packing.current_index()
         if self._forwards == 1:
             self._lower.begin_forward(args, kwargs)

@@ -93,6 +93,8 @@ def _is_by_row(key: str, batch: Mapping[str, Any]) -> bool:
     value = batch[key]
     if not isinstance(value, Tensor) or value.dim() == 0:
         return True
+    if key == "position_ids" and value.dim() > 2:
+        return False  # (3, B, S), one for each axis of an image, and B may be 3
     return key in ROW_KEYS and len(value) == row_count(batch)
 
 

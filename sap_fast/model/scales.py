@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from sap_fast.configuration import virtual_tokens
 from sap_fast.ops.reference import accumulation_dtype
+
+
+def token_mask(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return which hidden states of a forward are those of ordinary tokens.
+
+    Args:
+        model: the model as it was given, wrappers included.
+        inputs: what the decoder is given by name, virtual tokens of `model` included.
+
+    Returns:
+        (B, S), zero at padding and at virtual tokens, where S counts what has hidden states, or
+        None if there is neither.
+    """
+    mask, embedded = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = None
+    virtual = virtual_tokens(model)
+    if virtual.number == 0:
+        return mask
+    if not virtual.in_sequence:  # the mask has them, the hidden states have not
+        return None if mask is None else mask[:, virtual.number :]
+    if mask is None:
+        if not isinstance(embedded, Tensor):
+            return None
+        mask = torch.ones(embedded.shape[:2], device=embedded.device)
+    ordinary = torch.arange(mask.shape[1], device=mask.device) >= virtual.number
+    return mask.bool() & ordinary
 
 
 class TokenScales:

@@ -17,13 +17,15 @@ class Direction:
             parameter-sized buffer.
 
     Attributes:
-        every: as given.
         parameters: those that the safety pass gave a gradient.
         tensors: d, in the same order; None where there is none, or where the probe passes have used
             it up.
         square: ‖d‖², 0-d; None where there is no direction.
         scale: what the safety loss was multiplied by, 0-d, and so d; None: by nothing.
         taken: how many steps so far took one: which safety rows are due.
+
+    Raises:
+        ValueError: if `every` is below 1.
     """
 
     def __init__(self, every: int = 1) -> None:
@@ -32,6 +34,17 @@ class Direction:
         #: The step that took it; None before that step is done.
         self._step: int | None = None
         self.release()
+
+    @property
+    def every(self) -> int:
+        """It is taken anew every so many steps; above 1 it is kept in between."""
+        return self._every
+
+    @every.setter
+    def every(self, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"direction_every={every!r} is out of range; give 1 or more")
+        self._every = every
 
     def release(self) -> None:
         """Free it, before one is taken that replaces it: both at once would be a buffer more."""
@@ -126,9 +139,11 @@ class Direction:
         if not state_dict["tensors"] or self.every == 1:
             return  # it was not kept, or is not: the next step takes one
         kept = sorted(state_dict["tensors"].items())
-        self._step, self.square = state_dict["step"], state_dict["square"]
-        self.scale = state_dict["scale"]
         self.parameters = [parameters[place] for place, _ in kept]
+        # A checkpoint may have been read to the CPU.
+        device, scale = self.parameters[0].device, state_dict["scale"]
+        self._step, self.square = state_dict["step"], state_dict["square"].to(device)
+        self.scale = None if scale is None else scale.to(device)
         self.tensors = [
             tensor.to(p.device, p.dtype, copy=True)
             for p, (_, tensor) in zip(self.parameters, kept, strict=True)

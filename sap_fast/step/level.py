@@ -23,7 +23,6 @@ class Level:
             all above it; None for no level.
 
     Attributes:
-        setting: as given.
         above: whether L_safe in the safety pass whose direction is in use was above the level:
             a bool, or a 0-d bool tensor until the host asks. None: not measured.
 
@@ -32,6 +31,20 @@ class Level:
     """
 
     def __init__(self, setting: float | Literal["auto"] | None) -> None:
+        self.setting = setting
+        self.above: Tensor | bool | None = None
+        #: Sum and number of the L_safe whose mean is the level, with "auto".
+        self._losses = torch.zeros(2)
+        #: L_safe of the step in progress.
+        self._loss: Tensor | None = None
+
+    @property
+    def setting(self) -> float | Literal["auto"] | None:
+        """The level as given; a new one counts from the next safety pass on."""
+        return self._setting
+
+    @setting.setter
+    def setting(self, setting: float | Literal["auto"] | None) -> None:
         if (
             setting is not None
             and setting != "auto"
@@ -40,12 +53,7 @@ class Level:
             raise ValueError(
                 f'safety_level={setting!r} is not known; give "auto", a number or None'
             )
-        self.setting = setting
-        self.above: Tensor | bool | None = None
-        #: Sum and number of the L_safe whose mean is the level, with "auto".
-        self._losses = torch.zeros(2)
-        #: L_safe of the step in progress.
-        self._loss: Tensor | None = None
+        self._setting = setting
 
     def measure(self, loss: Tensor, device: torch.device, ranks: Ranks) -> None:
         """Compare the mean L_safe over ranks with the level; the host does not wait for it.
@@ -97,8 +105,8 @@ class Level:
         self._loss = self.above = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later steps depend on."""
-        return {"losses": self._losses, "above": self.above}
+        """Return what later steps depend on: nothing of a step in progress."""
+        return {"losses": self._losses, "above": self.above if self._loss is None else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""

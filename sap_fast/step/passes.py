@@ -35,7 +35,7 @@ from torch import nn
 from sap_fast.model.probes import ProbeSet
 from sap_fast.step.blending import Blending, add_to_gradients, find_blending
 from sap_fast.step.calibration import Calibration
-from sap_fast.step.guards import gradients_restored_on_error
+from sap_fast.step.guards import gradients_restored_on_error, refuse_sparse
 from sap_fast.step.metrics import SAPMetrics, StepRecord, read_metrics
 from sap_fast.step.rules import Rule, find_rule
 from sap_fast.step.single_passes import Safety, SinglePasses, Stage, Task
@@ -183,9 +183,11 @@ class SafetyPasses(SinglePasses):
         """Blend the safety gradient into the gradients of the parameters, in place.
 
         Raises:
-            RuntimeError: inside a pass, or before the task pass of a step.
+            RuntimeError: inside a pass, or before the task pass of a step; for a sparse gradient.
         """
         self.refuse_without_task_pass("blend_()")
+        for parameter in self.trained.parameters:
+            refuse_sparse(parameter)
         blending = self.blending()
         if blending is not None:
             add_to_gradients(blending, maximize=self.maximize)

@@ -69,5 +69,9 @@ def find_rule(rule: Rule, weight: float) -> RuleFunction:
 
 
 def squared_norm(g_square: Tensor, g_dot_d: Tensor, d_square: Tensor, c: Tensor) -> Tensor:
-    """Return ‖g + c·d‖² from its parts: no buffer holds the sum before the update."""
-    return g_square + 2 * c * g_dot_d + (c * d_square.sqrt()).square()
+    """Return ‖g + c·d‖² from its parts: no buffer holds the sum before the update.
+
+    Where c·d takes nearly all of g away, rounding may leave less than nothing of it.
+    """
+    square = g_square + 2 * c * g_dot_d + (c * d_square.sqrt()).square()
+    return square.clamp(min=0.0)

@@ -64,8 +64,6 @@ class SinglePasses:
     ) -> None:
         if not safety_weight >= 0:
             raise ValueError(f"safety_weight={safety_weight!r} is out of range; give a number ≥ 0")
-        if direction_every < 1:
-            raise ValueError(f"direction_every={direction_every!r} is out of range; give 1 or more")
         self.probes = probes
         self.safety_weight = safety_weight
         self.backend = backend
@@ -88,11 +86,30 @@ class SinglePasses:
         self.record = StepRecord()
         self.trained.begin()
         self._task_random_state: RandomState | None = None
-        if not self.direction.is_settled:
+        known = set(self.trained.parameters)
+        if not self.direction.is_settled or not known.issuperset(self.direction.parameters):
             self.direction.release()
             self.level.forget()
         if self.probes is not None:
             self.probes.clear()
+
+    @property
+    def safety_level(self) -> float | Literal["auto"] | None:
+        """The level to hold. A new one counts from the next safety pass on."""
+        return self.level.setting
+
+    @safety_level.setter
+    def safety_level(self, setting: float | Literal["auto"] | None) -> None:
+        self.level.setting = setting
+
+    @property
+    def direction_every(self) -> int:
+        """How often the direction is taken: in every so manieth step. May be set between steps."""
+        return self.direction.every
+
+    @direction_every.setter
+    def direction_every(self, every: int) -> None:
+        self.direction.every = every
 
     @property
     def is_active(self) -> bool:
@@ -126,6 +143,7 @@ class SinglePasses:
         before, self.stage = self.stage, stage
         try:
             self.trained.forget_weights()
+            self.trained.every(inside=True)  # finds them, once per step
             yield
         finally:
             self.stage = before

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from sap_fast import SAPTrainer
 from sap_fast.baselines import find_safety_layers, freeze_layers, safety_layers
+from sap_fast.baselines.plain import PlainTrainer
 from sap_fast.baselines.safety_layers import _gaps, _initial_range, last_hidden_states
 from sap_fast.cli.models import load_model
 from sap_fast.data import encode_prompt
-from tests.test_trainer import arguments, model, sap_trainer
 from tests.tiny import tiny_llama
+from tests.trainers import arguments, model, trainer_of
 
 NORMAL = ["Sing", "Bake a cake", "Write a poem about the sea", "Say hello"]
 MALICIOUS = ["Break a lock", "Forge a ticket"]
@@ -153,7 +153,7 @@ def test_frozen_layers_stay_and_the_others_move(tmp_path: Path, lora: bool) -> N
     tuned = model(lora=lora)
     freeze_layers(tuned, [1, 2])
     before = {name: p.detach().clone() for name, p in tuned.named_parameters()}
-    trainer = sap_trainer(SAPTrainer, tuned, arguments(tmp_path), probe_layers=None)
+    trainer = trainer_of(PlainTrainer, tuned, arguments(tmp_path))
     trainer.train()
     for name, parameter in tuned.named_parameters():
         is_trained = ".layers.0." in name and (not lora or "lora_" in name)

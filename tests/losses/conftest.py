@@ -1,8 +1,11 @@
+import functools
 import warnings
 
 import pytest
+import torch
+from transformers import LlamaModel
 
-from sap_fast.losses import head, packing
+from sap_fast.losses import aside, head, packing
 from tests.losses.helpers import ROWS_PER_CHUNK, VOCABULARY
 
 
@@ -33,6 +36,36 @@ def forwards(monkeypatch):
 
 
 @pytest.fixture
+def body_calls(monkeypatch):
+    """What the body of a Llama is given, call by call; a hook would stop it from being packed."""
+    calls, original = [], LlamaModel.forward
+
+    @functools.wraps(original)
+    def spy(self, *args, **kwargs):
+        calls.append(
+            {
+                **kwargs,
+                "index": packing.current_index(),
+                "tested": aside.being_tested(),
+                "training": self.training,
+                "grad": torch.is_grad_enabled(),
+            }
+        )
+        # As a model that is random in evaluation mode, too.
+        torch.rand(int(aside.being_tested()))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", spy)
+    return calls
+
+
+@pytest.fixture
 def no_packing_refused(recwarn):
     yield
     assert [w for w in recwarn if "Batches are not packed" in str(w.message)] == []
+
+
+@pytest.fixture
+def refused(recwarn):
+    """Says what packing was refused for, all the warnings so far."""
+    return lambda: [str(w.message) for w in recwarn if "Batches are not packed" in str(w.message)]

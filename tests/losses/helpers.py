@@ -1,5 +1,6 @@
 """Models, batches and comparisons for the tests of the losses."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sap_fast.losses import IGNORE_INDEX
@@ -81,6 +83,25 @@ def build(family="llama", seed=0, **settings):
     torch.manual_seed(seed)
     # Without dropout: it would differ between the two computations that a test compares.
     return getattr(transformers, model_class)(config).eval()
+
+
+def llama(kind, **settings):
+    torch.manual_seed(0)
+    return kind(transformers.LlamaConfig(**LLAMA_LIKE, **settings))
+
+
+def smoothed(logits, labels, vocab_size=None, num_items_in_batch=None, smoothing=0.3, **_):
+    loss = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing
+    )
+    count = (labels[:, 1:] != -100).sum()
+    return loss if num_items_in_batch is None else loss * count / num_items_in_batch
+
+
+def with_loss_function():
+    model = build()
+    model.loss_function = smoothed
+    return model
 
 
 def with_lora(model):
@@ -255,3 +276,36 @@ def assert_refused(call, message):
 
 def without_labels(batch, row):
     return {**batch, "labels": batch["labels"].index_fill(0, torch.tensor(row), IGNORE_INDEX)}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns, and the operations counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+        self.counts = Counter()
+        self.copies = Counter()  # by shape
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        self.counts[operation] += 1
+        if operation == torch.ops.aten._to_copy.default:
+            self.copies[tuple(output.shape)] += 1
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
+        return output
+
+
+def peak_bytes(run):
+    """The most bytes that `run` held at a time beyond what was there before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

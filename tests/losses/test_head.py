@@ -1,4 +1,3 @@
-from collections import Counter
 from types import SimpleNamespace
 
 import accelerate
@@ -8,19 +7,19 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sap_fast.losses import contrastive_loss, head, task_loss
 from tests.losses.helpers import (
     ROWS_PER_CHUNK,
     VOCABULARY,
     EmbeddingModel,
+    LargestTensor,
     assert_same,
     build,
     build_odd,
     gradients,
     make_batch,
+    peak_bytes,
     with_lora,
 )
 from tests.oracle import naive_contrastive_loss, naive_task_loss
@@ -102,7 +101,7 @@ def test_a_hook_of_a_frozen_head_may_train():
     scale = nn.Parameter(torch.ones(VOCABULARY))
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: scale * output)
-    (ours,) = torch.autograd.grad(task_loss(model, batch), scale)
+    (ours,) = torch.autograd.grad(task_loss(model, batch, pack=False), scale)
     assert_same(ours, torch.autograd.grad(model(**batch).loss, scale)[0])
 
 
@@ -183,11 +182,16 @@ def test_a_models_head_is_tested_at_its_first_use_only(monkeypatch):
     outputs = []
     model, batch = build(), make_batch()
     model.register_forward_hook(lambda module, args, output: outputs.append(output.logits))
-    for _ in range(3):
+    for training in (False, True, False, True):
+        model.train(training)
         task_loss(model, batch, pack=False)
-    last_positions = build()(**batch).logits[:, -1:]
-    tested = [not torch.allclose(logits, last_positions) for logits in outputs]
-    assert tested == [True, False, False]
+    # In each mode the model's own loss of a few tokens, then their log-probabilities, with which
+    # the head is tested; and the loss.
+    lengths = [logits.shape[:2] for logits in outputs]
+    assert lengths == 2 * [(2, 8), (2, 1), (3, 1)] + 2 * [(3, 1)]
+    numbers = torch.linspace(-64, 64, VOCABULARY)
+    tested = [torch.allclose(logits, numbers.expand_as(logits)) for logits in outputs]
+    assert tested == 2 * [False, True, False] + 2 * [False]
 
 
 def hooks_of(model):
@@ -218,40 +222,7 @@ def test_other_hooks_of_the_head_act_once():
     model, batch = build(), make_batch()
     model.lm_head.register_forward_pre_hook(lambda module, args: (3 * args[0],))
     model.lm_head.register_forward_hook(lambda module, args, output: 5 * output)
-    assert_same(task_loss(model, batch), model(**batch).loss, rtol=2e-6)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returns, and the operations counted."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-        self.counts = Counter()
-        self.copies = Counter()  # by shape
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        output = operation(*args, **(kwargs or {}))
-        self.counts[operation] += 1
-        if operation == torch.ops.aten._to_copy.default:
-            self.copies[tuple(output.shape)] += 1
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
-        return output
-
-
-def peak_bytes(run):
-    """The most bytes that `run` held at a time beyond what was there before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    assert_same(task_loss(model, batch, pack=False), model(**batch).loss, rtol=2e-6)
 
 
 @pytest.mark.parametrize("loss_name", ["task", "contrastive"])
@@ -311,11 +282,13 @@ def test_autocast_holds_for_the_chunks_in_forward_and_backward(opened_by):
     if opened_by == "caller":
         with torch.autocast("cpu", torch.bfloat16):
             own = model(**batch).loss
+            task_loss(model, batch, pack=False)  # tests the model
             dtypes = record_head_dtypes(model)
             ours = task_loss(model, batch, pack=False)
     else:
         model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
         own = model(**batch).loss
+        task_loss(model, batch, pack=False)
         dtypes = record_head_dtypes(model)
         ours = task_loss(model, batch, pack=False)
     forward_calls = len(dtypes)

@@ -88,7 +88,7 @@ token_lists = st.lists(st.lists(st.integers(3, 5), max_size=7), min_size=1, max_
 @given(token_lists.filter(any), st.integers(0, 40), st.sampled_from(["left", "right"]))
 def test_packed_rows_hold_every_sequence_and_what_it_sees(sequences, extra, side):
     batch = batch_of([tokens or [] for tokens in sequences], side=side, prompts=[0] * 7)
-    built = packing._Sequences(batch["input_ids"], batch["attention_mask"].bool())
+    built = packing.Sequences(batch["input_ids"], batch["attention_mask"].bool())
     starts = built.cut(max(built.lengths) + extra)
     packed = built.lay_out(starts, torch.bool, CPU)
     check_packing(packed, batch)
@@ -258,14 +258,13 @@ def test_bf16_models_are_packed(name, forwards):
     assert forwards == [(1, 43)]
 
 
-def test_models_whose_head_is_unknown_are_packed_as_well(forwards):
+def test_models_whose_head_is_unknown_are_packed_as_well(forwards, body_calls):
     model = OddLlama(build().config).eval()
     model.oddity = "no head"
-    batch, indices = batch_of(BATCHES["shared prefix"]), []
-    model.register_forward_pre_hook(lambda module, args: indices.append(packing.current_index()))
+    batch = batch_of(BATCHES["shared prefix"])
     with pytest.warns(UserWarning, match="gives no head"):
         ours = task_loss(model, batch)
-    assert indices[-1].shape == batch["input_ids"].shape
+    assert body_calls[-1]["index"].shape == batch["input_ids"].shape
     expected = F.cross_entropy(
         model(batch["input_ids"], batch["attention_mask"])[:, :-1].flatten(0, 1),
         batch["labels"][:, 1:].flatten(),
@@ -274,38 +273,31 @@ def test_models_whose_head_is_unknown_are_packed_as_well(forwards):
     assert forwards == [(1, 43)]
 
 
-def test_passes_give_the_model_the_very_same_tensors():
-    model, seen = with_lora(build()), []
-    model.base_model.model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((packing.current_index(), kwargs)),
-        with_kwargs=True,
-    )
+def test_passes_give_the_model_the_very_same_tensors(body_calls):
+    model = with_lora(build())
     task_loss(model, batch_of(BATCHES["identical"]))  # tests the model
     batch, pair = batch_of(BATCHES["shared prefix"]), safety_pairs()
     for loss, arguments in ((task_loss, [batch]), (contrastive_loss, pair)):
-        seen.clear()
+        body_calls.clear()
         loss(model, *arguments)
         loss(model, *arguments)
         assert packing.current_index() is None
-        (index, first), (again, second) = seen
-        assert index is again is not None
-        for key in ("input_ids", "position_ids", "attention_mask"):
+        first, second = body_calls
+        assert first["index"] is not None
+        for key in ("index", "input_ids", "position_ids", "attention_mask"):
             assert first[key] is second[key]
         assert first["use_cache"] is False
-    seen.clear()
+    body_calls.clear()
     task_loss(model, batch, pack=False)
-    assert seen[0][0] is None
-    assert seen[0][1]["attention_mask"].dim() == 2
+    assert body_calls[0]["index"] is None
+    assert body_calls[0]["attention_mask"].dim() == 2
 
 
-def test_nothing_is_left_of_a_batch_that_is_gone():
+def test_nothing_is_left_of_a_batch_that_is_gone(body_calls):
     model, batch = build(), batch_of(BATCHES["shared prefix"])
-    tensors = []
-    model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: tensors.append(weakref.ref(kwargs["attention_mask"])),
-        with_kwargs=True,
-    )
     task_loss(model, batch).backward()
+    tensors = [weakref.ref(call["attention_mask"]) for call in body_calls]
+    body_calls.clear()
     tensors += map(weakref.ref, batch.values())
     assert tensors[-4]() is not None
     del batch

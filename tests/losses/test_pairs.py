@@ -54,6 +54,7 @@ def test_safety_losses_are_their_formulas(reduction, side):
 def test_safety_losses_use_per_token_means_and_one_forward(loss):
     model, chosen, rejected = build(), make_batch(), make_batch((6, 15, 8), seed=1)
     shapes = []
+    loss(model, chosen, rejected, pack=False)  # tests the model
     model.model.register_forward_hook(lambda *call: shapes.append(call[2][0].shape[:2]))
     default = loss(model, chosen, rejected, pack=False)
     assert shapes == [(6, 15)]

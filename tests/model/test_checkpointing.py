@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
-from sap_fast import checkpointing as module_under_test
-from sap_fast.checkpointing import Checkpointing
-from sap_fast.optimizer import FusedSAP
-from sap_fast.passes import frozen as frozen_parameters
-from sap_fast.probes import ProbeSet, find_decoder_layers
+from sap_fast import FusedSAP, ProbeSet, SafetyPasses
+from sap_fast.model import checkpointing as module_under_test
+from sap_fast.model.checkpointing import Checkpointing
+from sap_fast.model.layers import find_decoder_layers
+from sap_fast.step.guards import frozen as frozen_parameters
 from tests.oracle import naive_task_loss
-from tests.test_passes import LiveBytes
 from tests.tiny import (
     HIDDEN,
+    LiveBytes,
     Problem,
     problem,
     random_batch,
@@ -77,17 +78,25 @@ class Runs:
 
 def step_by_hand(case: Problem, wrapped: Checkpointing) -> dict[str, list[Tensor]]:
     """The passes of one step, and all that they give."""
-    probes = ProbeSet(case.model, layers=[1, 2])
-    optimizer = FusedSAP(case.trained, probes, rho=1e-3, probe_lr=0.05)
+    probes = ProbeSet(case.model, layers=[1, 2], size=0.05, rho=1e-3)
+    optimizer = FusedSAP(case.trained, probes)
     torch.manual_seed(5)
     losses = []
-    with optimizer.safety_pass(), wrapped.active(frozen=False):
-        losses.append(safety(case))
-    for _ in optimizer.probe_passes():
-        with wrapped.active(frozen=True):
+
+    def wrapped_safety() -> Tensor:
+        with wrapped.active(frozen=False):
+            losses.append(safety(case))
+        return losses[-1]
+
+    def wrapped_task(part: None, frozen: bool = True) -> Tensor:
+        with wrapped.active(frozen=frozen):
             losses.append(task(case))
-    with optimizer.task_pass(), wrapped.active(frozen=False):
-        losses.append(task(case))
+        return losses[-1]
+
+    optimizer.inner_passes(wrapped_task, wrapped_safety)
+    with optimizer.task_pass():
+        wrapped_task(None, frozen=False)
+    assert len(losses) == 4
     return {
         "losses": losses,
         "h": [probes.estimates[index] for index in (1, 2)],
@@ -117,13 +126,10 @@ def test_probes_are_not_injected_again_when_a_layer_runs_again() -> None:
     case = case_with_dropout(lora=True)
     wrapped = checkpointing_of(case.model, "layers")
     calls: list[int] = []
-    optimizer = FusedSAP(case.trained, ProbeSet(case.model, layers=[1, 2]), rho=1e-3)
+    optimizer = FusedSAP(case.trained, ProbeSet(case.model, layers=[1, 2], rho=1e-3))
     stack = find_decoder_layers(case.model)[0]
     runs = Runs(case.model)
-    with optimizer.safety_pass():
-        safety(case)
-    for _ in optimizer.probe_passes():
-        task(case)
+    optimizer.inner_passes(partial(task, case), partial(safety, case))
     runs.take()
     # A hook where those of the probes are.
     stack[1].register_forward_hook(lambda *_: calls.append(1))
@@ -146,6 +152,32 @@ def test_backward_after_the_context_runs_again_what_ran_inside() -> None:
     assert runs.take() == [2, 2, 2, 2]
     for a, b in zip(plain.trained, wrapped.trained, strict=True):
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"difference": "forward"}, {"rows": 0.5}], ids=str)
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_setting_of_a_probe_set_changes_no_bit(lora: bool, options: dict[str, Any]) -> None:
+    results = []
+    for mode in ("none", "layers", "auto"):
+        case = problem(lora=lora, dropout=0.2)
+        settings = {"size": 0.05, "rho": 1e-3, "checkpointing": mode} | options
+        probes = ProbeSet(case.model, layers=[1, 2], **settings)
+        if probes._checkpointing is not None:
+            probes._checkpointing.budget = 2**17  # room for what half the layers store
+        optimizer = FusedSAP(case.trained, probes, lr=1e-2)
+        runs = Runs(case.model)
+        torch.manual_seed(11)
+        for step in range(2):
+            optimizer.zero_grad()
+            batch = random_batch(rows=4, seed=step)
+            optimizer.step(partial(task, case), partial(safety, case), batch)
+        results.append(([p.detach().clone() for p in case.model.parameters()], runs.take()[3]))
+    (plain, once), (layers, twice), (auto, between) = results
+    for other in (layers, auto):
+        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+    # Every forward of the highest layer, again in its backward.
+    assert twice == 2 * once
+    assert once <= between <= twice
 
 
 @pytest.mark.parametrize("mode", ["layers", "auto"])
@@ -173,14 +205,26 @@ def test_layers_checkpoints_what_stores_anything_in_the_pass() -> None:
     with wrapped.active(frozen=False):
         task(case)
     assert runs.take() == [2, 2, 2, 2]
-    optimizer = FusedSAP(case.trained, ProbeSet(case.model, layers=[1]), rho=1e-3)
-    with optimizer.safety_pass():
-        safety(case)
-    runs.take()
-    for _ in optimizer.probe_passes():
+    assert runs_of_probe_passes(case, wrapped, runs) == [[1, 1, 2, 2]] * 2
+
+
+def runs_of_probe_passes(case: Problem, wrapped: Checkpointing, runs: Runs) -> list[list[int]]:
+    """The counts of each of the two."""
+    probes = ProbeSet(case.model, layers=[wrapped.lowest_probed], rho=1e-3)
+    passes = SafetyPasses(case.trained, probes)
+    counts = []
+
+    def counted(part: None) -> Tensor:
+        runs.take()
         with wrapped.active(frozen=True):
-            task(case)
-        assert runs.take() == [1, 1, 2, 2]
+            loss = task(case)
+        counts.append(runs.take())
+        return loss
+
+    passes.safety_pass(partial(safety, case))
+    passes.probe_passes(counted)
+    probes.detach()
+    return counts
 
 
 @contextmanager
@@ -485,20 +529,6 @@ def task_runs(case: Problem, wrapped: Checkpointing, runs: Runs, passes: int = 2
     return runs.take()
 
 
-def probe_runs(case: Problem, wrapped: Checkpointing, runs: Runs) -> list[int]:
-    """The counts of the second probe pass."""
-    probes = ProbeSet(case.model, layers=[wrapped.lowest_probed])
-    optimizer = FusedSAP(case.trained, probes, rho=1e-3)
-    with optimizer.safety_pass():
-        safety(case)
-    for _ in optimizer.probe_passes():
-        runs.take()
-        with wrapped.active(frozen=True):
-            task(case)
-    probes.detach()
-    return runs.take()
-
-
 @pytest.mark.parametrize("lora", [True, False])
 def test_auto_checkpoints_what_does_not_fit_and_less_in_a_probe_pass(lora: bool) -> None:
     case = big_case(lora)
@@ -513,7 +543,7 @@ def test_auto_checkpoints_what_does_not_fit_and_less_in_a_probe_pass(lora: bool)
         wrapped = checkpointing_of(case.model, "auto", lowest_probed=3, budget=budget)
         found[name] = (
             task_runs(case, wrapped, runs).count(2),
-            probe_runs(case, wrapped, runs).count(2),
+            runs_of_probe_passes(case, wrapped, runs)[1].count(2),
         )
     assert found["small"] == (8, 4) and found["large"] == (0, 0)
     assert 0 < found["middle"][0] < 8

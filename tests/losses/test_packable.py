@@ -1,19 +1,17 @@
 import pytest
 import torch
 import transformers
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
-    packing,
+    packable,
     response_log_probs,
     task_loss,
 )
 from tests.losses.helpers import BATCHES, SYSTEM, VOCABULARY, assert_same, batch_of, build
-
-pytestmark = pytest.mark.usefixtures("no_packing_refused")
 
 
 def mistral(**settings):
@@ -79,6 +77,7 @@ class Plain(nn.Module):
         return self.head(self.embedding(input_ids))
 
 
+@pytest.mark.usefixtures("no_packing_refused")
 @pytest.mark.parametrize("name", EXCLUDED)
 def test_models_that_are_silently_left_alone(name, forwards):
     model, batch = EXCLUDED[name](), batch_of(BATCHES["shared prefix"])
@@ -88,7 +87,7 @@ def test_models_that_are_silently_left_alone(name, forwards):
 
 def test_virtual_tokens_are_left_alone():
     model, batch = with_prompt(build()), batch_of(BATCHES["shared prefix"])
-    assert not packing.usable(model, model.get_base_model(), batch)
+    assert not packable.usable(model, model.get_base_model(), batch)
 
 
 @pytest.mark.parametrize("window", [{"sliding_window": None}])
@@ -143,30 +142,106 @@ def test_models_that_fail_the_test_are_left_alone(fault, dtype, forwards, recwar
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_test_runs_once_aside_and_can_be_told():
-    model, seen = build(attention_dropout=0.5).train(), []
+def what(calls):
+    return [(call["tested"], call["training"], call["grad"]) for call in calls]
 
-    def see(module, args):
-        seen.append((packing.being_tested(), module.training, torch.is_grad_enabled()))
-        torch.rand(int(packing.being_tested()))  # as a model that is random in evaluation mode, too
 
-    model.register_forward_pre_hook(see)
-    state = torch.get_rng_state()
+def test_the_tests_run_once_in_each_mode_and_aside(body_calls):
+    model = build(attention_dropout=0.5)
     alone = batch_of([SYSTEM])  # nothing to pack, and tested all the same: other ranks may have
-    first = task_loss(model, alone)
-    assert seen == [(True, False, False)] * 3 + [(False, True, True)]
-    torch.set_rng_state(state)
-    seen.clear()
-    assert torch.equal(task_loss(model, alone), first)
-    assert seen == [(False, True, True)]
+    for training in (True, False):
+        model.train(training)
+        state = torch.get_rng_state()
+        first = task_loss(model, alone)
+        # Two for the model's own loss, three for packing.
+        assert what(body_calls) == [(True, training, False)] * 5 + [(False, training, True)]
+        torch.set_rng_state(state)
+        body_calls.clear()
+        assert torch.equal(task_loss(model, alone), first)
+        assert what(body_calls) == [(False, training, True)]
+        body_calls.clear()
 
 
-def test_pack_false_tests_nothing():
-    model, seen = build(), []
-    model.register_forward_pre_hook(lambda module, args: seen.append(packing.being_tested()))
-    batch = batch_of(BATCHES["identical"])
+def test_pack_false_tests_no_packing(body_calls):
+    model, batch = build(), batch_of(BATCHES["identical"])
     task_loss(model, batch, pack=False)
     response_log_probs(model, batch, pack=False)
     contrastive_loss(model, batch, batch, pack=False)
     difference_loss(model, batch, batch, pack=False)
-    assert seen == [False] * 4
+    assert [call["tested"] for call in body_calls] == [True] * 2 + [False] * 4
+
+
+# ---- what does so in training alone ----
+
+
+class NoisyEmbedding(nn.Embedding):
+    """Adds noise in training mode: `size` of the tokens, times what `draw` gives."""
+
+    def forward(self, tokens):
+        output = super().forward(tokens)
+        if self.training:
+            output = output + self.size(tokens) * self.draw(output)
+        return output
+
+
+def with_noise(size, draw):
+    model = build()
+    embeddings = model.get_input_embeddings()
+    embeddings.__class__ = NoisyEmbedding
+    embeddings.size, embeddings.draw = size, draw
+    return model
+
+
+def uniform(like):
+    return torch.empty_like(like).uniform_(-1, 1)
+
+
+def normal(like):
+    return torch.empty_like(like).normal_()
+
+
+BY_LENGTH = {
+    "uniform_": uniform,
+    "normal_": normal,
+    "rand": lambda like: torch.rand(like.shape),
+    "randn": lambda like: torch.randn(like.shape),
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "bernoulli": lambda like: torch.bernoulli(torch.full_like(like, 0.5)),
+    "bernoulli_": lambda like: torch.empty_like(like).bernoulli_(0.5),
+}
+
+
+@pytest.mark.parametrize("draw", BY_LENGTH)
+def test_noise_by_the_length_of_a_row_is_found_where_no_hook_shows_it(draw, forwards, refused):
+    batch = batch_of(BATCHES["shared prefix"])
+    model = with_noise(lambda tokens: 1 / tokens.shape[1] ** 0.5, BY_LENGTH[draw])
+    task_loss(model.eval(), batch)
+    assert forwards == [(1, 43)] and refused() == []  # evaluation mode knows of no noise
+    forwards.clear()
+    model.train()
+    for _ in range(2):
+        torch.manual_seed(1)
+        ours = task_loss(model, batch)
+        torch.manual_seed(1)
+        assert torch.equal(ours, task_loss(model, batch, pack=False))
+    assert forwards == []
+    (told,) = refused()
+    assert "changes log-probabilities by" in told
+
+
+@pytest.mark.parametrize("draw", BY_LENGTH)
+def test_noise_of_each_token_is_packed(draw, forwards, refused):
+    model = with_noise(lambda tokens: 0.3, BY_LENGTH[draw]).train()
+    task_loss(model, batch_of(BATCHES["shared prefix"]))
+    assert forwards == [(1, 43)] and refused() == []
+
+
+@pytest.mark.parametrize("where", ["attention", "adapters"])
+def test_dropout_is_no_difference(where, forwards, refused):
+    model = build(attention_dropout=0.5)
+    if where == "adapters":
+        config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+        model = get_peft_model(build(), config)
+    task_loss(model.train(), batch_of(BATCHES["shared prefix"]))
+    assert forwards == [(1, 43)] and refused() == []

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sap_fast.optimizer import FusedSAP
-from sap_fast.probes import ProbeSet, find_decoder_layers
-from sap_fast.reuse import LowerForward
-from tests.oracle import naive_task_loss
+from sap_fast import FusedSAP, ProbeSet
+from sap_fast.model.layers import find_decoder_layers
+from sap_fast.model.lower_forward import LowerForward
 from tests.tiny import Batch, Problem, problem, random_batch, safety, task
 
 
 def sap(case: Problem, **options: Any) -> FusedSAP:
-    settings: dict[str, Any] = {"lr": 1e-2, "rho": 1e-3, "probe_lr": 0.05, "difference": "forward"}
-    return FusedSAP(case.trained, ProbeSet(case.model, layers=[1, 2]), **(settings | options))
+    settings: dict[str, Any] = {"layers": [1, 2], "size": 0.05, "rho": 1e-3}
+    probes = ProbeSet(case.model, **(settings | {"difference": "forward"} | options))
+    return FusedSAP(case.trained, probes, lr=1e-2)
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def run(case: Problem, micro_batches: int = 1) -> list[Tensor]:
             return torch.stack([task(case, batch).detach() for batch in batches]).sum()
 
         optimizer.zero_grad()
-        optimizer.step(closure, lambda: safety(case))
+        optimizer.step(closure, partial(safety, case))
     return weights(case)
 
 
@@ -81,10 +82,7 @@ def passes(case: Problem, optimizer: FusedSAP, last: Callable[[Batch], Batch] = 
     """A step whose task pass sees `last` of the batch that the probe passes saw."""
     batch = random_batch(seed=5)
     optimizer.zero_grad()
-    with optimizer.safety_pass():
-        safety(case)
-    for _ in optimizer.probe_passes():
-        task(case, batch)
+    optimizer.inner_passes(partial(task, case), partial(safety, case), batch)
     with optimizer.task_pass():
         task(case, last(batch))
     optimizer.step()
@@ -126,6 +124,8 @@ class Stop(Exception):
 def test_an_error_leaves_layers_and_parameters_as_they_were(layer: int, running: str) -> None:
     case = problem(dropout=0.2)
     optimizer = sap(case)
+    assert optimizer.probes is not None
+    lower = optimizer.probes._lower
     layers = find_decoder_layers(case.model)[0]
     trained = case.trained
     raising = [False]
@@ -135,16 +135,22 @@ def test_an_error_leaves_layers_and_parameters_as_they_were(layer: int, running:
             raise Stop
 
     handle = layers[layer].register_forward_pre_hook(stop)
-    with optimizer.safety_pass():
-        safety(case)
+    turns: list[int] = []
+
+    def probed(part: None) -> Tensor:
+        raising[0] = running == "probe" and len(turns) == 1
+        turns.append(1)
+        return task(case)
+
     with pytest.raises(Stop):
-        for turn, _ in enumerate(optimizer.probe_passes()):
-            raising[0] = running == "probe" and turn == 1
-            task(case)
+        optimizer.inner_passes(probed, partial(safety, case))
+        assert running == "task" and lower._output is not None
         raising[0] = True
         with optimizer.task_pass():
             task(case)
     handle.remove()
+    assert len(turns) == 2
+    assert lower._output is None
     assert all("forward" not in module.__dict__ for module in layers)
     assert case.trained == trained
     # Nothing is left over that another step would go on from.
@@ -172,22 +178,29 @@ def test_central_differences_and_layers_of_unknown_order_have_nothing_to_reuse()
     case = problem()
     with calls_of(case, 0) as calls:
         passes(case, sap(case, difference="central"))
-        layers = [find_decoder_layers(case.model)[0][2].mlp]
-        probes = ProbeSet(case.model, layers=layers)
-        optimizer = FusedSAP(case.trained, probes, rho=1e-3, difference="forward")
-        passes(case, optimizer)
+        passes(case, sap(case, layers=[find_decoder_layers(case.model)[0][2].mlp]))
     assert len(calls) == 10
+
+
+def test_a_part_of_the_batch_is_nothing_to_go_on_from() -> None:
+    case = problem()
+    with calls_of(case, 0) as calls:
+        passes(case, sap(case, rows=0.5))
+    assert len(calls) == 5
 
 
 def test_what_is_kept_is_dropped_with_the_step() -> None:
     case = problem()
     optimizer = sap(case)
-    with optimizer.safety_pass():
-        safety(case)
-    for _ in optimizer.probe_passes():
-        naive_task_loss(case.model, case.batch).backward()
     assert optimizer.probes is not None
-    assert optimizer.probes._lower._output is not None
-    with optimizer.safety_pass():
-        safety(case)
-    assert optimizer.probes._lower._output is None
+    lower = optimizer.probes._lower
+    kept: list[bool] = []
+
+    def looks() -> Tensor:
+        kept.append(lower._output is not None)
+        return safety(case)
+
+    for _ in range(2):  # the second gives the step of the first up
+        optimizer.inner_passes(partial(task, case), looks)
+        kept.append(lower._output is not None)
+    assert kept == [False, True, False, True]

@@ -8,17 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sap_fast import ops
-from sap_fast.optimizer import FusedSAP
-from sap_fast.probes import ProbeSet
+from sap_fast import FusedSAP, ProbeSet, ops
 from tests.oracle import cosine, naive_contrastive_loss, naive_task_loss
 from tests.tiny import Problem, problem
 
 
 def estimates_after_two_steps(case: Problem, model: nn.Module) -> dict[int, Tensor]:
     """Train `case.model` by calls to `model`, which may be a compiled twin of it."""
-    probes = ProbeSet(case.model, layers=[1, 2])
-    optimizer = FusedSAP(case.trained, probes, lr=1e-3, rho=1e-3)
+    probes = ProbeSet(case.model, layers=[1, 2], rho=1e-3)
+    optimizer = FusedSAP(case.trained, probes, lr=1e-3)
 
     def task() -> Tensor:
         loss = naive_task_loss(model, case.batch)
@@ -45,6 +43,9 @@ def compiled_and_eager(backend: str) -> tuple[dict[int, Tensor], dict[int, Tenso
 
 
 @pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize(
+    "cpu_backend", ["native", pytest.param("reference", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_compiled_model_gives_the_same_h_in_one_graph() -> None:
     # Autograd's graph is traced as for inductor, but every operation runs as it would eagerly.
     compiled, eager = compiled_and_eager("aot_eager")

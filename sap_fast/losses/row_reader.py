@@ -1,0 +1,87 @@
+"""What of a model may read rows: packed ones are not those of the batch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+# Where hooks are defined that do not look at rows: they move, shard, count or keep what passes.
+_KNOWN_HOOKS = (
+    "sap_fast.",
+    "torch.",
+    "accelerate.",
+    "deepspeed.",
+    "transformers.utils.output_capturing",
+    "trl.models.activation_offloading",
+)
+# What makes the embeddings' output require gradients, for gradient checkpointing: a function of
+# transformers, of PEFT and of TRL.
+_HOOKS_FOR_CHECKPOINTING = {"make_inputs_require_grad", "make_inputs_require_grads"}
+# Where a module's own forward may be replaced: beside the above by the faster kernels, and by
+# another method of the same model.
+_KNOWN_FORWARDS = (*_KNOWN_HOOKS, "transformers.", "peft.", "liger_kernel.", "kernels.")
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def row_reader(model: nn.Module) -> str | None:
+    """Returns what may read a row in a forward or backward pass, in words; None if nothing does."""
+    for module in model.modules():
+        reader = _reader(module)
+        if reader is not None:
+            name = next(name for name, other in model.named_modules() if other is module)
+            return f"{reader} {name or 'the model'} ({type(module).__name__})"
+    for hook in _hooks(global_hooks, "_global"):
+        if not _is_known(hook, _KNOWN_HOOKS):
+            return f"the hook {_name(hook)} on all modules"
+    return None
+
+
+def _reader(module: nn.Module) -> str | None:
+    for hook in _hooks(module, ""):
+        if not _is_known(hook, _KNOWN_HOOKS):
+            return f"the hook {_name(hook)} on"
+    forward = vars(module).get("forward")
+    if forward is not None and not _is_known(forward, _KNOWN_FORWARDS):
+        return f"{_name(forward)} in the place of the forward of"
+    configs = vars(module).get("peft_config")
+    if isinstance(configs, Mapping) and any(map(_invokes, configs.values())):
+        return "an activated LoRA of"
+    return None
+
+
+def _hooks(owner: Any, prefix: str) -> Iterator[Any]:
+    for kind in _HOOKS:
+        yield from getattr(owner, prefix + kind).values()
+
+
+def _invokes(config: Any) -> bool:
+    """Says whether an adapter acts from certain tokens of a row on."""
+    return bool(getattr(config, "alora_invocation_tokens", None))
+
+
+def _innermost(function: Any) -> Any:
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif inspect.ismethod(function):
+            function = function.__func__
+        else:
+            return function
+
+
+def _is_known(function: Any, places: tuple[str, ...]) -> bool:
+    function = _innermost(function)
+    # Not by __module__, which a decorator takes from what it wraps.
+    home = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    return f"{home}.".startswith(places) or _name(function) in _HOOKS_FOR_CHECKPOINTING
+
+
+def _name(function: Any) -> str:
+    function = _innermost(function)
+    return getattr(function, "__name__", type(function).__name__)
