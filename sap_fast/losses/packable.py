@@ -46,7 +46,11 @@ def usable(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]) -> 
     if reader is not None:
         if causal_lm not in _told:
             _told.add(causal_lm)
-            _warn(causal_lm, f"{reader} may read rows, and packed rows are not those of the batch")
+            _warn(
+                causal_lm,
+                f"{reader} may read rows, and packed rows are not those of the batch (a hook that "
+                "reads none says so: hook.reads_no_rows = True)",
+            )
         return False
     if causal_lm not in _packable[causal_lm.training]:
         reason = _test(model, causal_lm, batch["input_ids"].device)

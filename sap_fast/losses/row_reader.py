@@ -1,4 +1,7 @@
-"""What of a model may read rows: packed ones are not those of the batch."""
+"""What of a model may read rows: packed ones are not those of the batch.
+
+A hook that looks at what passes, and at no row of it, says so: `hook.reads_no_rows = True`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,14 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def row_reader(model: nn.Module) -> str | None:
-    """Returns what may read a row in a forward or backward pass, in words; None if nothing does."""
+    """Returns what may read a row in a forward or backward pass, in words; None if nothing does.
+
+    Those are hooks and replaced forwards of others than are known to read none, and adapters that
+    look for tokens in the row. A module whose class does so is not seen here.
+
+    Args:
+        model: The model as it was given, wrappers included.
+    """
     for module in model.modules():
         reader = _reader(module)
         if reader is not None:
@@ -46,6 +56,9 @@ def _reader(module: nn.Module) -> str | None:
     for hook in _hooks(module, ""):
         if not _is_known(hook, _KNOWN_HOOKS):
             return f"the hook {_name(hook)} on"
+    for hook in _accelerate_hooks(vars(module).get("_hf_hook")):
+        if not _is_known(hook, _KNOWN_HOOKS):
+            return f"the hook {_name(hook)} on"
     forward = vars(module).get("forward")
     if forward is not None and not _is_known(forward, _KNOWN_FORWARDS):
         return f"{_name(forward)} in the place of the forward of"
@@ -58,6 +71,11 @@ def _reader(module: nn.Module) -> str | None:
 def _hooks(owner: Any, prefix: str) -> Iterator[Any]:
     for kind in _HOOKS:
         yield from getattr(owner, prefix + kind).values()
+
+
+def _accelerate_hooks(hook: Any) -> list[Any]:
+    """Returns the hooks that Accelerate holds for a module, whose forward it replaces."""
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 def _invokes(config: Any) -> bool:
@@ -77,6 +95,8 @@ def _innermost(function: Any) -> Any:
 
 def _is_known(function: Any, places: tuple[str, ...]) -> bool:
     function = _innermost(function)
+    if getattr(function, "reads_no_rows", False):
+        return True
     # Not by __module__, which a decorator takes from what it wraps.
     home = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
     return f"{home}.".startswith(places) or _name(function) in _HOOKS_FOR_CHECKPOINTING

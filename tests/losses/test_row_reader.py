@@ -52,6 +52,10 @@ class EveryModule:
         return None
 
 
+class Row(accelerate.hooks.ModelHook):
+    """What reads rows as accelerate lets others do."""
+
+
 READERS = {
     "NEFTune": (neftune, r"the hook neftune_post_forward_hook on model.embed_tokens \(Embedding\)"),
     "noise in another forward": (noisy_forward, r"forward in the place of the forward of model.em"),
@@ -84,6 +88,13 @@ READERS = {
     "hook on the model": (
         lambda model: model.register_forward_hook(scale),
         "the hook scale on the model ",
+    ),
+    "hook of accelerate's, of others": (
+        lambda model: accelerate.hooks.add_hook_to_module(
+            model.model.layers[0],
+            accelerate.hooks.SequentialHook(accelerate.hooks.AlignDevicesHook(), Row()),
+        ),
+        "the hook Row on model.layers.0 ",
     ),
     "hook of an object": (
         lambda model: model.model.norm.register_forward_hook(EveryModule()),
@@ -217,6 +228,15 @@ def with_disabled_adapter(model):
     return model
 
 
+def with_an_observer(model):
+    def observe(*_):
+        pass
+
+    observe.reads_no_rows = True
+    model.model.layers[0].register_forward_hook(functools.partial(observe, 1))
+    return model
+
+
 def pruned(model):
     # As FSDP2 does: methods and objects of torch's.
     prune.identity(model.model.layers[0].mlp.up_proj, "weight")
@@ -236,6 +256,7 @@ BLIND = {
         model(torch.ones(1, 3).long(), output_hidden_states=True) and model
     ),
     "torch's own": pruned,
+    "a hook that says so": with_an_observer,
 }
 
 
