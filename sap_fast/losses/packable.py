@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from sap_fast.configuration import text_config
 from sap_fast.losses.aside import aside
 from sap_fast.losses.packing import Sequences, logits_of, mask_dtype, running
-from sap_fast.losses.row_reader import row_reader
+from sap_fast.losses.row_reader import all_modules, row_reader
 
 # Models for which a packed forward gave the log-probabilities of a plain one: in evaluation mode,
 # and in training mode. Those for which it did not, and those that were told to have hooks.
@@ -91,7 +91,7 @@ def _is_allowed(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]
         and not getattr(config, "output_router_logits", False)  # its loss is a mean over the slots
         and getattr(config, "hidden_size", None) is not None
         and {"position_ids", "attention_mask"} <= accepted
-        and not any(_forbids(module) for module in model.modules())
+        and not any(_forbids(module) for module in all_modules(model))
     )
 
 

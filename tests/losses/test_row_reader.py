@@ -1,5 +1,6 @@
 import functools
 import re
+import types
 
 import accelerate
 import pytest
@@ -237,6 +238,14 @@ def with_an_observer(model):
     return model
 
 
+def with_forward_of_trl(model):
+    """Replaces the forward as TRL does for its own loss."""
+    code = (lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs)).__code__
+    forward = types.FunctionType(code, {"__name__": "trl.trainer.utils", "type": type})
+    model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
+    return model
+
+
 def pruned(model):
     # As FSDP2 does: methods and objects of torch's.
     prune.identity(model.model.layers[0].mlp.up_proj, "weight")
@@ -255,6 +264,7 @@ BLIND = {
     "hidden states kept": lambda model: (
         model(torch.ones(1, 3).long(), output_hidden_states=True) and model
     ),
+    "TRL's own forward": with_forward_of_trl,
     "torch's own": pruned,
     "a hook that says so": with_an_observer,
 }
