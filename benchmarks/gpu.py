@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu        or: make gpu
 
-Prints a table of the tests and the operations, and one of each step. Writes `ops-cuda-native.csv`
-and `ops-cuda-triton.csv` with their pictures, and `gpu_step.csv`. Without a CUDA device the tests
-say why they skip, and nothing is timed.
+Prints a table of the tests and the operations, and one of each step. Writes, for a GPU named h100,
+`ops-h100-native.csv` and `ops-h100-triton.csv` with their pictures, and `gpu_step-h100.csv`.
+Without a CUDA device the tests say why they skip, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import RESULTS, ROOT
+from benchmarks.provenance import RESULTS, ROOT, gpu_name
 from sap_fast.ops import describe, why_not
 
 
@@ -51,7 +51,7 @@ def run_benchmark(backend: str) -> list[dict[str, str]]:
     surroundings = {"SAP_FAST_BACKEND": backend, "SAP_FAST_BENCHMARK_DEVICE": "cuda"}
     command = [sys.executable, "-m", "benchmarks.ops"]
     subprocess.run(command, cwd=ROOT, env=os.environ | surroundings, check=True)
-    with (RESULTS / f"ops-cuda-{backend}.csv").open(encoding="utf-8") as file:
+    with (RESULTS / f"ops-{gpu_name()}-{backend}.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

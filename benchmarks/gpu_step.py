@@ -13,7 +13,8 @@ two answers of 64. All under bf16 autocast, LoRA on bf16 weights, gradients clip
 
 Configurations share the model and run in turn, for a whole period of the recipe, each with the
 memory for itself: optimizer states beside each other would fill the GPU, and what is timed would be
-its allocator. One that does not fit says so in its row. Writes `gpu_step.csv`, case by case.
+its allocator. One that does not fit says so in its row. Writes `gpu_step-….csv` with the name
+of the GPU, case by case.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from benchmarks.cost_model import step_cost
 from benchmarks.measuring import Series, seconds_of, summary
 from benchmarks.predictions import TASK, WAYS, predicted_job
-from benchmarks.provenance import RESULTS, replace_rows
+from benchmarks.provenance import RESULTS, gpu_name, replace_rows
 from benchmarks.workloads import (
     LLAMA_1B,
     LLAMA_8B,
@@ -192,12 +193,12 @@ def configuration(
     # A probe set sees to it itself.
     checkpointed = case.checkpointing == "layers" and not has_probe
     if checkpointed:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()  # of every version; 5.23 has another name, too
     try:
         yield step
     finally:
         if checkpointed:
-            model.activation_checkpointing_disable()
+            model.gradient_checkpointing_disable()
         if has_probe:
             optimizer.probes.detach()
 
@@ -318,7 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases:
         rows = measure(case, options.turns, device, 32 if options.quick else LENGTH)
         show(case, rows, console)
-        path = replace_rows("gpu_step.csv", rows, tuple(case.facts()), options.results)
+        path = replace_rows(
+            f"gpu_step-{gpu_name()}.csv", rows, tuple(case.facts()), options.results
+        )
     console.print(f"Wrote {path}")
     return 0
 

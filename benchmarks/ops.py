@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks import pictures
 from benchmarks.claims import judged
 from benchmarks.measuring import seconds_of
-from benchmarks.provenance import write_rows
+from benchmarks.provenance import gpu_name, write_rows
 from sap_fast import BlendedAdamW, ops
 
 THREADS = int(os.environ.get("SAP_FAST_BENCHMARK_THREADS", "2"))
@@ -414,7 +414,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def _suffix() -> str:
-    return "" if DEVICE == "cpu" else f"-{DEVICE}-{ops.choose_backend('auto', DEVICE)}"
+    return "" if DEVICE == "cpu" else f"-{gpu_name()}-{ops.choose_backend('auto', DEVICE)}"
 
 
 def main() -> int:

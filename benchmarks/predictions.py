@@ -2,7 +2,7 @@
 
     python -m benchmarks.predictions     or: make cost
 
-Checks `benchmarks.cost_model` against `step_time.csv`, `step_memory.csv` and `gpu_step.csv`,
+Checks `benchmarks.cost_model` against `step_time.csv`, `step_memory.csv` and `gpu_step-h100.csv`,
 predicts a table, and writes both to `cost_model.csv`. A rate and a bandwidth, one pair per dtype,
 are all that is fitted, by least squares of the relative error over `step_time.csv`. On an H100
 `benchmarks.gpu_step` measured steps of models of Llama's shapes; those predictions are compared,
@@ -159,7 +159,7 @@ def check_memory(rows: Sequence[Mapping[str, str]]) -> list[Row]:
 
 
 def check_gpu(rows: Sequence[Mapping[str, str]]) -> list[Row]:
-    """Return predicted beside measured seconds and peaks of the rows of `gpu_step.csv` that fit."""
+    """Return predicted beside measured seconds and peaks of rows of `gpu_step-h100.csv`."""
     shapes = {shape.name: shape for shape in (LLAMA_1B, LLAMA_8B, LLAMA_70B)}
     table = []
     for row in rows:
@@ -201,7 +201,7 @@ OPTIMIZERS = ("AdamW", *(name for name, recipe in RECIPES.items() if recipe.laye
 
 
 def predicted_job(model: Shape, lora: Lora | None, optimizer: str, checkpointing: str) -> Job:
-    """Return a job of the predicted table, or of `gpu_step.csv`."""
+    """Return a job of the predicted table, or of `gpu_step-h100.csv`."""
     recipe = RECIPES.get(label_of(optimizer))
     batches: dict[Pass, Tokens] = {"task": TASK}
     if recipe is not None:
@@ -328,11 +328,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, column in (
             ("step_time", "task_tokens"),
             ("step_memory", "task_tokens"),
-            ("gpu_step", "fits"),
+            ("gpu_step-h100", "fits"),
         )
     }
     checked = check_time(tables["step_time"]) + check_memory(tables["step_memory"])
-    checked += check_gpu(tables["gpu_step"])
+    checked += check_gpu(tables["gpu_step-h100"])
     predicted = predict()
     path = write_rows("cost_model.csv", checked + predicted, folder)
 

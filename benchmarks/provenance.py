@@ -10,6 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sap_fast.cli.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 def provenance() -> dict[str, str]:
     """Return the columns that every CSV carries: date, device, versions and commit."""
     return {"date": date.today().isoformat()} | environment() | {"commit": commit()}
+
+
+def gpu_name() -> str:
+    """Return a short name of the GPU, for the names of its results: "h100"; without one "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    words = torch.cuda.get_device_name().lower().replace("nvidia ", "").split()
+    return "-".join(words[:1] if words[0][-1].isdigit() else words[:2])
 
 
 def commit(checkout: Path = ROOT) -> str:

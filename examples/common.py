@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+Batch = dict[str, Tensor]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -39,7 +43,7 @@ def load_model(options: argparse.Namespace) -> Any:
     return LlamaForCausalLM(config)
 
 
-def batch(model: Any, seed: int, rows: int = 4) -> dict[str, Tensor]:
+def batch(model: Any, seed: int, rows: int = 4) -> Batch:
     """Random rows of 32 tokens, the last 24 of which are the answer."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, model.config.vocab_size, (rows, 32), generator=generator)
@@ -47,6 +51,17 @@ def batch(model: Any, seed: int, rows: int = 4) -> dict[str, Tensor]:
     labels = ids.clone()
     labels[:, :8] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def task_batches(model: Any, steps: int, rank: int = 0) -> Iterator[Batch]:
+    """A batch for every step."""
+    return (batch(model, 1000 * rank + step) for step in range(steps))
+
+
+def safety_pairs(model: Any, rank: int = 0) -> Iterator[tuple[Batch, Batch]]:
+    """Safe and harmful answers to the same requests, without end: `safety` takes the next."""
+    seeds = count(1_000_000 * (rank + 1))
+    return ((batch(model, next(seeds)), batch(model, next(seeds))) for _ in count())
 
 
 def encoded_rows(model: Any, seed: int, rows: int) -> list[dict[str, list[int]]]:

@@ -8,7 +8,7 @@ import gc
 
 import torch
 import torch.distributed as dist
-from common import batch, load_model, parser
+from common import load_model, parser, safety_pairs, task_batches
 from torch.nn.parallel import DistributedDataParallel
 
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
@@ -20,18 +20,21 @@ def train(options: argparse.Namespace) -> None:
     inner = load_model(options)
     inner.to(torch.device("cuda", dist.get_node_local_rank()) if on_gpu else "cpu")
     model = DistributedDataParallel(inner)
-    optimizer = FusedSAP(inner.parameters(), ProbeSet(model), lr=1e-5, rho=1e-2)
-    for step in range(options.steps):
-        seed = 10 * (step * dist.get_world_size() + dist.get_rank())
-        rows, chosen, rejected = (batch(inner, seed + kind) for kind in range(3))
-        with optimizer.safety_pass():
-            contrastive_loss(model, chosen, rejected).backward()
-        for _ in optimizer.probe_passes():
-            task_loss(model, rows).backward()
-        with optimizer.task_pass():
-            loss = task_loss(model, rows)
-            loss.backward()
-        optimizer.step()
+    optimizer = FusedSAP(inner.parameters(), ProbeSet(model), lr=1e-5)
+    pairs = safety_pairs(inner, dist.get_rank())
+
+    def task(part):
+        loss = task_loss(model, part)
+        loss.backward()
+        return loss
+
+    def safety():
+        loss = contrastive_loss(model, *next(pairs))
+        loss.backward()
+        return loss
+
+    for step, rows in enumerate(task_batches(inner, options.steps, dist.get_rank())):
+        loss = optimizer.step(task, safety, rows)
         optimizer.zero_grad()
         if dist.get_rank() == 0:
             print(f"step {step + 1}: task loss {loss.item():.4f}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import batch, load_model, parser
+from common import load_model, parser, safety_pairs, task_batches
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -33,7 +33,7 @@ def train(options: argparse.Namespace) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
-    optimizer = FusedSAP(model.parameters(), ProbeSet(model), lr=1e-5, rho=1e-2)
+    optimizer = FusedSAP(model.parameters(), ProbeSet(model), lr=1e-5)
 
     state = {
         "model": get_model_state_dict(model),
@@ -45,18 +45,20 @@ def train(options: argparse.Namespace) -> None:
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
-    for step in range(options.steps):
-        seed = 10 * (step * dist.get_world_size() + dist.get_rank())
-        rows, chosen, rejected = (batch(model, seed + kind) for kind in range(3))
-        with optimizer.safety_pass():
-            contrastive_loss(model, chosen, rejected).backward()
-        for _ in optimizer.probe_passes():
-            task_loss(model, rows).backward()
-        with optimizer.task_pass() as record:
-            loss = task_loss(model, rows)
-            loss.backward()
-            record(loss)
-        optimizer.step()
+    pairs = safety_pairs(model, dist.get_rank())
+
+    def task(part):
+        loss = task_loss(model, part)
+        loss.backward()
+        return loss
+
+    def safety():
+        loss = contrastive_loss(model, *next(pairs))
+        loss.backward()
+        return loss
+
+    for step, rows in enumerate(task_batches(model, options.steps, dist.get_rank())):
+        loss = optimizer.step(task, safety, rows)
         optimizer.zero_grad()
         if dist.get_rank() == 0:
             print(f"step {step + 1}: task loss {loss.item():.4f}")

@@ -16,15 +16,13 @@ from sap_fast.data import SafetyCollator, TaskCollator
 arguments = parser(__doc__)
 arguments.add_argument("--blend", action="store_true", help="blend, without a probe")
 options = arguments.parse_args()
-how = {"sap_options": {"preset": "balanced"}}
 if options.blend:
     # Down the safety loss by 0.3 of the gradient's length, where the model is less safe than it
     # came; sap/above_level in the log says which steps these were.
-    how = {
-        "probe_layers": None,
-        "safety_loss": "joint",
-        "sap_options": {"safety_weight": 0.3, "safety_level": "auto"},
-    }
+    how = {"method": "blend", "sap_options": {"safety_weight": 0.3}}
+else:
+    # The probe from half of the rows, and a safety pass in every fifth step: a step of less time.
+    how = {"method": "sap", "probe": {"rows": 0.5}, "sap_options": {"direction_every": 5}}
 model = get_peft_model(
     load_model(options), LoraConfig(r=8, target_modules=["q_proj", "v_proj"], lora_alpha=16)
 )

@@ -75,9 +75,9 @@ class Ranks:
         for group in groups:
             if any(_has_unreduced_gradient(parameter) for parameter in group.fsdp_params):
                 raise RuntimeError(
-                    "safety_pass() after micro-batches whose gradients FSDP2 has not reduced "
-                    "(set_requires_gradient_sync(False)) would mix them with its own; run the "
-                    "safety pass before the first micro-batch"
+                    "inner_passes() after micro-batches whose gradients FSDP2 has not reduced "
+                    "(set_requires_gradient_sync(False)) would mix them with its own; call it "
+                    "before the first micro-batch"
                 )
         replicas_before = [replica.require_backward_grad_sync for replica in self.replicas]
         groups_before = [(group.reduce_grads, group.all_reduce_grads) for group in groups]
@@ -122,8 +122,8 @@ class Ranks:
         """
         if not self.shards and any(isinstance(parameter, DTensor) for parameter in trained):
             raise RuntimeError(
-                "the parameters are sharded, but FusedSAP does not know by what: call fully_shard "
-                "before FusedSAP is constructed, or optimizer.runs_in(model) once after it"
+                "the parameters are sharded, but it is not known by what: give ProbeSet the "
+                "sharded model, or call runs_in(model) once, of the optimizer or of SafetyPasses"
             )
 
     def refuse_unknown_ranks(self, setting: str) -> None:
@@ -134,8 +134,9 @@ class Ranks:
         """
         if not self and dist.is_initialized() and dist.get_world_size() > 1:
             raise RuntimeError(
-                f"{setting} decides by the mean loss over ranks, but FusedSAP does not know what "
-                "spreads the model over them: call optimizer.runs_in(wrapped_model) once"
+                f"{setting} decides by the mean loss over ranks, but it is not known what spreads "
+                "the model over them: call runs_in(wrapped_model) once, of the optimizer or of "
+                "SafetyPasses"
             )
 
     def refuse_unknown_replica(self) -> None:
@@ -146,8 +147,9 @@ class Ranks:
         """
         if not self.replicas and DistributedDataParallel._get_active_ddp_module() is not None:
             raise RuntimeError(
-                "the model runs inside a DistributedDataParallel that FusedSAP does not know: give "
-                "the wrapped model to ProbeSet, or call optimizer.runs_in(wrapped_model) once"
+                "the model runs inside a DistributedDataParallel that ProbeSet does not know: give "
+                "it the wrapped model, or call runs_in(wrapped_model) once, of the optimizer or of "
+                "SafetyPasses"
             )
 
 

@@ -348,6 +348,8 @@ class BlendedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "passes" in vars(self):
+            self.passes.trained.groups = self.param_groups
         for group in self.param_groups:
             group.setdefault("maximize", False)
 

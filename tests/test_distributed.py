@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -12,80 +14,146 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
+from sap_fast import (
+    BlendedAdamW,
+    FusedSAP,
+    ProbeSet,
+    SafetyPasses,
+    SAPTrainer,
+    contrastive_loss,
+    task_loss,
+)
 from sap_fast.data import SafetyCollator, TaskCollator
-from sap_fast.integrations.trainer import SAPTrainer
-from sap_fast.losses import contrastive_loss, task_loss
-from sap_fast.optimizer import FusedSAP
-from sap_fast.probes import ProbeSet
-from tests.ranks import EPSILON, RANKS, on_ranks
-from tests.test_trainer import encoded
-from tests.tiny import Batch, problem, random_batch
+from sap_fast.step.metrics import LossRecord
+from tests.ranks import EPSILON, distance, on_ranks, share, whole_batch
+from tests.tiny import Batch, encoded, problem
 
 STEPS = 5
-ROWS = 4  # of each rank
 
-SETTINGS: dict[str, Any] = {
-    "lr": 1e-3,
-    "eps": EPSILON,
-    "rho": 1e-2,
-    "probe_lr": 0.02,
-    "backend": "reference",
-}
+SETTINGS: dict[str, Any] = {"lr": 1e-3, "eps": EPSILON, "backend": "reference"}
+PROBE: dict[str, Any] = {"layers": [1, 2], "rho": 1e-2, "size": 0.02}
 
-# Per-token means are averaged over ranks, so every row has as many scored tokens.
+#: Arguments of the optimizer; of its probe set, under "probe"; and the optimizer that makes the
+#: update in the place of `FusedSAP`, under "optimizer".
 OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "forward": {"difference": "forward"},
-    "lagged": {"schedule": "lagged"},
-    "balanced": {"preset": "balanced", "probe_fraction": 1.0},
-    "economical": {"preset": "economical", "probe_fraction": 1.0},
+    "forward": {"probe": {"difference": "forward"}},
+    "rows": {"probe": {"rows": 0.5}},
+    "kept": {"direction_every": 3},
+    "kept and rows": {"direction_every": 2, "probe": {"rows": 0.25}},
     "blended": {"safety_weight": 0.5},
     "held": {"safety_weight": 0.5, "safety_level": "auto"},
+    "project": {"safety_weight": 1.0, "rule": "project"},
+    "floor": {"safety_weight": 0.5, "rule": "floor"},
+    "without a probe": {"optimizer": BlendedAdamW, "safety_weight": 0.5},
+    "held without a probe": {
+        "optimizer": BlendedAdamW,
+        "safety_level": "auto",
+        "direction_every": 2,
+    },
+    "blend_() for SGD": {"optimizer": torch.optim.SGD, "safety_weight": 0.5},
+    "blend_() for SGD, project": {"optimizer": torch.optim.SGD, "rule": "project"},
+    "blend_() for AdamW": {"optimizer": torch.optim.AdamW, "rule": "floor"},
+}
+#: What a rule has to differ from, to have done anything.
+WITHOUT_RULE = {
+    "blended": "paper",
+    "project": "paper",
+    "floor": "paper",
+    "blend_() for SGD, project": "blend_() for SGD",
 }
 
 
-def whole_batch(step: int, kind: int) -> Batch:
-    """The rows of both ranks."""
-    batch = random_batch(rows=RANKS * ROWS, seed=100 * step + kind)
-    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    batch["input_ids"] = batch["input_ids"].clamp(min=1)
-    batch["labels"] = batch["input_ids"].clone()
-    batch["labels"][:, :4] = -100
-    return batch
+class WithOther:
+    """Another optimizer, and the passes that serve it."""
+
+    def __init__(
+        self,
+        kind: type[torch.optim.Optimizer],
+        trained: list[nn.Parameter],
+        probes: ProbeSet,
+        **settings: Any,
+    ) -> None:
+        more = {"momentum": 0.9} if kind is torch.optim.SGD else {"eps": EPSILON}
+        lr = 0.1 if kind is torch.optim.SGD else SETTINGS["lr"]
+        self.optimizer = kind(trained, lr=lr, **more)
+        self.passes = SafetyPasses(self.optimizer.param_groups, probes, **settings)
+        self.probes = probes
+
+    def inner_passes(self, *arguments: Any) -> None:
+        self.passes.inner_passes(*arguments)
+
+    def task_pass(self) -> AbstractContextManager[LossRecord]:
+        return self.passes.task_pass()
+
+    def step(self) -> None:
+        self.passes.blend_()
+        self.optimizer.step()
+        self.passes.end_step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
 
 
-def share(batch: Batch, rank: int | None) -> Batch:
-    rows = slice(None) if rank is None else slice(ROWS * rank, ROWS * (rank + 1))
-    return {name: value[rows] for name, value in batch.items()}
+Optimizer = BlendedAdamW | WithOther
+
+
+def build(model: nn.Module, **options: Any) -> Optimizer:
+    """The optimizer that `OPTIONS` describes, for the parameters of a model, wrapped or not."""
+    settings = SETTINGS | options
+    kind, probe = settings.pop("optimizer", FusedSAP), settings.pop("probe", {})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if kind is BlendedAdamW:
+        optimizer = BlendedAdamW(trained, **settings)
+        optimizer.runs_in(model)
+        return optimizer
+    probes = ProbeSet(model, **(PROBE | probe))
+    if kind is FusedSAP:
+        return FusedSAP(trained, probes, **settings)
+    del settings["lr"], settings["eps"]
+    return WithOther(kind, trained, probes, **settings)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return optimizer.passes.trained.trainable
+
+
+def backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss
+
+
+def closures(
+    model: nn.Module, step: int, rank: int | None
+) -> tuple[Callable[[Batch], Tensor], Callable[[], Tensor], Batch]:
+    """What a step is given: a function for its task, one for its safety pairs, its batch."""
+    batch, chosen, rejected = (share(whole_batch(step, kind), rank) for kind in range(3))
+    return (
+        lambda part: backward(task_loss(model, part)),
+        lambda: backward(contrastive_loss(model, chosen, rejected)),
+        batch,
+    )
 
 
 def sap_step(
-    optimizer: FusedSAP, model: nn.Module, step: int, rank: int | None, *, update: bool = True
+    optimizer: Optimizer, model: nn.Module, step: int, rank: int | None, *, update: bool = True
 ) -> None:
-    batch, chosen, rejected = (share(whole_batch(step, kind), rank) for kind in range(3))
-    if optimizer.needs_direction:
-        with optimizer.safety_pass() as record:
-            loss = contrastive_loss(model, chosen, rejected)
-            loss.backward()
-            record(loss)
-    if optimizer.needs_probe:
-        for _ in optimizer.probe_passes():
-            task_loss(model, batch).backward()
+    task, safety, batch = closures(model, step, rank)
+    optimizer.inner_passes(task, safety, batch)
     with optimizer.task_pass():
-        task_loss(model, batch).backward()
+        task(batch)
     if update:
         optimizer.step()
         optimizer.zero_grad()
 
 
-def train(model: nn.Module, inner: nn.Module, rank: int | None, options: dict[str, Any]) -> Any:
+def train(model: nn.Module, rank: int | None, options: dict[str, Any]) -> Any:
     """Five steps; the parameters and V."""
-    trained = [p for p in inner.parameters() if p.requires_grad]
-    optimizer = FusedSAP(trained, ProbeSet(model, layers=[1, 2]), **(SETTINGS | options))
+    optimizer = build(model, **options)
     for step in range(STEPS):
         sap_step(optimizer, model, step, rank)
-    assert optimizer.probes is not None
-    return [p.detach().clone() for p in trained], optimizer.probes.offsets
+    offsets = {} if optimizer.probes is None else optimizer.probes.offsets
+    return [p.detach().clone() for p in parameters_of(optimizer)], offsets
 
 
 def run_ddp(
@@ -95,36 +163,34 @@ def run_ddp(
     for name in options:
         inner = problem(lora=lora).model
         model = DistributedDataParallel(inner, **({setting: True} if setting else {}))
-        found[name] = train(model, inner, rank, options[name])
+        found[name] = train(model, rank, options[name])
     return found
-
-
-def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """‖a − b‖/‖b‖ over all tensors."""
-    pairs = list(zip(actual, expected, strict=True))
-    square = sum(((a - b).detach().double() ** 2).sum() for a, b in pairs)
-    return float((square / sum((b.detach().double() ** 2).sum() for _, b in pairs)).sqrt())
 
 
 def assert_as_one_rank(
     first: dict[str, Any], second: dict[str, Any], lora: bool, options: dict[str, dict[str, Any]]
 ) -> None:
     """Both ranks found the same bits, and what one finds on both batches, to rounding."""
+    start = [p for p in problem(lora=lora).model.parameters() if p.requires_grad]
+    alone = {}
     for name, settings in options.items():
-        model = problem(lora=lora).model
-        parameters, offsets = train(model, model, None, settings)
+        alone[name], offsets = train(problem(lora=lora).model, None, settings)
         for ours, others in zip(first[name][0], second[name][0], strict=True):
             assert torch.equal(ours, others), name
-        assert distance(first[name][0], parameters) <= 1e-6, name
-        assert distance(list(first[name][1].values()), list(offsets.values())) <= 1e-3, name
-        start = [p for p in problem(lora=lora).model.parameters() if p.requires_grad]
-        assert distance(parameters, start) > 1e-4, name
+        assert distance(first[name][0], alone[name]) <= 1e-6, name
+        assert first[name][1].keys() == offsets.keys(), name
+        if offsets:
+            assert distance(list(first[name][1].values()), list(offsets.values())) <= 1e-3, name
+        assert distance(alone[name], start) > 1e-4, name
+    for name, other in WITHOUT_RULE.items():
+        if name in alone:
+            assert distance(alone[name], alone[other]) > 1e-5, name
 
 
 @pytest.mark.parametrize("setting", ["", "gradient_as_bucket_view", "find_unused_parameters"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_two_ranks_of_ddp_equal_one_on_the_joined_batch(lora, setting, tmp_path):
-    options = OPTIONS | {"checkpointing": {"checkpointing": "layers"}}
+    options = OPTIONS | {"checkpointing": {"probe": {"checkpointing": "layers"}}}
     if setting:  # how DDP keeps gradients: a step of every pass, and one that leaves passes out
         options = {name: options[name] for name in ("paper", "held")}
     first, second = on_ranks(tmp_path, run_ddp, lora, options, setting)
@@ -132,9 +198,8 @@ def test_two_ranks_of_ddp_equal_one_on_the_joined_batch(lora, setting, tmp_path)
 
 
 def run_compiled(rank: int, lora: bool) -> dict[str, Any]:
-    inner = problem(lora=lora).model
-    model = torch.compile(DistributedDataParallel(inner), backend="eager")
-    return {"paper": train(model, inner, rank, {})}
+    model = DistributedDataParallel(problem(lora=lora).model)
+    return {"paper": train(torch.compile(model, backend="eager"), rank, {})}
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -143,57 +208,80 @@ def test_a_compiled_model_in_ddp_equals_one_rank_that_is_neither(lora, tmp_path)
     assert_as_one_rank(first, second, lora, {"paper": {}})
 
 
-def run_accumulated(rank: int) -> Any:
+#: What an accumulated step is checked with.
+ACCUMULATED: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "project": {"safety_weight": 1.0, "rule": "project"},
+    "floor": {"safety_weight": 0.5, "rule": "floor", "max_grad_norm": 0.1},
+    "blend_() for SGD": {"optimizer": torch.optim.SGD, "safety_weight": 0.5},
+}
+
+
+def run_accumulated(rank: int) -> dict[str, Any]:
     """Under `no_sync`, as trainers call all but the last micro-batch of an accumulated step."""
-    inner = problem().model
-    model = DistributedDataParallel(inner)
-    trained = [p for p in inner.parameters() if p.requires_grad]
-    optimizer = FusedSAP(trained, ProbeSet(model), lr=1e-3, rho=1e-2, backend="reference")
-    batch, chosen, rejected = (share(whole_batch(0, kind), rank) for kind in range(3))
-    halves = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
-    with model.no_sync():
-        with optimizer.safety_pass():
-            contrastive_loss(model, chosen, rejected).backward()
-        for _ in optimizer.probe_passes():
-            for half in halves:
-                (task_loss(model, half) / 2).backward()
+    found = {}
+    for name, options in ACCUMULATED.items():
+        model = DistributedDataParallel(problem().model)
+        optimizer = build(model, **options)
+        _, safety, batch = closures(model, 0, rank)
+        halves = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
+
+        def task(part: list[Batch], model: nn.Module = model) -> Tensor:
+            losses = [backward(task_loss(model, half) / 2) for half in part]
+            return torch.stack(losses).sum()
+
+        with model.no_sync():
+            optimizer.inner_passes(task, safety, halves)
+            with optimizer.task_pass():
+                task(halves[:1])
         with optimizer.task_pass():
-            (task_loss(model, halves[0]) / 2).backward()
-    with optimizer.task_pass():
-        (task_loss(model, halves[1]) / 2).backward()
-    assert model.require_backward_grad_sync
-    optimizer.step()
-    assert optimizer.probes is not None
-    return [p.detach().clone() for p in trained], optimizer.probes.estimates
+            task(halves[1:])
+        assert model.require_backward_grad_sync
+        optimizer.step()
+        assert optimizer.probes is not None
+        found[name] = (
+            [p.detach().clone() for p in parameters_of(optimizer)],
+            optimizer.probes.estimates,
+        )
+    return found
 
 
 def test_an_accumulated_step_of_ddp_equals_a_step_on_the_joined_batch(tmp_path):
     first, second = on_ranks(tmp_path, run_accumulated)
-    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    for name, options in ACCUMULATED.items():
+        ours, estimates = first[name]
+        assert all(torch.equal(a, b) for a, b in zip(ours, second[name][0], strict=True)), name
+        model = problem().model
+        optimizer = build(model, **options)
+        sap_step(optimizer, model, 0, None)
+        assert distance(ours, parameters_of(optimizer)) <= 1e-6, name
+        assert optimizer.probes is not None
+        expected = list(optimizer.probes.estimates.values())
+        assert distance(list(estimates.values()), expected) <= 1e-3, name
+
+
+def run_calibrated(rank: int | None) -> tuple[float, list[float]]:
+    """ρ, and what it was found by."""
     model = problem().model
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = FusedSAP(trained, ProbeSet(model), lr=1e-3, rho=1e-2, backend="reference")
-    batch, chosen, rejected = (whole_batch(0, kind) for kind in range(3))
+    optimizer = build(model if rank is None else DistributedDataParallel(model))
+    found = optimizer.passes.calibrate(*closures(optimizer.passes.trained.ranks.model, 0, rank))
+    assert found is not None
+    return found.rho, list(found.agreements.values())
 
-    def backward(loss: Tensor) -> Tensor:
-        loss.backward()
-        return loss
 
-    optimizer.step(
-        lambda: backward(task_loss(model, batch)),
-        lambda: backward(contrastive_loss(model, chosen, rejected)),
-    )
-    assert optimizer.probes is not None
-    assert distance(first[0], trained) <= 1e-6
-    expected = list(optimizer.probes.estimates.values())
-    assert distance(list(first[1].values()), expected) <= 1e-3
+def test_ranks_calibrate_to_what_one_does(tmp_path):
+    first, second = on_ranks(tmp_path, run_calibrated)
+    assert first == second
+    rho, agreements = run_calibrated(None)
+    assert first[0] == rho
+    # Further up the grid ΔW is small, and rounding is much of its h.
+    assert first[1][:6] == pytest.approx(agreements[:6], abs=1e-5)
 
 
 def run_counted(rank: int) -> list[int]:
     """How often gradients were reduced in the safety pass, the probe passes and the task pass."""
-    inner = problem().model
     # With this the wrapper reduces also what has no gradient.
-    model = DistributedDataParallel(inner, find_unused_parameters=True)
+    model = DistributedDataParallel(problem().model, find_unused_parameters=True)
     reductions = []
 
     def reduce(state, bucket):  # DDP reads annotations, and does not know strings
@@ -201,18 +289,15 @@ def run_counted(rank: int) -> list[int]:
         return default_hooks.allreduce_hook(state, bucket)
 
     model.register_comm_hook(None, reduce)
-    trained = [p for p in inner.parameters() if p.requires_grad]
-    optimizer = FusedSAP(trained, ProbeSet(model), rho=1e-2, backend="reference")
-    batch, chosen, rejected = (share(whole_batch(0, kind), rank) for kind in range(3))
+    optimizer = build(model)
+    task, safety, batch = closures(model, 0, rank)
     counts = []
-    with optimizer.safety_pass():
-        contrastive_loss(model, chosen, rejected).backward()
+    optimizer.passes.safety_pass(safety)
     counts.append(len(reductions))
-    for _ in optimizer.probe_passes():
-        task_loss(model, batch).backward()
+    optimizer.passes.probe_passes(task, batch)
     counts.append(len(reductions))
     with optimizer.task_pass():
-        task_loss(model, batch).backward()
+        task(batch)
     return [*counts, len(reductions)]
 
 
@@ -224,33 +309,28 @@ def test_probe_passes_reduce_no_gradients(tmp_path):
 def run_unknown(rank: int) -> list[str]:
     """The messages of a model that is wrapped behind the optimizer's back, and of static graphs."""
     inner = problem().model
-    trained = [p for p in inner.parameters() if p.requires_grad]
-    optimizer = FusedSAP(trained, ProbeSet(inner), rho=1e-2, backend="reference")
+    optimizer = build(inner)
+    held = build(inner, optimizer=BlendedAdamW, safety_level="auto")
     model = DistributedDataParallel(inner)
-    batch, chosen, rejected = (share(whole_batch(0, kind), rank) for kind in range(3))
     messages = []
-    with optimizer.safety_pass():
-        contrastive_loss(model, chosen, rejected).backward()
-    try:
-        for _ in optimizer.probe_passes():
-            task_loss(model, batch).backward()
-    except RuntimeError as error:
-        messages.append(str(error))
-    try:
-        ProbeSet(DistributedDataParallel(problem().model, static_graph=True))
-    except ValueError as error:
-        messages.append(str(error))
-    optimizer.runs_in(model)
-    with optimizer.safety_pass():
-        contrastive_loss(model, chosen, rejected).backward()
-    for _ in optimizer.probe_passes():
-        task_loss(model, batch).backward()
+    for step in (
+        lambda: optimizer.inner_passes(*closures(model, 0, rank)),
+        lambda: held.inner_passes(*closures(model, 0, rank)),
+        lambda: ProbeSet(DistributedDataParallel(problem().model, static_graph=True)),
+    ):
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            step()
+        messages.append(str(error.value))
+    for known in (optimizer, held):
+        known.passes.runs_in(model)
+        sap_step(known, model, 0, rank)
     return messages
 
 
 def test_a_wrapper_that_is_not_known_is_an_error(tmp_path):
-    for unknown, static in on_ranks(tmp_path, run_unknown):
-        assert "does not know" in unknown and "runs_in" in unknown
+    for unknown, level, static in on_ranks(tmp_path, run_unknown):
+        assert "ProbeSet does not know" in unknown and "runs_in" in unknown
+        assert "safety_level='auto'" in level and "runs_in" in level
         assert "static_graph=True" in static
 
 
@@ -282,7 +362,8 @@ def run_trainer(rank: int, folder: str, lora: bool, accumulate: int) -> list[Ten
         ],
         safety_collator=SafetyCollator(0),
         safety_batch_size=4 // ranks,
-        sap_options={"rho": 1e-2, "probe_lr": 0.02, "backend": "reference", "safety_weight": 0.3},
+        probe={"rho": 1e-2, "size": 0.02},
+        sap_options={"backend": "reference", "safety_weight": 0.3},
     )
     trainer.train()
     assert (trainer.accelerator.num_processes, trainer.state.global_step) == (ranks, 3)

@@ -19,46 +19,29 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from sap_fast import losses
+from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, losses
 from sap_fast.losses import task_loss
-from sap_fast.optimizer import FusedSAP
-from sap_fast.passes import Perturbation
-from sap_fast.probes import ProbeSet, find_decoder_layers
-from tests.ranks import RANKS, on_ranks
+from sap_fast.model.layers import find_decoder_layers
+from sap_fast.step.guards import Perturbation
+from tests.ranks import RANKS, distance, on_ranks, sharded, share, whole, whole_batch
 from tests.test_distributed import (
     OPTIONS,
-    SETTINGS,
     assert_as_one_rank,
-    distance,
+    backward,
+    build,
+    closures,
+    parameters_of,
     sap_step,
-    share,
     train,
-    whole_batch,
 )
-from tests.tiny import problem
-
-
-def sharded(model: nn.Module, **options: Any) -> nn.Module:
-    layers, _ = find_decoder_layers(model)
-    for layer in layers:
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
-
-
-def whole(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
-
-
-def build(model: nn.Module, **options: Any) -> FusedSAP:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return FusedSAP(trained, ProbeSet(model, layers=[1, 2]), **(SETTINGS | options))
+from tests.tiny import Batch, problem
 
 
 def run_fsdp(rank: int, lora: bool, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     found = {}
     for name, settings in options.items():
         model = sharded(problem(lora=lora).model)
-        parameters, offsets = train(model, model, rank, settings)
+        parameters, offsets = train(model, rank, settings)
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
         found[name] = whole(parameters), offsets
     assert not losses.scoring._unchunkable, "the head is applied to chunks as ever"
@@ -71,7 +54,8 @@ def test_two_ranks_of_fsdp2_equal_one_on_the_joined_batch(lora, tmp_path):
     options = OPTIONS | {
         "native": {"backend": "auto"},
         "clipped": {"max_grad_norm": 0.1},
-        "checkpointing": {"checkpointing": "layers"},
+        "clipped after the floor": {"max_grad_norm": 0.1, "safety_weight": 0.5, "rule": "floor"},
+        "checkpointing": {"probe": {"checkpointing": "layers"}},
     }
     first, second = on_ranks(tmp_path, run_fsdp, lora, options)
     assert_as_one_rank(first, second, lora, options)
@@ -83,7 +67,7 @@ def run_compiled(rank: int, lora: bool) -> dict[str, Any]:
     for layer in find_decoder_layers(model)[0]:
         layer.compile(backend="eager")
     sharded(model)
-    parameters, offsets = train(model, model, rank, {})
+    parameters, offsets = train(model, rank, {})
     return {"paper": (whole(parameters), offsets)}
 
 
@@ -97,10 +81,10 @@ def run_three(rank: int) -> dict[str, Any]:
     """Of 32 and 4 rows three ranks get 11, 11, 10 and 2, 2, 0."""
     model = sharded(problem(lora=True).model)
     optimizer = build(model)
-    sizes = [p.to_local().numel() for p in optimizer.trained_parameters()]
+    sizes = [p.to_local().numel() for p in parameters_of(optimizer)]
     for step in range(2):
         sap_step(optimizer, model, step, None)
-    return {"parameters": whole(optimizer.trained_parameters()), "sizes": sizes}
+    return {"parameters": whole(parameters_of(optimizer)), "sizes": sizes}
 
 
 def test_uneven_and_empty_shards(tmp_path):
@@ -111,7 +95,16 @@ def test_uneven_and_empty_shards(tmp_path):
     for step in range(2):
         sap_step(optimizer, model, step, None)
     # All three see the same batch, and so does one rank.
-    assert distance(found[0]["parameters"], optimizer.trained_parameters()) <= 1e-6
+    assert distance(found[0]["parameters"], parameters_of(optimizer)) <= 1e-6
+
+
+#: What an accumulated step is checked with.
+ACCUMULATED: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "project": {"safety_weight": 1.0, "rule": "project"},
+    "floor": {"safety_weight": 0.5, "rule": "floor", "max_grad_norm": 0.1},
+    "blend_() for SGD": {"optimizer": torch.optim.SGD, "safety_weight": 0.5},
+}
 
 
 def run_edges(rank: int) -> dict[str, Any]:
@@ -119,43 +112,54 @@ def run_edges(rank: int) -> dict[str, Any]:
     # Replicas of shards (HSDP): here two of one.
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replica", "shard"))
     model = sharded(problem(lora=True).model, mesh=mesh)
-    parameters, _ = train(model, model, rank, {})
+    parameters, _ = train(model, rank, {})
     found["hsdp"] = whole(parameters)
 
     # The gradients of all but the last micro-batch stay where they are, as trainers want it.
+    for name, options in ACCUMULATED.items():
+        model = sharded(problem(lora=True).model)
+        optimizer = build(model, **options)
+        halves = [share(whole_batch(0, 0), half) for half in range(2)]
+        _, safety, _ = closures(model, 0, None)
+
+        def task(part: list[Batch], model: Any = model) -> Tensor:
+            losses = [backward(task_loss(model, half) / 2) for half in part]
+            return torch.stack(losses).sum()
+
+        model.set_requires_gradient_sync(False)
+        optimizer.inner_passes(task, safety, halves)
+        for index, half in enumerate(halves):
+            model.set_requires_gradient_sync(index == 1)
+            with optimizer.task_pass():
+                task([half])
+        if isinstance(optimizer, FusedSAP):
+            gradients = whole([p.grad for p in parameters_of(optimizer)])
+            found["accumulated", name] = gradients
+        optimizer.step()
+        found["updated", name] = whole(parameters_of(optimizer))
+
     model = sharded(problem(lora=True).model)
     optimizer = build(model)
-    halves = [share(whole_batch(0, 0), half) for half in range(2)]
-    model.set_requires_gradient_sync(False)
-    with optimizer.safety_pass():
-        losses.contrastive_loss(model, *(whole_batch(0, kind) for kind in (1, 2))).backward()
-    for _ in optimizer.probe_passes():
-        for half in halves:
-            (task_loss(model, half) / 2).backward()
-    for index, half in enumerate(halves):
-        model.set_requires_gradient_sync(index == 1)
-        with optimizer.task_pass():
-            (task_loss(model, half) / 2).backward()
-    found["accumulated"] = whole([p.grad for p in optimizer.trained_parameters()])
-
     model.set_requires_gradient_sync(False)
     task_loss(model, halves[0]).backward()
-    with pytest.raises(RuntimeError, match="before the first micro-batch"):
-        optimizer.safety_pass().__enter__()
+    with pytest.raises(
+        RuntimeError, match=r"inner_passes\(\) after .*before the first micro-batch"
+    ):
+        optimizer.inner_passes(*closures(model, 0, None))
 
     # A forward without backward leaves the root's parameters gathered: they must not serve on.
     model = sharded(problem(lora=False).model)
     optimizer = build(model)
-    trained = optimizer.trained_parameters()
+    trained = parameters_of(optimizer)
     batch = whole_batch(0, 0)
     with torch.no_grad():
         before = task_loss(model, batch)
         direction = [torch.ones_like(parameter) for parameter in trained]
-        optimizer._passes._forget_weights()
+        optimizer.passes.trained.forget_weights()
         with Perturbation(trained, direction, torch.tensor(0.05)) as perturbation:
             found["applied"] = perturbation.applied_norm(torch.float32)
             perturbed = task_loss(model, batch)
-            optimizer._passes._forget_weights()
+            optimizer.passes.trained.forget_weights()
         restored = task_loss(model, batch)
     found |= {"before": before, "perturbed": perturbed, "restored": restored}
 
@@ -167,22 +171,23 @@ def run_edges(rank: int) -> dict[str, Any]:
         sap_step(optimizer, model, step, rank)
     assert optimizer.probes is not None
     assert optimizer.probes.compute_dtype is torch.bfloat16
-    state = optimizer.state[optimizer.trained_parameters()[0]]
+    state = optimizer.state[parameters_of(optimizer)[0]]
     assert isinstance(state["exp_avg"], DTensor) and state["exp_avg"].dtype is torch.float32
-    found["mixed"] = whole(optimizer.trained_parameters())
+    found["mixed"] = whole(parameters_of(optimizer))
 
     # Sharded after FusedSAP and ProbeSet, as Accelerate does, with its parameters put in place.
-    model = problem(lora=True).model
-    optimizer = build(model)
-    sharded(model)
-    new = [p for p in model.parameters() if p.requires_grad]
-    optimizer.param_groups[0]["params"] = new
-    with pytest.raises(RuntimeError, match=r"runs_in\(model\)"):
-        sap_step(optimizer, model, 0, rank)
-    optimizer.runs_in(model)
-    for step in range(5):
-        sap_step(optimizer, model, step, rank)
-    found["late"] = whole(optimizer.trained_parameters())
+    for name, options in {"late": {}, "late, SGD": OPTIONS["blend_() for SGD"]}.items():
+        model = problem(lora=True).model
+        optimizer = build(model, **options)
+        sharded(model)
+        updating = optimizer if isinstance(optimizer, FusedSAP) else optimizer.optimizer
+        updating.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+        with pytest.raises(RuntimeError, match=r"runs_in\(model\)"):
+            sap_step(optimizer, model, 0, rank)
+        optimizer.passes.runs_in(model)
+        for step in range(5):
+            sap_step(optimizer, model, step, rank)
+        found[name] = whole(parameters_of(optimizer))
 
     # The head's own group is gathered for its own forward only.
     model = problem(lora=True).model
@@ -197,15 +202,21 @@ def run_edges(rank: int) -> dict[str, Any]:
 def test_edges_of_fsdp2(tmp_path):
     first, _ = on_ranks(tmp_path, run_edges)
     plain = problem(lora=True).model
-    parameters, _ = train(plain, plain, None, {})
+    parameters, _ = train(plain, None, {})
     assert distance(first["hsdp"], parameters) <= 1e-6
     assert distance(first["late"], parameters) <= 1e-6
+    parameters, _ = train(problem(lora=True).model, None, OPTIONS["blend_() for SGD"])
+    assert distance(first["late, SGD"], parameters) <= 1e-6
 
-    model = problem(lora=True).model
-    optimizer = build(model)
-    sap_step(optimizer, model, 0, None, update=False)
-    gradients = [p.grad for p in optimizer.trained_parameters()]
-    assert distance(first["accumulated"], gradients) <= 1e-5
+    for name, options in ACCUMULATED.items():
+        model = problem(lora=True).model
+        optimizer = build(model, **options)
+        sap_step(optimizer, model, 0, None, update=False)
+        if isinstance(optimizer, FusedSAP):
+            gradients = [p.grad for p in parameters_of(optimizer)]
+            assert distance(first["accumulated", name], gradients) <= 1e-5, name
+        optimizer.step()
+        assert distance(first["updated", name], parameters_of(optimizer)) <= 1e-6, name
 
     model = problem(lora=False).model
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -223,9 +234,9 @@ def test_edges_of_fsdp2(tmp_path):
     optimizer = build(model)
     for step in range(3):
         sap_step(optimizer, model, step, None)
-    moved = distance(optimizer.trained_parameters(), start)
+    moved = distance(parameters_of(optimizer), start)
     # bf16 has the gradients right to a few per cent; AdamW's first steps take little but signs.
-    assert distance(first["mixed"], optimizer.trained_parameters()) < 0.3 * moved
+    assert distance(first["mixed"], parameters_of(optimizer)) < 0.3 * moved
     torch.testing.assert_close(first["own_head"], task_loss(plain_lora(), whole_batch(0, 0)))
 
 
@@ -235,8 +246,13 @@ def plain_lora() -> nn.Module:
 
 # ---- torch.distributed.checkpoint ----
 
-#: Uses V, a kept direction and counters of earlier steps.
-RESUMED = {"preset": "economical", "probe_fraction": 1.0, "probe_every": 2}
+#: Uses a kept direction, a level, a ρ and counters of earlier steps.
+RESUMED: dict[str, Any] = {
+    "direction_every": 5,
+    "safety_weight": 0.5,
+    "safety_level": "auto",
+    "probe": {"rho": "auto"},
+}
 SAVED_AFTER, STEPS = 3, 6
 
 
@@ -258,9 +274,12 @@ def resume(folder: str, model: nn.Module, *, ranks: bool, fresh: bool = True) ->
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    passes = optimizer.passes
+    assert (passes.steps, passes.direction.taken) == (SAVED_AFTER, 1)
+    assert not passes.direction.is_due(SAVED_AFTER) and passes.calibration is not None
     for step in range(SAVED_AFTER, STEPS):
         sap_step(optimizer, model, step, None)
-    return whole(optimizer.trained_parameters())
+    return whole(parameters_of(optimizer))
 
 
 def run_saved(rank: int, folder: str) -> list[Tensor]:
@@ -270,7 +289,7 @@ def run_saved(rank: int, folder: str) -> list[Tensor]:
         if step == SAVED_AFTER:
             dcp.save(app_state(model, optimizer), checkpoint_id=folder)
         sap_step(optimizer, model, step, None)
-    return whole(optimizer.trained_parameters())
+    return whole(parameters_of(optimizer))
 
 
 def run_resumed(rank: int, folder: str, fresh: bool) -> list[Tensor]:
@@ -299,18 +318,18 @@ def run_refused(rank: int) -> dict[str, str]:
     found["root"] = str(error.value)
 
     inner = problem(lora=False).model  # FSDP1 wants one requires_grad for all
-    before = FusedSAP(inner.parameters(), ProbeSet(inner, layers=[1]))
+    before = build(inner)
     flat = torch.distributed.fsdp.FullyShardedDataParallel(inner, device_id=torch.device("cpu"))
     for refused in (lambda: before.runs_in(flat), lambda: ProbeSet(flat, layers=[1])):
         with pytest.raises(ValueError, match=r"FSDP1.*use FSDP2"):
             refused()
     with pytest.raises(ValueError, match=r"FSDP1.*use FSDP2"):
-        FusedSAP(flat.parameters())
+        BlendedAdamW(flat.parameters())
 
     mesh = init_device_mesh("cpu", (1, RANKS))
     parallel = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0), Shard(1)]))
     with pytest.raises(ValueError, match="tensor parallelism is not supported"):
-        FusedSAP([parallel])
+        BlendedAdamW([parallel])
     found["ranks"] = str(dist.get_world_size())
     return found
 
@@ -328,4 +347,4 @@ def test_deepspeed_is_refused():
     parameter = nn.Parameter(torch.zeros(3))
     parameter.ds_id = 0
     with pytest.raises(ValueError, match=r"DeepSpeed.*use FSDP2"):
-        FusedSAP([parameter])
+        BlendedAdamW([parameter])

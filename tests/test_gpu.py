@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sap_fast import FusedSAP, ProbeSet, ops
+from sap_fast import FusedSAP, ProbeSet, SafetyPasses, ops
 from sap_fast.step.rules import Rule
 from tests.oracle import cosine, naive_contrastive_loss, naive_task_loss, oracle_estimate
 from tests.tiny import HIDDEN, Problem, problem, safety, task
@@ -55,30 +56,62 @@ def test_h_on_the_device_is_the_oracle() -> None:
     assert cosine(found, oracle) > 0.9999
 
 
-@pytest.mark.parametrize("rule", ["blend", "project", "floor"])
-def test_no_step_waits_for_the_device(rule: Rule) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]).cuda()
-    x, y = torch.randn(2, 2, 8, 64, device="cuda")
+class Chain:
+    """A small model, and passes and updates that must not wait for the device."""
 
-    def backward(target: Tensor) -> Tensor:
-        loss = (model(x) - target).square().mean()
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]).cuda()
+        self.probes = ProbeSet(self.model, layers=[self.model[1]], rho=1e-3)
+        self._x, self._y = torch.randn(2, 2, 8, 64, device="cuda")
+
+    def backward(self, sign: float) -> Tensor:
+        loss = (self.model(self._x) - sign * self._y).square().mean()
         loss.backward()
         return loss.detach()
 
-    probes = ProbeSet(model, layers=[model[1]], rho=1e-3)
+    def run(self, step: Callable[[], object], count: int = 4) -> None:
+        """The step several times; the first one allocates state, and may wait."""
+        for index in range(count):
+            self.model.zero_grad()
+            torch.cuda.set_sync_debug_mode("error" if index else "default")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rule", ["blend", "project", "floor"])
+@pytest.mark.parametrize("direction_every", [1, 3])
+def test_no_step_waits_for_the_device(rule: Rule, direction_every: int) -> None:
+    chain = Chain()
     optimizer = FusedSAP(
-        model.parameters(), probes, safety_weight=0.1, rule=rule, max_grad_norm=1.0
+        chain.model.parameters(),
+        chain.probes,
+        safety_weight=0.1,
+        rule=rule,
+        direction_every=direction_every,
+        max_grad_norm=1.0,
     )
-    for step in range(3):
-        optimizer.zero_grad()
-        # The first step allocates state.
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        try:
-            optimizer.step(lambda: backward(y), lambda: backward(-y))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    chain.run(lambda: optimizer.step(lambda: chain.backward(1.0), lambda: chain.backward(-1.0)))
     assert optimizer.metrics.skipped_steps == 0
+
+
+def test_blending_for_another_optimizer_does_not_wait_either() -> None:
+    chain = Chain()
+    other = torch.optim.SGD(chain.model.parameters(), lr=0.1, momentum=0.9)
+    passes = SafetyPasses(other.param_groups, chain.probes, safety_weight=0.1)
+
+    def step() -> None:
+        passes.inner_passes(lambda _: chain.backward(1.0), lambda: chain.backward(-1.0))
+        with passes.task_pass():
+            chain.backward(1.0)
+        passes.blend_()
+        other.step()
+        passes.end_step()
+
+    chain.run(step)
+    assert passes.metrics.skipped_steps == 0
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])

@@ -3,15 +3,16 @@
 from sap_fast.data.collate import SafetyCollator, TaskCollator
 from sap_fast.data.datasets import SafetyRow, load_safety_dataset, load_task_dataset
 from sap_fast.data.encoding import (
-    ChatTemplateError,
     EncodedRow,
     encode_chat,
     encode_prompt,
+    encode_turns,
     padding_token_id,
 )
 from sap_fast.data.files import DataError, read_rows
 from sap_fast.data.pairs import OPENINGS, REFUSALS, build_safety_pair
 from sap_fast.data.requests import Request, load_requests
+from sap_fast.data.turns import ChatTemplateError
 
 __all__ = [
     "OPENINGS",
@@ -26,6 +27,7 @@ __all__ = [
     "build_safety_pair",
     "encode_chat",
     "encode_prompt",
+    "encode_turns",
     "load_requests",
     "load_safety_dataset",
     "load_task_dataset",

@@ -5,9 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
-from sap_fast.data.conversations import Conversation, read_preference_pair, task_reader
-from sap_fast.data.encoding import ChatTemplateError, EncodedRow, encode_chat
-from sap_fast.data.files import DataError, Row, read_numbered_rows
+from sap_fast.data.conversations import (
+    SAFETY_COLUMNS,
+    Conversation,
+    read_preference_pair,
+    task_layout,
+)
+from sap_fast.data.encoding import EncodedRow, encode_turns
+from sap_fast.data.files import DataError, RefusedRow, Row, read_numbered_rows
+from sap_fast.data.templates import ChatTemplate
+from sap_fast.data.turns import ChatTemplateError
+from sap_fast.data.unread import Unread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,33 +42,48 @@ def load_task_dataset(
 
     The columns of the first row tell the layout of the file, the first that fits of:
 
-    * ``messages``: a list of ``{"role": ..., "content": ...}``; every assistant turn is trained.
-    * ``prompt`` and ``completion``: text, or lists of messages; the completion is trained.
-    * ``instruction``, optional ``input``, ``output`` (Alpaca): the prompt is the instruction and,
-      where there is one, a blank line and the input; the output is trained.
+    * `messages`: a list of `{"role": ..., "content": ...}`; every assistant turn is trained whose
+      `weight` is not 0.
+    * `prompt` and `completion`: text, or lists of messages; the completion is trained.
+    * `instruction`, optional `input`, `output` (Alpaca): the prompt is the instruction and, where
+      there is one, a blank line and the input; the output is trained.
 
-    Rows of which no answer is left within `max_length` (or that have none) are dropped, with one
-    warning.
+    All of them may have `system` (text that becomes the first message), `tools` (JSON schemas) and
+    `chat_template_kwargs` (variables for the template). The last two may have `history`: pairs of
+    earlier questions and answers, which are trained with an `output` and read with a `completion`.
+    Columns that are not read are named in one warning.
+
+    A chat makes one row as long as its turns read the same in the prompts of later turns, and else
+    a row per answer; see `encode_turns`.
+
+    Rows that cannot be encoded are refused, and rows of which no answer is left within `max_length`
+    (or that have none) are dropped, each with one warning that tells how many and the first; see
+    docs/refused.md.
 
     Args:
-        path: A ``.jsonl``, ``.json`` or ``.parquet`` file.
-        tokenizer: The model's tokenizer; see `encode_chat`.
+        path: A `.jsonl`, `.json` or `.parquet` file.
+        tokenizer: The model's tokenizer; see `encode_turns`.
         max_length: Number of tokens to keep from the beginning of a row; None keeps all.
 
     Returns:
-        One ``{"input_ids": [...], "labels": [...]}`` per row, labels -100 where not trained.
+        One `{"input_ids": [...], "labels": [...]}` per row, labels -100 where not trained.
 
     Raises:
-        DataError: A row or the file cannot be used.
+        DataError: A row is malformed, the file cannot be used, or no row of it is left.
     """
     rows = read_numbered_rows(path)
-    read = task_reader(rows[0])
+    layout = task_layout(rows[0])
+    unread = Unread(ChatTemplate(tokenizer).reads)
 
-    def encode(row: Row) -> EncodedRow | None:
-        encoded = _encode(row, tokenizer, read(row), max_length)
-        return encoded if encoded["labels"] else None
+    def encode(row: Row) -> list[EncodedRow]:
+        unread.count_columns(row, layout.columns)
+        conversation = layout.read(row)
+        unread.count_fields(conversation.messages)
+        return _encode(row, tokenizer, conversation, max_length)
 
-    return _encode_rows(rows, encode, "answer", max_length)
+    encoded = _encode_rows(rows, encode, "answer", max_length)
+    unread.warn(path)
+    return encoded
 
 
 def load_safety_dataset(
@@ -68,42 +91,56 @@ def load_safety_dataset(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None = DEFAULT_MAX_LENGTH,
 ) -> list[SafetyRow]:
-    """Reads and encodes a file of preference rows: ``prompt``, ``chosen`` and ``rejected``.
+    """Reads and encodes a file of preference rows: `prompt`, `chosen` and `rejected`.
 
-    Each field is text or a list of messages. Where ``chosen`` and ``rejected`` are lists and
-    ``prompt`` is not, the messages that both begin with are the prompt, as in TRL.
+    Each field is text or a list of messages. Where `chosen` and `rejected` are lists and `prompt`
+    is not, the messages that both begin with are the prompt, as in TRL. Rows may have `system`,
+    `tools`, `chat_template_kwargs` and `history` too, as in `load_task_dataset`.
 
-    ``chosen`` and ``rejected`` are finished turns, whose end-of-turn token is scored. With
-    ``"rejected_is_opening": true`` a row says that ``rejected`` is but the opening of an answer
-    ("Sure, here is how to ...:"), which nothing follows: the model must not learn from it that, or
-    whether, an answer ends there.
+    `chosen` and `rejected` are finished turns, whose end-of-turn token is scored. With
+    `"rejected_is_opening": true` a row says that `rejected` is but the opening of an answer ("Sure,
+    here is how to ...:"), which nothing follows: the model must not learn from it that, or whether,
+    an answer ends there.
 
-    Rows in which `max_length` leaves nothing of a continuation, or no difference between the two,
-    are dropped, with one warning.
+    Rows that cannot be encoded are refused, and rows in which `max_length` leaves nothing of a
+    continuation, or no difference between the two, are dropped, each with one warning that tells
+    how many and the first; see docs/refused.md.
 
     Args:
-        path: A ``.jsonl``, ``.json`` or ``.parquet`` file.
-        tokenizer: The model's tokenizer; see `encode_chat`.
+        path: A `.jsonl`, `.json` or `.parquet` file.
+        tokenizer: The model's tokenizer; see `encode_turns`.
         max_length: Number of tokens to keep from the beginning of a row; None keeps all.
 
     Returns:
-        One ``{"chosen": ..., "rejected": ...}`` per row, each with ``input_ids`` and ``labels``.
+        One `{"chosen": ..., "rejected": ...}` per row, each with `input_ids` and `labels`.
 
     Raises:
-        DataError: A row or the file cannot be used.
+        DataError: A row is malformed, the file cannot be used, or no row of it is left.
     """
+    unread = Unread(ChatTemplate(tokenizer).reads)
 
-    def encode(row: Row) -> SafetyRow | None:
+    def encode(row: Row) -> list[SafetyRow]:
+        unread.count_columns(row, SAFETY_COLUMNS)
         pair = read_preference_pair(row)
+        unread.count_fields([*pair.chosen.messages, *pair.rejected.messages])
         complete = not pair.rejected_is_opening
         chosen = _encode(row, tokenizer, pair.chosen, max_length)
         rejected = _encode(row, tokenizer, pair.rejected, max_length, complete=complete)
-        if not chosen["labels"] or not rejected["labels"] or chosen == rejected:
-            return None
-        return {"chosen": chosen, "rejected": rejected}
+        for field, encoded in (("chosen", chosen), ("rejected", rejected)):
+            if len(encoded) > 1:
+                row.refuse(
+                    field,
+                    "answers whose earlier turns the chat template changes",
+                    "a continuation in one sequence: one answer",
+                )
+        if not chosen or not rejected or chosen == rejected:
+            return []
+        return [{"chosen": chosen[0], "rejected": rejected[0]}]
 
     rows = read_numbered_rows(path)
-    return _encode_rows(rows, encode, "difference between 'chosen' and 'rejected'", max_length)
+    pairs = _encode_rows(rows, encode, "difference between 'chosen' and 'rejected'", max_length)
+    unread.warn(path)
+    return pairs
 
 
 def _encode(
@@ -113,38 +150,54 @@ def _encode(
     max_length: int | None,
     *,
     complete: bool = True,
-) -> EncodedRow:
+) -> list[EncodedRow]:
     try:
-        return encode_chat(
+        return encode_turns(
             tokenizer,
             conversation.messages,
             max_length,
             context=conversation.context,
             complete=complete,
+            tools=conversation.tools,
+            template_kwargs=conversation.template_kwargs,
         )
     except ChatTemplateError as error:
-        row.fail(None, f"a chat that cannot be encoded: {error}", "a chat that the template takes")
+        problem = f"a chat that cannot be encoded: {error}"
+        row.refuse(None, problem, "a chat that the template takes")
 
 
 def _encode_rows(
     rows: list[Row],
-    encode: Callable[[Row], Encoded | None],
+    encode: Callable[[Row], list[Encoded]],
     wanted: str,
     max_length: int | None,
 ) -> list[Encoded]:
-    encoded_rows = []
+    encoded_rows: list[Encoded] = []
     dropped = []
+    refused = []
     for row in rows:
-        encoded = encode(row)
-        if encoded is None:
+        try:
+            encoded = encode(row)
+        except RefusedRow as refusal:
+            refused.append(refusal)
+            continue
+        encoded_rows += encoded
+        if not encoded:
             dropped.append(row.number)
-        else:
-            encoded_rows.append(encoded)
     path = rows[0].path
     within = "" if max_length is None else f" within max_length={max_length} tokens"
+    if not encoded_rows and refused:
+        first = refused[0]
+        others = "" if len(rows) == 1 else f" (the first of {len(refused)} rows that are refused)"
+        raise DataError(path, first.row, first.field, first.problem + others, first.expected)
     if not encoded_rows:
         problem = f"{len(rows)} rows with no {wanted} left{within}"
         raise DataError(path, None, None, problem, "at least one row to train on")
+    if refused:
+        warnings.warn(
+            f"{path}: refused {len(refused)} of {len(rows)} rows; the first: {refused[0]}",
+            stacklevel=3,
+        )
     if dropped:
         warnings.warn(
             f"{path}: dropped {len(dropped)} of {len(rows)} rows, which have no {wanted} left"

@@ -1,26 +1,15 @@
 """Chats to token ids and labels: only the assistant's answers are scored."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict, cast
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from sap_fast.data.templates import ChatTemplate
+from sap_fast.data.turns import THOUGHT_FIELDS, Message
 from sap_fast.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, str]
-"""One turn of a chat: ``role`` ("system", "user" or "assistant") and ``content``."""
-
-# How a chat reads for a tokenizer without a chat template: each prompt ends its line, and each
-# answer is followed by the end-of-sequence token.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
-)
-
-# Stands in for an answer to see what the template writes behind it. Plain ASCII, so that no
-# template escapes it.
-_MARKER = "SapFastAnswerGoesHere"
 
 
 class EncodedRow(TypedDict):
@@ -30,8 +19,79 @@ class EncodedRow(TypedDict):
     labels: list[int]
 
 
-class ChatTemplateError(ValueError):
-    """A chat template that cannot render a chat, or not so that its answers can be found."""
+def encode_turns(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    max_length: int | None = None,
+    *,
+    context: int = 0,
+    complete: bool = True,
+    tools: Sequence[Any] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[EncodedRow]:
+    """Encodes a chat with the tokenizer's chat template and labels the assistant's answers.
+
+    Each answer is its prompt, as inference would feed it (the template on the messages before,
+    with the generation prompt), and what the template of the chat so far adds to it, through its
+    end-of-turn token; white space that the template writes behind that token is not part of it.
+    A template that ends no answer gets the tokenizer's end-of-sequence token.
+
+    As long as the prompt of the next answer begins with the tokens so far, the next answer
+    goes on in the same sequence. Where the template changes earlier turns (reasoning models leave
+    the thoughts of the history out), the next answer begins a sequence of its own.
+
+    A thought is trained where the data has one, in `reasoning_content` (or `reasoning`, or
+    `thinking`) or as `<think>…</think>` at the head of the content. Where it has none and the
+    template writes an empty one, that is read and not scored, as inference without thinking feeds
+    it.
+
+    Assistant turns that are empty, or have the weight 0, are not scored. Tokens after the last
+    scored one change nothing and are left out.
+
+    Without a chat template the text is each prompt and a line break, then the answer and the
+    end-of-sequence token; special tokens such as a beginning-of-sequence token are those that the
+    tokenizer adds before plain text. With one, they are those that the template writes.
+
+    Args:
+        tokenizer: Any tokenizer of transformers.
+        messages: The chat: `role`, `content` and what else a template reads, such as `tool_calls`.
+            At least one message precedes the first assistant turn. `weight` may be 0 or 1.
+        max_length: Number of tokens to keep from the beginning of a sequence; None keeps all.
+        context: Number of leading messages whose answers are read but not scored.
+        complete: Whether the last message is a finished turn. If False it is the opening of an
+            answer: neither an end-of-turn token nor anything else follows its content.
+        tools: JSON schemas of the tools that the chat may call.
+        template_kwargs: Further variables for the template, such as `enable_thinking`.
+
+    Returns:
+        `input_ids` and `labels`, of one length, per sequence that has something to score.
+
+    Raises:
+        ChatTemplateError: The template rejects the chat (some require alternating roles), leaves
+            out a field of it, does not read one of `template_kwargs`, or does not begin an answer
+            where its generation prompt ends.
+        ValueError: The tokenizer has neither a chat template nor an `eos_token`; or `max_length` is
+            below 1.
+    """
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length={max_length}; expected at least 1, or None for no limit")
+    template = _template(tokenizer, tools, template_kwargs)
+    scored = [index for index in range(context, len(messages)) if _is_scored(messages[index])]
+    rows: list[EncodedRow] = []
+    for answer in template.answers(messages, scored, complete=complete):
+        prompt = _token_ids(tokenizer, answer.prompt)
+        input_ids = _token_ids(tokenizer, answer.prompt + answer.text)
+        if input_ids[: len(prompt)] != prompt:
+            # A token joins the end of the prompt and the beginning of the answer: line breaks, for
+            # instance. No model that is fed the prompt can write it.
+            input_ids = prompt + _bare_token_ids(tokenizer, answer.text)
+        labels = [IGNORE_INDEX] * len(prompt) + input_ids[len(prompt) :]
+        if rows and prompt[: len(rows[-1]["input_ids"])] == rows[-1]["input_ids"]:
+            before = rows.pop()["labels"]
+            labels[: len(before)] = before
+        rows.append({"input_ids": input_ids, "labels": labels})
+    cut = [_cut(row, max_length) for row in rows]
+    return [row for row in cut if row["labels"]]
 
 
 def encode_chat(
@@ -41,52 +101,37 @@ def encode_chat(
     *,
     context: int = 0,
     complete: bool = True,
+    tools: Sequence[Any] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> EncodedRow:
-    """Encodes a chat with the tokenizer's chat template and labels the assistant's answers.
+    """Encodes a chat as one sequence; arguments and rules are those of `encode_turns`.
 
-    An answer runs from the end of the generation prompt through its end-of-turn token; white space
-    that the template writes behind that token is not part of it. Assistant turns without content
-    are not scored. Tokens after the last scored one change nothing and are left out.
-
-    Without a chat template the text is each prompt and a line break, then the answer and the
-    end-of-sequence token; special tokens such as a beginning-of-sequence token are those that the
-    tokenizer adds to plain text. With one, they are those that the template writes.
-
-    Args:
-        tokenizer: A fast tokenizer (one that reports character offsets).
-        messages: The chat. At least one message precedes the first assistant turn.
-        max_length: Number of tokens to keep from the beginning; None keeps all.
-        context: Number of leading messages whose answers are read but not scored.
-        complete: Whether the last message is a finished turn. If False it is the opening of an
-            answer: neither an end-of-turn token nor anything else follows its content.
+    Where the template changes earlier turns, the answers do not fit into one sequence: the last
+    one is returned, with a warning.
 
     Returns:
         `input_ids` and `labels`, of one length; both are empty if nothing is left to score.
 
     Raises:
-        ChatTemplateError: The template rejects the chat (some require alternating roles), does not
-            begin the answers where its generation prompt ends, or does not end them with an
-            end-of-turn token.
-        ValueError: The tokenizer is slow, or has neither a chat template nor an `eos_token`; or
-            `max_length` is below 1.
+        ChatTemplateError: As `encode_turns`.
+        ValueError: As `encode_turns`.
     """
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length={max_length}; expected at least 1, or None for no limit")
-    spans: list[tuple[int, int]] = []
-    text = _render(tokenizer, messages)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < context or not message["content"].strip():
-            continue
-        content_end, turn_end = _answer_end(tokenizer, messages, index, text)
-        prompt = _render(tokenizer, messages[:index], add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise ChatTemplateError(
-                f"the chat template does not begin the answer of message {index + 1} where its "
-                f"generation prompt ends ({prompt[-40:]!r})"
-            )
-        is_opening = not complete and index == len(messages) - 1
-        spans.append((len(prompt), content_end if is_opening else turn_end))
-    return _label(tokenizer, text, spans, max_length)
+    rows = encode_turns(
+        tokenizer,
+        messages,
+        max_length,
+        context=context,
+        complete=complete,
+        tools=tools,
+        template_kwargs=template_kwargs,
+    )
+    if len(rows) > 1:
+        warnings.warn(
+            f"the chat template changes earlier turns, so that the answers make {len(rows)} "
+            "sequences: only the last is returned; encode_turns returns all",
+            stacklevel=2,
+        )
+    return rows[-1] if rows else {"input_ids": [], "labels": []}
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
@@ -96,9 +141,8 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int
         ChatTemplateError: The chat template rejects the message.
         ValueError: As `encode_chat`.
     """
-    messages = [{"role": "user", "content": prompt}]
-    text = _render(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=_adds_special_tokens(tokenizer))["input_ids"]
+    template = _template(tokenizer, (), None)
+    return _token_ids(tokenizer, template.prompt([{"role": "user", "content": prompt}]))
 
 
 def padding_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -112,97 +156,48 @@ def padding_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0
 
 
-def _render(
+def _template(
     tokenizer: "PreTrainedTokenizerBase",
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    from jinja2 import TemplateError
-
-    template = None
-    if not tokenizer.chat_template:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                "the tokenizer has neither a chat template nor an eos_token; expected one of them, "
-                "to tell the model where an answer ends"
-            )
-        template = PLAIN_TEMPLATE
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    # What a template computes on a chat may fail in Python's ways too.
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ChatTemplateError(
-            f"the chat template rejects a chat with the roles {roles}: {error}"
-        ) from error
-    return cast(str, text)
-
-
-def _answer_end(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], index: int, text: str
-) -> tuple[int, int]:
-    """Where in `text` the content of assistant turn `index` ends, and where the turn ends.
-
-    What the template writes behind an answer is found by rendering the chat with a marker in place
-    of the answer. Searching for the answer's own words would fail for short answers, and comparing
-    with the chat cut after the answer fails for templates that render the last turn in a way of its
-    own (Qwen3 gives it an empty reasoning block).
-    """
-    marked = {**messages[index], "content": _MARKER}
-    before, after = messages[:index], messages[index + 1 :]
-    _, found, rest = _render(tokenizer, [*before, marked, *after]).partition(_MARKER)
-    _, _, closing = _render(tokenizer, [*before, marked]).partition(_MARKER)
-    closing = closing.rstrip()
-    content_end = len(text) - len(rest)
-    if not (found and text.endswith(rest)):
-        raise ChatTemplateError(
-            f"the chat template changes more than the answer when the answer of message "
-            f"{index + 1} changes"
-        )
-    if not (closing and rest.startswith(closing)):
-        raise ChatTemplateError(
-            f"the chat template writes {rest[:20]!r} after the answer of message {index + 1}, "
-            f"which is not {repr(closing) if closing else 'an end-of-turn token'}"
-        )
-    return content_end, content_end + len(closing)
-
-
-def _label(
-    tokenizer: "PreTrainedTokenizerBase",
-    text: str,
-    spans: Sequence[tuple[int, int]],
-    max_length: int | None,
-) -> EncodedRow:
-    if not tokenizer.is_fast:
+    tools: Sequence[Any],
+    template_kwargs: Mapping[str, Any] | None,
+) -> ChatTemplate:
+    if not tokenizer.chat_template and tokenizer.eos_token is None:
         raise ValueError(
-            f"{type(tokenizer).__name__} reports no character offsets; expected a fast tokenizer"
+            "the tokenizer has neither a chat template nor an eos_token; expected one of them, "
+            "to tell the model where an answer ends"
         )
-    encoding = tokenizer(
-        text,
-        add_special_tokens=_adds_special_tokens(tokenizer),
-        return_offsets_mapping=True,
-        # Sequences beyond the model's length are cut below: no warning is due.
-        verbose=False,
-    )
-    input_ids = encoding["input_ids"][:max_length]
-    # A token belongs to the answer in which it ends: byte-level tokenizers report spaces as empty
-    # ranges at their end, and a token may join the prompt's last line break to the answer's first.
-    labels = [
-        token if any(start < end <= stop for start, stop in spans) else IGNORE_INDEX
-        for token, (_, end) in zip(input_ids, encoding["offset_mapping"], strict=False)
-    ]
+    return ChatTemplate(tokenizer, tools, dict(template_kwargs or {}))
+
+
+def _is_scored(message: Message) -> bool:
+    if message["role"] != "assistant" or message.get("weight") == 0:
+        return False
+    texts = (message.get(name) for name in ("content", *THOUGHT_FIELDS))
+    return bool(message.get("tool_calls")) or any(text and text.strip() for text in texts)
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Token ids of the beginning of a sequence."""
+    bare = _bare_token_ids(tokenizer, text)
+    # A chat template writes the beginning-of-sequence token itself: adding it again doubles it.
+    if tokenizer.chat_template:
+        return bare
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        # Tokens that the tokenizer adds behind the text would end it before the answer.
+        if whole[start : start + len(bare)] == bare:
+            return whole[: start + len(bare)]
+    return whole
+
+
+def _bare_token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    # Sequences beyond the model's length are cut later: no warning is due.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _cut(row: EncodedRow, max_length: int | None) -> EncodedRow:
+    labels = row["labels"][:max_length]
     length = len(labels)
     while length > 0 and labels[length - 1] == IGNORE_INDEX:
         length -= 1
-    return {"input_ids": input_ids[:length], "labels": labels[:length]}
-
-
-def _adds_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    # A chat template writes the beginning-of-sequence token itself: adding it again doubles it.
-    return not tokenizer.chat_template
+    return {"input_ids": row["input_ids"][:length], "labels": labels[:length]}

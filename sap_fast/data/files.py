@@ -43,6 +43,10 @@ class DataError(ValueError):
         return f"{where}: got {problem}; expected {self.expected}"
 
 
+class RefusedRow(DataError):
+    """A row that is well formed, and yet cannot be trained as it stands; the others can."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a file, with the place it came from."""
@@ -54,6 +58,10 @@ class Row:
     def fail(self, field: str | None, problem: str, expected: str) -> NoReturn:
         """Raises the `DataError` that names this row."""
         raise DataError(self.path, self.number, field, problem, expected)
+
+    def refuse(self, field: str | None, problem: str, expected: str) -> NoReturn:
+        """Raises the `RefusedRow` that names this row."""
+        raise RefusedRow(self.path, self.number, field, problem, expected)
 
     def text(self, field: str, value: Any, *, blank: bool = False) -> str:
         """Returns `value` if it is usable text.

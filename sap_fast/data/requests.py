@@ -12,6 +12,7 @@ from sap_fast.data.files import (
     read_numbered_lines,
     read_numbered_rows,
 )
+from sap_fast.data.unread import Unread
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ def load_requests(path: str | Path) -> list[Request]:
     """Reads a file of requests.
 
     Args:
-        path: ``.txt`` with one request per line, or ``.jsonl``, ``.json`` or ``.parquet`` with the
-            request in ``prompt``, ``text`` or ``instruction`` (with an optional ``input``), and
-            optional texts ``refusal`` and ``opening``.
+        path: `.txt` with one request per line, or `.jsonl`, `.json` or `.parquet` with the request
+            in `prompt`, `text` or `instruction` (with an optional `input`), and optional texts
+            `refusal` and `opening`. Columns that are not read are named in one warning.
 
     Returns:
         The requests, at least one.
@@ -52,16 +53,21 @@ def load_requests(path: str | Path) -> list[Request]:
     if path.suffix.lower() not in SUFFIXES:
         expected = f"one of {', '.join((*SUFFIXES, '.txt'))}"
         raise DataError(path, None, None, f"the suffix '{path.suffix}'", expected)
-    return [_read_request(row) for row in read_numbered_rows(path)]
+    unread = Unread()
+    requests = [_read_request(row, unread) for row in read_numbered_rows(path)]
+    unread.warn(path)
+    return requests
 
 
-def _read_request(row: Row) -> Request:
+def _read_request(row: Row, unread: Unread) -> Request:
     for field in ("prompt", "text", "instruction"):
         value = row.values.get(field)
         if value is not None:
             break
     else:
         row.fail(None, describe(row.values), "one of the fields 'prompt', 'text', 'instruction'")
+    context = ("input",) if field == "instruction" else ()
+    unread.count_columns(row, (field, *context, "refusal", "opening"))
     prompt = alpaca_prompt(row) if field == "instruction" else row.text(field, value)
     return Request(prompt, _optional_text(row, "refusal"), _optional_text(row, "opening"))
 

@@ -164,12 +164,14 @@ class SAPTrainerMixin(_Base):
         method: `"sap"` for `FusedSAP`, `"blend"` for `BlendedAdamW`.
         probe: keyword arguments for `ProbeSet`, with `"sap"`.
         sap_options: keyword arguments for the optimizer, over what `TrainingArguments` says. An
-            optimizer given as `optimizers=(FusedSAP(…), …)` is used as it is instead.
+            optimizer given as `optimizers=(FusedSAP(…), …)` is used as it is instead; leave these
+            and `probe` out then.
         **kwargs: as for the trainer.
 
     Raises:
         ValueError: without safety data or collator, for an unknown `safety_loss` or `method`, for a
-            `probe` without a method that has one, or for another optimizer in `TrainingArguments`.
+            `probe` without a method that has one, for another optimizer in `TrainingArguments`, or
+            for settings beside an optimizer that is given.
     """
 
     def __init__(
@@ -212,6 +214,11 @@ class SAPTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         if self.optimizer is None:
             self._refuse_other_optimizers()
+        elif self._probe or self._sap_options:
+            raise ValueError(
+                f"probe={self._probe} and sap_options={self._sap_options} have no effect on an "
+                "optimizer that is given: leave them out, or leave optimizers= out"
+            )
         self._safety_batches = SafetyBatches(safety_dataset, safety_batch_size, self.args.seed)
 
     def _refuse_other_optimizers(self) -> None:
@@ -323,7 +330,8 @@ class SAPTrainerMixin(_Base):
 
         def task(part: list[Any]) -> Tensor:
             items = num_items
-            if part is not window and num_items is not None:
+            # Asked of the setting and not of the part: to count is to wait for the other ranks.
+            if optimizer.probes is not None and optimizer.probes.rows < 1 and items is not None:
                 items = self._get_num_items_in_batch(part, self.args.device)
             # What a loss is divided by that no number of items scales.
             self.current_gradient_accumulation_steps = len(part)

@@ -105,8 +105,8 @@ class Level:
         self._loss = self.above = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what later steps depend on."""
-        return {"losses": self._losses, "above": self.above}
+        """Return what later steps depend on: nothing of a step in progress."""
+        return {"losses": self._losses, "above": self.above if self._loss is None else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""

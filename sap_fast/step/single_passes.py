@@ -86,7 +86,8 @@ class SinglePasses:
         self.record = StepRecord()
         self.trained.begin()
         self._task_random_state: RandomState | None = None
-        if not self.direction.is_settled:
+        known = set(self.trained.parameters)
+        if not self.direction.is_settled or not known.issuperset(self.direction.parameters):
             self.direction.release()
             self.level.forget()
         if self.probes is not None:
@@ -142,6 +143,7 @@ class SinglePasses:
         before, self.stage = self.stage, stage
         try:
             self.trained.forget_weights()
+            self.trained.every(inside=True)  # finds them, once per step
             yield
         finally:
             self.stage = before

@@ -22,7 +22,8 @@ class Trained:
         probes: brings the model; None if only the parameters are known.
 
     Attributes:
-        parameters: all of the optimizer's, in its order.
+        parameters: all of the optimizer's, in its order, at the beginning of the step.
+        groups: what they are read from: the optimizer's groups, if `params` was that list.
         ranks: what spreads the model over ranks.
 
     Raises:
@@ -31,7 +32,8 @@ class Trained:
     """
 
     def __init__(self, params: Iterable[Any], probes: ProbeSet | None) -> None:
-        self.parameters = list(dict.fromkeys(_flatten(params)))
+        self.groups = params if _are_groups(params) else list(_flatten(params))
+        self.begin()
         self._probes = probes
         refuse_foreign_shards(self.parameters)
         self.refuse_shared_storage()
@@ -42,7 +44,6 @@ class Trained:
                 "given"
             )
         self.runs_in(None if probes is None else probes.model)
-        self.begin()
 
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
         """Know of more parameters: those of a group that the optimizer was given later.
@@ -89,13 +90,18 @@ class Trained:
 
     def runs_in(self, model: nn.Module | None) -> None:
         """Make known the model as the loop calls it; see `SafetyPasses.runs_in`."""
+        self.begin()
         refuse_foreign_shards(self.parameters)
         self.ranks = Ranks(model)
         if self._probes is not None:
             self._probes.ranks = self.ranks
 
     def begin(self) -> None:
-        """Begin a step: the modules of the model may be others than in the last one."""
+        """Begin a step: parameters and modules may be others than in the last one.
+
+        `fully_shard` puts others into the model, and Accelerate those into the optimizer's groups.
+        """
+        self.parameters = list(dict.fromkeys(_flatten(self.groups)))
         self._every: list[nn.Parameter] | None = None
 
     @property
@@ -128,6 +134,13 @@ class Trained:
         """Drop copies of the weights: a later pass must not meet those of an earlier one."""
         torch.clear_autocast_cache()
         self.ranks.reshard()
+
+
+def _are_groups(params: Iterable[Any]) -> bool:
+    """Whether this is `param_groups` of an optimizer: a list that may be read again."""
+    return isinstance(params, list) and all(
+        isinstance(item, Mapping) and isinstance(item["params"], list) for item in params
+    )
 
 
 def _flatten(params: Iterable[Any]) -> Iterator[nn.Parameter]:

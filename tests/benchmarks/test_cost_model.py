@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -108,10 +109,24 @@ def test_flops_of_transformers_own_loss(lora: bool) -> None:
 SMALL = Shape("small", 128, 6, 4, 2, 384, 1024, tied=True)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "layers"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("name", ["hf_adamw", "blend", "sap"])
+#: Every value beside every other once; all combinations are slow.
+FEW = {
+    ("sap", True, "fp32", "none"),
+    ("sap", False, "bf16", "layers"),
+    ("blend", True, "bf16", "layers"),
+    ("blend", False, "fp32", "none"),
+    ("hf_adamw", True, "bf16", "none"),
+    ("hf_adamw", False, "fp32", "layers"),
+}
+ALL = itertools.product(
+    ("hf_adamw", "blend", "sap"), (True, False), ("fp32", "bf16"), ("none", "layers")
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "dtype", "checkpointing"),
+    [each if each in FEW else pytest.param(*each, marks=pytest.mark.slow) for each in ALL],
+)
 def test_memory_of_a_counted_step(name: str, lora: bool, dtype: str, checkpointing: str) -> None:
     contenders.start_case()
     data = workloads.random_data(64, vocabulary=1024, rows=16)

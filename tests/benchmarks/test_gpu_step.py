@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_step
+from benchmarks.provenance import gpu_name
 from benchmarks.workloads import TINY, period_of
 from tests.benchmarks.helpers import read
 
@@ -16,7 +17,7 @@ from tests.benchmarks.helpers import read
 def test_every_configuration_runs(tmp_path: Path) -> None:
     arguments = ["--quick", "--case", "1b-full", "--results", str(tmp_path)]
     assert gpu_step.main(arguments) == 0
-    rows = read(tmp_path / "gpu_step.csv")
+    rows = read(tmp_path / f"gpu_step-{gpu_name()}.csv")
     assert [row["configuration"] for row in rows] == list(gpu_step.CONFIGURATIONS)
     assert {row["checkpointing"] for row in rows} == {"layers"}
     assert all(float(row["median_s"]) > 0 and float(row["tflop_per_s"]) > 0 for row in rows)

@@ -78,8 +78,6 @@ def test_memory_shrinks_with_checkpointing(folder: Path) -> None:
     for name in step.IN_MEMORY:
         plain, checkpointed = (float(rows[name, m]["tensors_mb"]) for m in step.CHECKPOINTING)
         assert checkpointed < 0.7 * plain
-    kept = {name: float(rows[name, "none"]["kept_mb"]) for name in step.IN_MEMORY}
-    assert kept["sap"] == kept["blend"] == kept["floor"] < kept[SAVING[1]]
 
 
 def test_allocations_are_those_of_adamw(folder: Path) -> None:

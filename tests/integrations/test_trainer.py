@@ -206,15 +206,19 @@ def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
     trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = FusedSAP(trained, ProbeSet(tuned, layers=[0], rho=1e-3), lr=1e-3)
     args = arguments(tmp_path, optim="sgd")  # of no effect on an optimizer that is given
-    trainer = sap_trainer(SAPTrainer, tuned, args, optimizers=(optimizer, None))
+    trainer = trainer_of(SAPTrainer, tuned, args, optimizers=(optimizer, None))
     assert trainer.probe_set is optimizer.probes
     trainer.train()
     assert trainer.sap_optimizer is optimizer and optimizer.passes.steps == 4
 
     other = torch.optim.AdamW(trained)
-    trainer = sap_trainer(SAPTrainer, tuned, arguments(tmp_path), optimizers=(other, None))
+    trainer = trainer_of(SAPTrainer, tuned, arguments(tmp_path), optimizers=(other, None))
     with pytest.raises(TypeError, match="of AdamW, neither FusedSAP nor BlendedAdamW"):
         trainer.train()
+
+    with pytest.raises(ValueError, match=r"sap_options=\{'rule': 'floor'\} have no effect"):
+        given: dict[str, Any] = {"sap_options": {"rule": "floor"}, "optimizers": (optimizer, None)}
+        trainer_of(SAPTrainer, tuned, arguments(tmp_path), **given)
 
 
 @pytest.mark.parametrize("method", ["sap", "blend"])

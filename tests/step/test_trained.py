@@ -69,3 +69,35 @@ def test_empty_parameters_and_those_on_meta_share_nothing() -> None:
     assert len(SafetyPasses(empty).trained.parameters) == 2
     plain_adamw(empty)
     SafetyPasses(meta, backend="reference")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_parameters_put_into_a_group_are_those_of_the_next_step(loaded: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4, bias=False)
+    x = torch.randn(3, 4)
+    optimizer = BlendedAdamW(model.parameters(), lr=0.1, safety_level=None, direction_every=5)
+    safety_calls: list[int] = []
+
+    def backward(sign: float) -> torch.Tensor:
+        if sign < 0:
+            safety_calls.append(1)
+        loss = (model(x) - sign).square().mean()
+        loss.backward()
+        return loss
+
+    def step() -> None:
+        optimizer.step(lambda: backward(1.0), lambda: backward(-1.0))
+
+    step()
+    if loaded:
+        optimizer.load_state_dict(optimizer.state_dict())
+    step()
+    assert len(safety_calls) == 1
+    before = model.weight.detach().clone()
+    model.weight = nn.Parameter(before.clone())  # as `fully_shard` does, and Accelerate after it
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    step()
+    assert optimizer.passes.trained.parameters == [model.weight]
+    assert len(safety_calls) == 2  # d of a parameter that is gone is of no use
+    assert not torch.equal(model.weight, before)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.study import runs
-from benchmarks.study.methods import TRAINING, run_of
+from benchmarks.study import data, runs
+from benchmarks.study.methods import METHODS, TRAINING, run_of
+from sap_fast.cli.models import add_lora, load_model
 
 
 def test_a_model_is_tuned_once_and_asked_for_each_split(
@@ -73,6 +75,14 @@ def test_two_runs_of_one_tuning_at_once_tune_once(
         return tune(*arguments)
 
     monkeypatch.setattr(runs, "tune", counted)
+    # In one process two that load at once leave transformers' classes patched.
+    loading = Lock()
+
+    def load_alone(*arguments: Any, **options: Any) -> Any:
+        with loading:
+            return load_model(*arguments, **options)
+
+    monkeypatch.setattr(runs, "load_model", load_alone)
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(2) as pool:
@@ -90,3 +100,51 @@ def test_two_runs_of_one_tuning_at_once_tune_once(
 )
 def test_the_answer_of_a_solution_is_read(text: str, value: float) -> None:
     assert runs.number(runs._ANSWER.findall(text)[-1]) == value
+
+
+EARLY = {"probe_layers": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("sap", EARLY | {"preset": "balanced"}),
+        ("blend", {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "joint"}),
+        ("along", EARLY),
+        *(
+            pytest.param(method, setting, marks=pytest.mark.slow)
+            for method, setting in (
+                ("sap", {"safety_batch_size": 2, "probe_rule": "adam", "probe_lr": 0.05}),
+                ("blend", {"safety_weight": 0.1, "direction_every": 5, "varied_openings": True}),
+                ("sap+blend", EARLY | {"safety_weight": 0.3, "safety_level": "auto"}),
+                ("mixed", {"refusal_weight": 0.1}),
+                ("random", {}),
+                ("averaging", EARLY | {"averaged": "direction"}),
+                ("sam", {"radius": 0.05}),
+                ("lisa", {"alignment_steps": 1, "task_steps": 9, "proximal": 1.0}),
+                ("panacea", {"radius": 1.0, "harm_weight": 0.001}),
+            )
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_setting_of_the_rows_still_tunes(
+    method: str,
+    setting: dict[str, Any],
+    chat_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    monkeypatch.setitem(TRAINING, "steps", 5)  # after which the trainer logs
+    run = run_of(method, setting, 0, "alpaca")
+    model, tokenizer = load_model(str(chat_model), "fp32", trainable=True)
+    model = add_lora(model, r=2, alpha=4, dropout=0.1, targets=None)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    figures, looks = runs.tune(run, data.load_task("alpaca"), model, tokenizer, False)
+    trained = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert trained and all("lora" in name for name in trained)
+    assert figures["step_seconds"] > 0 and looks == []
+    if "safety_level" not in setting:  # the step that is logged may be held
+        # The lean of a probe is known where there is one.
+        assert (figures["lean_predicted"] is not None) == METHODS[method].has_probe

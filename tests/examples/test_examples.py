@@ -1,0 +1,92 @@
+"""Every example runs, and says what it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem != "common")
+ON_RANKS = [script for script in SCRIPTS if "torchrun" in script.read_text()]
+
+
+@pytest.fixture
+def as_from_examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Let a script that is run in this process find what is beside it, and write elsewhere."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("common", None)
+
+
+def assert_says_its_losses(shown: str) -> None:
+    """Every step says its loss. Random tokens of 256: ln 256 = 5.5 each."""
+    losses = [float(found) for found in re.findall(r"(?m)^.*?\bloss\W+(\d+\.\d+)", shown)]
+    assert len(losses) >= 2 and losses[:2] == pytest.approx([5.5, 5.5], abs=0.3), shown
+
+
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [
+        *((script, []) for script in SCRIPTS if script not in ON_RANKS),
+        *((EXAMPLES / name, ["--blend"]) for name in ("plain_loop.py", "trainer_lora.py")),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value),
+)
+def test_every_example_runs(
+    script: Path,
+    more: list[str],
+    as_from_examples: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "--tiny", "--steps", "2", *more])
+    runpy.run_path(str(script), run_name="__main__")
+    assert_says_its_losses(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("script", ON_RANKS, ids=lambda path: path.stem)
+def test_every_example_on_ranks_runs(script: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), "--tiny", "--steps", "2"],
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_says_its_losses(done.stdout)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_example_explains_itself(
+    script: Path,
+    as_from_examples: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    # What torchrun sets is not there.
+    monkeypatch.setattr(dist, "init_process_group", lambda: pytest.fail("before the arguments"))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(script), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert f"examples/{script.name} --tiny" in shown and "--model" in shown
+    assert f"`{script.name}`" in (EXAMPLES / "README.md").read_text()
+    assert len(script.read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_no_example_knows_the_order_of_the_passes(script: Path) -> None:
+    text = script.read_text()
+    assert "safety_pass" not in text and "probe_pass" not in text and "calibrate" not in text
