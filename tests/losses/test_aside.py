@@ -15,7 +15,7 @@ class WithStatistics(transformers.LlamaForCausalLM):
 
     def forward(self, input_ids, *args, **kwargs):
         self.seen(self.model.embed_tokens(input_ids).flatten(0, 1))
-        self.last = input_ids.max()
+        self.last = self.last + input_ids.max()
         return super().forward(input_ids, *args, **kwargs)
 
 
@@ -42,10 +42,11 @@ def test_statistics_modes_and_random_numbers_are_put_back():
 
 
 def test_compiled_models_are_not_traced_for_it():
-    traced = []
+    traced, shapes = [], set()
 
     def backend(graph, inputs):
         traced.append(graph)
+        shapes.update(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor))
         return graph.forward
 
     plain, batch = with_loss_function().train(), make_batch()
@@ -54,6 +55,7 @@ def test_compiled_models_are_not_traced_for_it():
         task_loss(model, batch)
     with_labels = len(traced)
     assert with_labels > 0
+    assert (3, 12) in shapes and (2, 8) not in shapes
     task_loss(model, batch)
     assert len(traced) == with_labels
     assert_same(task_loss(model, batch), plain(**batch).loss, rtol=2e-6)

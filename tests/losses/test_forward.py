@@ -88,6 +88,13 @@ def test_the_first_token_is_scored_where_a_virtual_one_predicts_it(name):
     ours, own = task_loss(model, batch), model(**batch).loss
     assert_same(ours, own, rtol=2e-6)
     assert_same(gradients(ours, model), gradients(own, model))
+    in_sequence = name != "prefix tuning"
+    counts = torch.tensor([11 + in_sequence, 6, 6 + in_sequence])
+    log_probs = response_log_probs(model, batch)
+    assert_same(-log_probs.sum() / counts.sum(), own, rtol=2e-6)
+    other = {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    margins = log_probs / counts - response_log_probs(model, other, reduction="mean")
+    assert_same(contrastive_loss(model, batch, other), -margins.sigmoid().log().mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -115,10 +115,11 @@ def test_known_terms_are_added(name):
     assert none > 1e-3  # a term of the model's is not one of the tokens
 
 
-def test_a_term_is_that_of_the_model_and_not_of_its_configuration():
+def test_a_term_is_that_of_the_model_and_not_of_its_configuration(recwarn):
     model, batch = make(KNOWN, "JetMoe"), make_batch()
     model.aux_loss_coef = 0.25
     assert_same(task_loss(model, batch), model(**batch).loss, rtol=2e-6)
+    assert len(recwarn) == 0
 
 
 # ---- what is not known ----
@@ -330,9 +331,13 @@ def test_the_head_is_tested_in_each_mode():
 # ---- which batches, which losses ----
 
 
-def test_dropout_of_the_head_is_no_difference(recwarn):
-    config = LoraConfig(target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
-    task_loss(get_peft_model(build(), config).train(), make_batch())
+@pytest.mark.parametrize("where", ["lm_head", "q_proj", "attention"])
+def test_dropout_is_no_difference(where, recwarn):
+    model = build(initializer_range=0.3, attention_dropout=0.5)
+    if where != "attention":
+        config = LoraConfig(target_modules=[where], lora_dropout=0.5, init_lora_weights=False)
+        model = get_peft_model(build(), config)
+    task_loss(model.train(), make_batch(), pack=False)
     assert [w for w in recwarn if w.category is UserWarning] == []
 
 

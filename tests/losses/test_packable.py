@@ -237,11 +237,12 @@ def test_noise_of_each_token_is_packed(draw, forwards, refused):
     assert forwards == [(1, 43)] and refused() == []
 
 
-@pytest.mark.parametrize("where", ["attention", "adapters"])
+@pytest.mark.parametrize("where", ["sdpa", "eager", "adapters"])
 def test_dropout_is_no_difference(where, forwards, refused):
-    model = build(attention_dropout=0.5)
+    settings = {"attention_dropout": 0.5, "attn_implementation": where}
+    model = build(initializer_range=0.3, **({} if where == "adapters" else settings))
     if where == "adapters":
-        config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
-        model = get_peft_model(build(), config)
+        config = LoraConfig(target_modules=["o_proj"], lora_dropout=0.5, init_lora_weights=False)
+        model = get_peft_model(model, config)
     task_loss(model.train(), batch_of(BATCHES["shared prefix"]))
     assert forwards == [(1, 43)] and refused() == []

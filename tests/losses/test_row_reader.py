@@ -97,6 +97,12 @@ READERS = {
         ),
         "the hook Row on model.layers.0 ",
     ),
+    "hook in the clothes of torch's": (
+        lambda model: model.model.norm.register_forward_hook(
+            functools.wraps(torch.nn.functional.relu)(lambda *_: None)
+        ),
+        "the hook relu on model.norm ",
+    ),
     "hook of an object": (
         lambda model: model.model.norm.register_forward_hook(EveryModule()),
         "the hook EveryModule on model.norm ",
@@ -246,6 +252,14 @@ def with_forward_of_trl(model):
     return model
 
 
+def with_its_own_forward(model):
+    """As what wrapped it, and was taken off, leaves it."""
+    model = with_lora(model)
+    model.forward = model.forward
+    model.base_model.model.model.forward = model.base_model.model.model.forward
+    return model
+
+
 def pruned(model):
     # As FSDP2 does: methods and objects of torch's.
     prune.identity(model.model.layers[0].mlp.up_proj, "weight")
@@ -265,6 +279,7 @@ BLIND = {
         model(torch.ones(1, 3).long(), output_hidden_states=True) and model
     ),
     "TRL's own forward": with_forward_of_trl,
+    "the forward of its class": with_its_own_forward,
     "torch's own": pruned,
     "a hook that says so": with_an_observer,
 }
