@@ -3,10 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from sap_fast.configuration import text_config, text_setting
+from sap_fast.configuration import outer_modules, text_config, text_setting, virtual_tokens
 from tests.tiny import tiny_llama
 
 
@@ -70,6 +70,31 @@ def test_the_text_that_is_written_counts_where_text_is_read_too():
     config.text_encoder = transformers.LlamaConfig(hidden_size=32)
     config.decoder = transformers.LlamaConfig(hidden_size=64)
     assert text_setting(with_config(nn.Linear(2, 2), config), "hidden_size") == 64
+
+
+def test_modules_around_a_model_are_told_from_those_inside_it():
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = transformers.LlamaForCausalLM(config)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    around = nn.ModuleDict({"inner": adapted, "other": nn.Linear(2, 2)})
+    kinds = [type(module).__name__ for module in outer_modules(around)]
+    assert kinds == ["ModuleDict", "PeftModel", "Linear", "LoraModel", "LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_virtual_tokens_count_while_the_adapter_is_on(prefix):
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = transformers.LlamaForCausalLM(config)
+    assert virtual_tokens(model).number == 0
+    kind = PrefixTuningConfig if prefix else PromptTuningConfig
+    adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert virtual_tokens(nn.ModuleDict({"inner": adapted})) == (3, not prefix)
+    with adapted.disable_adapter():
+        assert virtual_tokens(adapted).number == 0
 
 
 def test_the_decoder_of_an_encoder_decoder():

@@ -3,17 +3,22 @@
 What they share:
 
 - *Model.* A causal language model, possibly wrapped (PEFT, DDP, `torch.compile`).
-- *Batch.* A mapping with `input_ids`, `attention_mask` and `labels`, each (B, S), and further
-  tensors for the model's forward. `labels` equal `input_ids` where a token is scored and are
-  `IGNORE_INDEX` elsewhere. Position s predicts token s+1. A token is scored where its label says so
-  and neither it nor the token before it is padding, so the padding side does not change a loss.
+- *Batch.* A mapping with `input_ids`, `labels` and, where rows are padded, `attention_mask`, each
+  (B, S), and further tensors for the model's forward. `labels` equal `input_ids` where a token is
+  scored and are `IGNORE_INDEX` elsewhere. Position s predicts token s+1. A token is scored where
+  its label says so and neither it nor the token before it is padding, so the padding side does not
+  change a loss. No mask is made up for a model: without one, `position_ids` that start again tell
+  sequences that share a row, as transformers' `DataCollatorWithFlattening` packs them.
+- *Virtual tokens.* Those that PEFT puts before a row (prompt tuning and its relatives) are not
+  scored; they predict the first token, where that is.
 - *Pairs.* `chosen` holds safe responses, and `rejected` the harmful responses to the same prompts,
   row for row. Both batches run as one forward.
 - *Reduction.* The `"mean"` over the tokens of a response, or their `"sum"`, is what stands for its
   log-probability in the losses of pairs.
 - *Packing.* With `pack=True`, what sequences share at their start is computed once, and padding not
-  at all, where that pays and the model allows (`sap_fast.losses.packing`). The result is equal up
-  to rounding without dropout. With dropout, a shared prefix draws one mask for all that share it.
+  at all, where that pays, the model allows and nothing reads a row
+  (`sap_fast.losses.packable`). The result is equal up to rounding without dropout. With dropout, a
+  shared prefix draws one mask for all that share it.
 - *Logits.* They are computed at the scored positions alone and a chunk at a time, by the model's
   own head (`sap_fast.losses.head`). Where a model's head is not of a known kind, a loss is computed
   from the model's full logits, and a warning says why.

@@ -135,9 +135,8 @@ def _compare(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: Score
             raise  # says nothing about the model
         except Exception as error:  # whatever a model makes of labels
             random_state.restore()
-            scored_log_probs(
-                model, sample, part, pack=False
-            )  # fails as well if it isn't the labels
+            # It is not the labels where this fails as well, with the error that matters.
+            scored_log_probs(model, sample, part, pack=False)
             _warn(causal_lm, f"its forward fails with labels ({error})", "is not compared with its")
             return True
         loss = _loss(outputs)

@@ -22,6 +22,7 @@ ROW_KEYS = frozenset(
         "labels",
         "mm_token_type_ids",
         "position_ids",
+        "task_ids",
         "token_type_ids",
     }
 )

@@ -131,6 +131,12 @@ def test_rows_without_a_scored_token_come_last() -> None:
     assert [taken(part) for part in part_of(micro_batches, 0.6)] == [[0, 1], [0, 1]]
 
 
+def test_each_row_keeps_the_task_of_its_virtual_tokens() -> None:
+    batch = {**random_batch(rows=4), "task_ids": torch.tensor([3, 2, 1, 0])}
+    batch["labels"][0] = -100
+    assert part_of(batch, 0.5)["task_ids"].tolist() == [2, 1]
+
+
 def test_what_has_no_rows_stays_as_it_is() -> None:
     batch = scored(True, False, True, True)
     whole = {"weight": torch.tensor(0.5), "names": ["a", "b", "c", "d"]}
