@@ -53,5 +53,5 @@ def test_the_tests_that_the_table_of_stacks_names_exist() -> None:
     assert len(names) > 20
     for name, shortened in names:
         assert f"def {name}{'' if shortened else '('}" in source, name
-    for target in re.findall(r"\]\(([^)]+)\)", table):
+    for target in re.findall(r"\]\(([^)#]+)\)", table):
         assert (folder.parent / "docs" / target).exists(), target
