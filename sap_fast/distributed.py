@@ -1,12 +1,12 @@
 """Models spread over ranks, by `DistributedDataParallel` or by FSDP2's `fully_shard`.
 
-In the safety pass and the task pass both average gradients over ranks as ever; the safety pass has
-them do so also where an accumulated step has switched that off. Parameters are frozen in probe
-passes, so there is nothing to average; h is averaged instead, a few kilobytes. All ranks then hold
-the same direction (FSDP2: each its shard) and, with probes shared by all tokens, the same V.
+Both average gradients over ranks in the safety pass and in the task pass; in the safety pass also
+where an accumulated step has switched that off. Probe passes freeze the parameters, so no gradient
+is averaged there; h is, a few kilobytes. All ranks then hold the same safety gradient (FSDP2: each
+its shard of it) and the same V.
 
 Shards are perturbed where they lie. The operations of `sap_fast.ops` run on the local tensors of
-DTensors, and sums over all parameters are added up over ranks in one all-reduce.
+DTensors, and one all-reduce adds up each sum over all parameters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Ranks:
         shards: its modules that `fully_shard` was called on.
 
     Raises:
-        ValueError: for wrappers whose passes can't be those of SAP, with what to use instead.
+        ValueError: for wrappers that SAP cannot run under, saying what to use instead.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -57,9 +57,9 @@ class Ranks:
         return bool(self.replicas or self.shards)
 
     def reshard(self) -> None:
-        """Let the next forward pass gather parameters anew: those that are there may be old.
+        """Let the next forward pass gather parameters anew, as those that are there may be old.
 
-        The root keeps its own from forward to backward, and after a forward without backward.
+        The root keeps its parameters from forward to backward, and after a forward without one.
         """
         for shard in self.shards:
             shard.reshard()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -157,12 +157,13 @@ def train(model: nn.Module, rank: int | None, options: dict[str, Any]) -> Any:
 
 
 def run_ddp(
-    rank: int, lora: bool, options: dict[str, dict[str, Any]], setting: str
+    rank: int, lora: bool, options: dict[str, dict[str, Any]], settings: Sequence[str] = ()
 ) -> dict[str, Any]:
+    """What `train` returns by the name of its options, in `DistributedDataParallel` of settings."""
     found = {}
     for name in options:
         inner = problem(lora=lora).model
-        model = DistributedDataParallel(inner, **({setting: True} if setting else {}))
+        model = DistributedDataParallel(inner, **dict.fromkeys(settings, True))
         found[name] = train(model, rank, options[name])
     return found
 
@@ -187,13 +188,36 @@ def assert_as_one_rank(
             assert distance(alone[name], alone[other]) > 1e-5, name
 
 
-@pytest.mark.parametrize("setting", ["", "gradient_as_bucket_view", "find_unused_parameters"])
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_two_ranks_of_ddp_equal_one_on_the_joined_batch(lora, setting, tmp_path):
-    options = OPTIONS | {"checkpointing": {"probe": {"checkpointing": "layers"}}}
-    if setting:  # how DDP keeps gradients: a step of every pass, and one that leaves passes out
-        options = {name: options[name] for name in ("paper", "held")}
-    first, second = on_ranks(tmp_path, run_ddp, lora, options, setting)
+def some_with_full(options: dict[str, dict[str, Any]]) -> list[Any]:
+    """All options with LoRA, some of each kind with full parameters; all with those is slow."""
+    some = ("paper", "forward", "rows", "kept", "held", "project", "blend_() for SGD", "native")
+    return [
+        pytest.param(True, options, id="lora"),
+        pytest.param(False, {k: v for k, v in options.items() if k in some}, id="full"),
+        pytest.param(False, options, id="full-all", marks=pytest.mark.slow),
+    ]
+
+
+#: With LoRA; with full parameters in `make test-slow`.
+LORA = pytest.mark.parametrize(
+    "lora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["lora", "full"]
+)
+
+CHECKPOINTING = {"checkpointing": {"probe": {"checkpointing": "layers"}}}
+
+
+@pytest.mark.parametrize(("lora", "options"), some_with_full(OPTIONS | CHECKPOINTING))
+def test_two_ranks_of_ddp_equal_one_on_the_joined_batch(lora, options, tmp_path):
+    first, second = on_ranks(tmp_path, run_ddp, lora, options)
+    assert_as_one_rank(first, second, lora, options)
+
+
+@pytest.mark.parametrize("setting", ["gradient_as_bucket_view", "find_unused_parameters"])
+@LORA
+def test_how_ddp_keeps_gradients_makes_no_difference(lora, setting, tmp_path):
+    # A step of every pass, one that leaves passes out, and one that keeps d.
+    options = {name: OPTIONS[name] for name in ("paper", "held", "kept")}
+    first, second = on_ranks(tmp_path, run_ddp, lora, options, (setting,))
     assert_as_one_rank(first, second, lora, options)
 
 
@@ -202,7 +226,7 @@ def run_compiled(rank: int, lora: bool) -> dict[str, Any]:
     return {"paper": train(torch.compile(model, backend="eager"), rank, {})}
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@LORA
 def test_a_compiled_model_in_ddp_equals_one_rank_that_is_neither(lora, tmp_path):
     first, second = on_ranks(tmp_path, run_compiled, lora)
     assert_as_one_rank(first, second, lora, {"paper": {}})
@@ -217,6 +241,11 @@ ACCUMULATED: dict[str, dict[str, Any]] = {
 }
 
 
+def task_of_halves(model: nn.Module) -> Callable[[list[Batch]], Tensor]:
+    """The task of a step of two micro-batches."""
+    return lambda part: torch.stack([backward(task_loss(model, one) / 2) for one in part]).sum()
+
+
 def run_accumulated(rank: int) -> dict[str, Any]:
     """Under `no_sync`, as trainers call all but the last micro-batch of an accumulated step."""
     found = {}
@@ -225,11 +254,7 @@ def run_accumulated(rank: int) -> dict[str, Any]:
         optimizer = build(model, **options)
         _, safety, batch = closures(model, 0, rank)
         halves = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
-
-        def task(part: list[Batch], model: nn.Module = model) -> Tensor:
-            losses = [backward(task_loss(model, half) / 2) for half in part]
-            return torch.stack(losses).sum()
-
+        task = task_of_halves(model)
         with model.no_sync():
             optimizer.inner_passes(task, safety, halves)
             with optimizer.task_pass():
@@ -370,8 +395,15 @@ def run_trainer(rank: int, folder: str, lora: bool, accumulate: int) -> list[Ten
     return [p.detach().clone() for p in case.trained]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("lora", "accumulate"),
+    [
+        pytest.param(True, 2, id="lora-2"),
+        pytest.param(False, 1, id="full-1"),
+        pytest.param(True, 1, id="lora-1", marks=pytest.mark.slow),
+        pytest.param(False, 2, id="full-2", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_of_the_trainer_equal_one(lora, accumulate, tmp_path):
     first, second = on_ranks(tmp_path, run_trainer, str(tmp_path), lora, accumulate)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -25,16 +25,20 @@ from sap_fast.model.layers import find_decoder_layers
 from sap_fast.step.guards import Perturbation
 from tests.ranks import RANKS, distance, on_ranks, sharded, share, whole, whole_batch
 from tests.test_distributed import (
+    ACCUMULATED,
+    CHECKPOINTING,
+    LORA,
     OPTIONS,
     assert_as_one_rank,
-    backward,
     build,
     closures,
     parameters_of,
     sap_step,
+    some_with_full,
+    task_of_halves,
     train,
 )
-from tests.tiny import Batch, problem
+from tests.tiny import problem
 
 
 def run_fsdp(rank: int, lora: bool, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -48,15 +52,20 @@ def run_fsdp(rank: int, lora: bool, options: dict[str, dict[str, Any]]) -> dict[
     return found
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_two_ranks_of_fsdp2_equal_one_on_the_joined_batch(lora, tmp_path):
-    # Of what is left to a backend the native one has all but the reductions' order.
-    options = OPTIONS | {
+#: Of what is left to a backend the native one has all but the reductions' order.
+SHARDED_OPTIONS: dict[str, dict[str, Any]] = (
+    OPTIONS
+    | CHECKPOINTING
+    | {
         "native": {"backend": "auto"},
         "clipped": {"max_grad_norm": 0.1},
         "clipped after the floor": {"max_grad_norm": 0.1, "safety_weight": 0.5, "rule": "floor"},
-        "checkpointing": {"probe": {"checkpointing": "layers"}},
     }
+)
+
+
+@pytest.mark.parametrize(("lora", "options"), some_with_full(SHARDED_OPTIONS))
+def test_two_ranks_of_fsdp2_equal_one_on_the_joined_batch(lora, options, tmp_path):
     first, second = on_ranks(tmp_path, run_fsdp, lora, options)
     assert_as_one_rank(first, second, lora, options)
 
@@ -71,7 +80,7 @@ def run_compiled(rank: int, lora: bool) -> dict[str, Any]:
     return {"paper": (whole(parameters), offsets)}
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@LORA
 def test_layers_compiled_and_sharded_equal_one_rank_that_is_neither(lora, tmp_path):
     first, second = on_ranks(tmp_path, run_compiled, lora)
     assert_as_one_rank(first, second, lora, {"paper": {}})
@@ -98,15 +107,6 @@ def test_uneven_and_empty_shards(tmp_path):
     assert distance(found[0]["parameters"], parameters_of(optimizer)) <= 1e-6
 
 
-#: What an accumulated step is checked with.
-ACCUMULATED: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "project": {"safety_weight": 1.0, "rule": "project"},
-    "floor": {"safety_weight": 0.5, "rule": "floor", "max_grad_norm": 0.1},
-    "blend_() for SGD": {"optimizer": torch.optim.SGD, "safety_weight": 0.5},
-}
-
-
 def run_edges(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     # Replicas of shards (HSDP): here two of one.
@@ -121,11 +121,7 @@ def run_edges(rank: int) -> dict[str, Any]:
         optimizer = build(model, **options)
         halves = [share(whole_batch(0, 0), half) for half in range(2)]
         _, safety, _ = closures(model, 0, None)
-
-        def task(part: list[Batch], model: Any = model) -> Tensor:
-            losses = [backward(task_loss(model, half) / 2) for half in part]
-            return torch.stack(losses).sum()
-
+        task = task_of_halves(model)
         model.set_requires_gradient_sync(False)
         optimizer.inner_passes(task, safety, halves)
         for index, half in enumerate(halves):

@@ -269,15 +269,25 @@ def test_installed_sdist_compiles_where_it_can(sdist: Path, tmp_path: Path) -> N
 DIGEST = schema.digest()
 
 
+TORCH = str(torch.__version__)
+OF_ANOTHER_TORCH = ("0.1", DIGEST, f"it was built for torch 0.1, this is {TORCH}")
+OF_OTHER_OPERATIONS = (TORCH, "0", "it was built for operations of another version")
+THAT_DOES_NOT_LOAD = (TORCH, DIGEST, "_ops.so: ")  # the linker's own words
+
+
 @pytest.mark.parametrize(
-    ("torch_version", "schemas", "reason"),
+    ("torch_version", "schemas", "reason", "operators"),
     [
-        ("0.1", DIGEST, f"it was built for torch 0.1, this is {torch.__version__}"),
-        (str(torch.__version__), "0", "it was built for operations of another version"),
-        (str(torch.__version__), DIGEST, "_ops.so: "),  # the linker's own words
+        pytest.param(*OF_ANOTHER_TORCH, None, id="another torch"),
+        pytest.param(*OF_OTHER_OPERATIONS, b"no library", id="other operations"),
+        pytest.param(*THAT_DOES_NOT_LOAD, None, id="no file"),
+        # A file that cannot be loaded is refused below, too, of the other part.
+        pytest.param(*THAT_DOES_NOT_LOAD, b"no library", id="no library", marks=pytest.mark.slow),
+        # What it was built for is looked at before the file is.
+        pytest.param(*OF_ANOTHER_TORCH, b"no library", id="torch, file", marks=pytest.mark.slow),
+        pytest.param(*OF_OTHER_OPERATIONS, None, id="operations, no file", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("operators", [None, b"no library"])
 def test_extension_that_does_not_fit_is_refused(
     pure: Environment,
     tmp_path: Path,

@@ -35,7 +35,7 @@ def estimates_after_two_steps(case: Problem, model: nn.Module) -> dict[int, Tens
 
 
 def compiled_and_eager(backend: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    case = problem()
+    case = problem(layers=3)
     twin = case._replace(model=copy.deepcopy(case.model))
     torch.compiler.reset()
     compiled = torch.compile(case.model, fullgraph=True, backend=backend)
