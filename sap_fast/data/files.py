@@ -16,7 +16,7 @@ class DataError(ValueError):
         path: The file.
         row: Line number (JSONL, text) or row number from 1 (JSON, Parquet); None for the whole
             file.
-        field: Name of the field, such as ``"messages[2].role"``; None for the whole row.
+        field: Name of the field, such as `"messages[2].role"`; None for the whole row.
         problem: What was found.
         expected: What would be accepted.
     """
@@ -90,8 +90,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Reads a file of rows; the suffix names the format.
 
     Args:
-        path: ``.jsonl`` (one object per line, blank lines are skipped), ``.json`` (a list of
-            objects) or ``.parquet``. Text is UTF-8, with or without a byte order mark.
+        path: `.jsonl` (one object per line, blank lines are skipped), `.json` (a list of
+            objects) or `.parquet`. Text is UTF-8, with or without a byte order mark.
 
     Returns:
         The rows, at least one.

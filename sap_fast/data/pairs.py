@@ -50,8 +50,8 @@ def build_safety_pair(request: str, index: int = 0, *, varied: bool = False) -> 
             Varied ones keep more refusals, also of what is harmless (docs/study.md, row 41).
 
     Returns:
-        A row for `load_safety_dataset`: ``prompt``, ``chosen`` (a refusal), ``rejected`` ("Sure,
-        here is how to write a phishing mail:") and ``rejected_is_opening: True``.
+        A row for `load_safety_dataset`: `prompt`, `chosen` (a refusal), `rejected` ("Sure,
+        here is how to write a phishing mail:") and `rejected_is_opening: True`.
 
     Raises:
         ValueError: The request is blank.

@@ -79,7 +79,7 @@ class ChatTemplate:
     Attributes:
         tokenizer: Any tokenizer of transformers.
         tools: JSON schemas of the tools that the chat may call.
-        options: Further variables for the template, such as ``enable_thinking``.
+        options: Further variables for the template, such as `enable_thinking`.
         content_in_parts: Whether content goes in as a list of parts, as templates of models with
             images want it.
         arguments_as_text: Whether the arguments of tool calls go in as JSON text, as DeepSeek-V3

@@ -30,7 +30,7 @@ class Unread:
 
     def count_fields(self, messages: Iterable[Message]) -> None:
         """Counts what a row's messages hold and neither this package nor the template reads."""
-        names = {name for message in messages for name in unknown_fields(message)}
+        names = sorted({name for message in messages for name in unknown_fields(message)})
         self._rows.update(f"{name!r} of messages" for name in names if not self._in_template(name))
 
     def warn(self, path: str | Path) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -140,6 +141,15 @@ def build_tokenizer(chat_template: str | None, **model_options: object) -> PreTr
     )
     wrapped.chat_template = chat_template
     return wrapped
+
+
+def chat(turns: int, *, system: bool = False, **answer: Any) -> list[dict[str, Any]]:
+    """So many questions and answers, with `answer` in each message of the assistant."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be kind."}] if system else []
+    for number in range(turns):
+        messages.append({"role": "user", "content": f"Question {number}?"})
+        messages.append({"role": "assistant", "content": f"Answer {number}.", **answer})
+    return messages
 
 
 def scored_text(tokenizer: PreTrainedTokenizerFast, row: EncodedRow) -> str:

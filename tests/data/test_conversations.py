@@ -137,6 +137,12 @@ def test_a_system_column_is_the_first_message(tmp_path, tokenizer, row):
     assert plain == encode_chat(tokenizer, [USER, ASSISTANT])
 
 
+def test_a_system_column_leaves_the_prompt_unscored(tmp_path, tokenizer):
+    row = {"prompt": [USER, ASSISTANT], "completion": [CHAT[3]], "system": "Be kind."}
+    (encoded,) = load_task_dataset(write(tmp_path / "rows.jsonl", [row]), tokenizer)
+    assert scored_text(tokenizer, encoded) == "The sea, blue<|im_end|>"
+
+
 def test_a_system_column_beside_a_system_message_is_refused(tmp_path, tokenizer):
     row = {"messages": [{"role": "system", "content": "x"}, USER, ASSISTANT], "system": "y"}
     with pytest.raises(DataError, match="field 'system': got text beside a message by 'system'"):

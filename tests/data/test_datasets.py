@@ -1,11 +1,13 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from sap_fast.cli.console import show_warnings
 from sap_fast.data import (
     REFUSALS,
     DataError,
@@ -174,6 +176,19 @@ def test_an_opening_is_scored_without_a_thought_and_without_an_end(tmp_path, nam
     assert scored_text(tokenizer, pair["chosen"]).startswith(REFUSALS[0])
     prompt = pair["chosen"]["labels"].count(-100)
     assert pair["chosen"]["input_ids"][:prompt] == pair["rejected"]["input_ids"][:prompt]
+
+
+def test_the_command_line_prints_how_many_were_refused_and_the_first(tmp_path, tokenizer, capsys):
+    rows = [{"messages": CHAT}, {"messages": [USER, ASSISTANT | {"weight": 0.5}], "id": 7}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with warnings.catch_warnings():
+        show_warnings()
+        load_task_dataset(path, tokenizer)
+    assert capsys.readouterr().err.splitlines() == [
+        f"Warning: {path}: refused 1 of 2 rows; the first: {path}, row 2, field "
+        "'messages[1].weight': got 0.5; expected 0 (read only) or 1 (trained)",
+        f"Warning: {path}: nothing reads 'id' (in 1 of 2 rows)",
+    ]
 
 
 @pytest.mark.parametrize("name", ["gptoss", "qwen3_5_think", "idefics3", "deepseekv3"])

@@ -135,6 +135,32 @@ def test_a_sequence_begins_with_the_tokens_of_its_prompt():
     assert scored_text(tokenizer, row) == "\n    for wave in sea:<|im_end|>"
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_a_template_finds_a_thought_under_the_name_that_it_reads(name):
+    reading = CHATML.replace("m['content']", f"(m['{name}'] or '') + m['content']")
+    tokenizer = build_tokenizer(reading)
+    for field in ("reasoning_content", "thinking", "reasoning"):
+        row = encode_chat(tokenizer, [CHAT[0], CHAT[1] | {field: "Hm "}])
+        assert scored_text(tokenizer, row) == "Hm i<|im_end|>"
+
+
+def test_a_template_gets_the_arguments_of_calls_as_it_takes_them():
+    """As objects, which is what transformers asks for; or else as text, as DeepSeek-V3 does."""
+    calling = CHATML.replace(
+        "m['content']", "(m.tool_calls[0].function.name if m.tool_calls else m['content'])"
+    )
+    argument = "m.tool_calls[0].function.arguments"
+    for written, expected in (
+        (f"({argument} | tojson if m.tool_calls else '')", 'add{"a": 2}<|im_end|>'),
+        (f"({argument} + ';' if m.tool_calls else '')", 'add{"a": 2};<|im_end|>'),
+    ):
+        tokenizer = build_tokenizer(calling.replace("+ '<|im_end|>", f"+ {written} + '<|im_end|>"))
+        for arguments in ({"a": 2}, '{"a": 2}'):
+            call = {"function": {"name": "add", "arguments": arguments}}
+            answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+            assert scored_text(tokenizer, encode_chat(tokenizer, [CHAT[0], answer])) == expected
+
+
 def test_turns_of_weight_0_are_read_but_not_scored(tokenizer):
     chat = [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"weight": 1}]
     row = encode_chat(tokenizer, chat)
@@ -166,6 +192,22 @@ def test_what_a_template_leaves_out_is_refused_by_name(message, options, what):
     for template in (CHATML, None):
         with pytest.raises(ChatTemplateError, match=f"^the chat template leaves out {what}$"):
             encode_turns(build_tokenizer(template), [CHAT[0], CHAT[1] | message], **options)
+
+
+def test_a_call_in_the_history_that_a_template_leaves_out_is_refused_by_name(tokenizer):
+    calling = {"role": "assistant", "content": "I add.", "tool_calls": [CALL]}
+    chat = [CHAT[0], calling, {"role": "tool", "content": "four"}, CHAT[1]]
+    with pytest.raises(ChatTemplateError, match="leaves out the call of 'add' in 'tool_calls' of"):
+        encode_turns(tokenizer, chat, context=3)
+
+
+def test_a_prompt_that_ends_otherwise_than_that_of_the_last_question_alone_is_refused():
+    template = UNANNOUNCED.replace("if add_generation", "if messages|length > 1 and add_generation")
+    assert template != UNANNOUNCED
+    tokenizer = build_tokenizer(template)
+    assert scored_text(tokenizer, encode_chat(tokenizer, CHAT[:2])) == "i<|im_end|>"
+    with pytest.raises(ChatTemplateError, match="does not begin the answer of message 4"):
+        encode_turns(tokenizer, CHAT)
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
