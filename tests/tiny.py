@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -174,6 +175,19 @@ def weights(of: Problem | nn.Module) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
+def two_groups(params: list[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
+    """Parameters in two groups, the second of which has settings of its own."""
+    half = len(params) // 2
+    own = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.99)}
+    return [{"params": params[:half]} | options, {"params": params[half:]} | own | options]
+
+
+def signature(function: Any) -> list[tuple[str, str, Any]]:
+    """Names, kinds and defaults of the arguments, in their order."""
+    parameters = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind.name, p.default) for p in parameters]
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Everything that a pass must leave as it was."""
     return {
@@ -226,13 +240,6 @@ def assert_same_bits(left: Any, right: Any) -> None:
 def norm_of(tensors: list[Tensor]) -> float:
     """The norm of several tensors as of one long vector."""
     return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
-
-
-def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """‖a − b‖/‖b‖ over all tensors."""
-    pairs = list(zip(actual, expected, strict=True))
-    square = sum(((a - b).detach().double() ** 2).sum() for a, b in pairs)
-    return float((square / sum((b.detach().double() ** 2).sum() for _, b in pairs)).sqrt())
 
 
 def spread(axes: Sequence[Sequence[Any]], quick: set[tuple[int, ...]]) -> list[Any]:

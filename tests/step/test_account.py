@@ -165,7 +165,9 @@ def test_the_norm_that_is_said_is_that_without_the_scale() -> None:
     assert "‖∇L_safe‖ = 2)" in message
 
 
-@pytest.mark.parametrize(("norm", "applied", "count"), [(1.0, 0.6, 0), (1.0, 0.4, 1), (0.0, 0.4, 0)])
+@pytest.mark.parametrize(
+    ("norm", "applied", "count"), [(1.0, 0.6, 0), (1.0, 0.4, 1), (0.0, 0.4, 0)]
+)
 def test_a_perturbation_of_which_half_is_lost_is_said(
     norm: float, applied: float, count: int
 ) -> None:

@@ -564,7 +564,7 @@ def test_calls_out_of_order_say_what_to_call() -> None:
         with pytest.raises(RuntimeError, match=r"after inner_passes\(\) without task_pass\(\)"):
             call()
     # Without measures_lean the probe passes use the direction up.
-    with pytest.raises(RuntimeError, match="several rounds .* only with measures_lean"):
+    with pytest.raises(RuntimeError, match=r"several rounds .* only with measures_lean"):
         passes.probe_passes(lambda _: task(case))
     with optimizer.task_pass():
         task(case)
