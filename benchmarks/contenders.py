@@ -86,6 +86,8 @@ class ForwardSizes:
         if self.steps:
             self.steps[-1].append(tuple(tokens.shape))
 
+    _note.reads_no_rows = True  # type: ignore[attr-defined]
+
     def by_pass(self) -> dict[str, list[tuple[int, int]]]:
         """Return the sizes by pass."""
         found: dict[str, list[tuple[int, int]]] = {"safety": [], "probe": [], "task": []}

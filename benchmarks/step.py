@@ -273,7 +273,8 @@ def measure_curves(axis: str, dtype: str, quick: bool) -> list[Row]:
         start_case()
         at = base | {axis: value}
         data = random_data(at["length"], vocabulary=4096, rows=64, equal=True)
-        shape = Shape("narrow", 256, at["depth"], 4, 2, 688, 4096, tied=True)
+        widths = (64, 128) if quick else (256, 688)
+        shape = Shape("narrow", widths[0], at["depth"], 4, 2, widths[1], 4096, tied=True)
         runs = {}
         for name in ("floor", "sap"):
             model = add_lora(random_llama(shape), Lora(targets=PROJECTIONS[: at["targets"]]))

@@ -144,6 +144,14 @@ def test_without_rho_or_size_twenty_steps_have_the_bits_of_adamw(
     assert_same_bits(optimizer.state_dict()["state"], adamw.state_dict()["state"])
 
 
+def test_it_is_a_blended_adamw_that_blends_nothing_by_itself() -> None:
+    case = problem()
+    probes = ProbeSet(case.model)
+    optimizer = FusedSAP(case.trained, probes)
+    assert optimizer.probes is optimizer.passes.probes is probes
+    assert optimizer.passes.safety_weight == 0 and optimizer.passes.safety_level is None
+
+
 def test_the_probe_changes_the_update() -> None:
     ours, theirs = problem(), problem()
     sap_step(ours, sap(ours))

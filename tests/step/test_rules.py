@@ -19,6 +19,11 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 SCALE = 2.0**12
 
 
+def name_of(value: Any) -> str:
+    """The same in every process: the address of a function is not."""
+    return getattr(value, "__name__", str(value))
+
+
 def some_function(g_square: Tensor, g_dot_d: Tensor, d_square: Tensor) -> Tensor:
     """A rule of the user's own: c = (‖g‖² + ⟨g, d⟩)/(‖d‖² + 1)."""
     return (g_square + g_dot_d) / (d_square + 1)
@@ -94,7 +99,7 @@ def clipped(expected: tuple[float, float], way: frozenset[str]) -> list[float]:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(sorted(way)) or "plain")
-@pytest.mark.parametrize(("rule", "weight", "g", "d", "expected"), CASES, ids=str)
+@pytest.mark.parametrize(("rule", "weight", "g", "d", "expected"), CASES, ids=name_of)
 def test_the_update_is_made_with_the_gradient_worked_out_by_hand(
     rule: Rule,
     weight: float,
@@ -125,7 +130,7 @@ def test_the_update_is_made_with_the_gradient_worked_out_by_hand(
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(sorted(way)) or "plain")
-@pytest.mark.parametrize(("rule", "weight", "g", "d", "expected"), CASES, ids=str)
+@pytest.mark.parametrize(("rule", "weight", "g", "d", "expected"), CASES, ids=name_of)
 def test_another_optimizer_finds_it_in_the_gradients(
     rule: Rule,
     weight: float,
@@ -232,7 +237,7 @@ def test_parameters_that_only_one_of_the_gradients_reaches() -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("rule", [*RULES, some_function], ids=str)
+@pytest.mark.parametrize("rule", [*RULES, some_function], ids=name_of)
 def test_a_step_of_a_model_is_adamw_on_the_gradient_of_the_rule(
     rule: Rule, sign: float, cpu_backend: str
 ) -> None:
@@ -318,7 +323,7 @@ def test_project_and_floor_leave_what_they_promise_and_alone_what_is_good_alread
         assert torch.equal(floored, plain)
 
 
-@pytest.mark.parametrize("rule", [*RULES, some_function], ids=str)
+@pytest.mark.parametrize("rule", [*RULES, some_function], ids=name_of)
 @pytest.mark.parametrize("poison", [0.0, float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore:sap_fast. 1 step")
 def test_without_a_direction_every_rule_leaves_the_gradient_as_it_is(
@@ -343,7 +348,7 @@ def test_a_gradient_that_is_taken_away_whole_is_zero_and_not_nan(rule: Rule, see
 # ---- errors ----
 
 
-@pytest.mark.parametrize("rule", ["project", "floor", some_function], ids=str)
+@pytest.mark.parametrize("rule", ["project", "floor", some_function], ids=name_of)
 def test_a_rule_without_a_weight_is_refused(rule: Rule) -> None:
     params = [nn.Parameter(torch.ones(1))]
     for build in (SafetyPasses, BlendedAdamW):
