@@ -104,25 +104,29 @@ def test_the_package_exports_what_users_rely_on() -> None:
 # ---- AdamW ----
 
 
+#: (keywords of ProbeSet, keywords of FusedSAP), with which the probe is off.
+OFF: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"rho": 0.0}, {}),
+    ({"size": 0.0}, {}),
+    ({"rho": 0.0, "difference": "forward", "rule": "gradient"}, {"direction_every": 3}),
+    ({"size": 0.0, "rule": "adam", "rho": "auto"}, {}),
+    ({"size": 0.0, "rows": 0.5}, {"direction_every": 2}),
+]
+
+
 @pytest.mark.parametrize(
-    ("cpu_backend", "lora"),
-    spread([("native", "reference"), (True, False)], {(0, 1), (1, 0)}),
+    ("cpu_backend", "lora", "variant"),
+    spread(
+        [("native", "reference"), (True, False), OFF],
+        {(k % 2, 1 - k % 2, k) for k in range(len(OFF))},
+    ),
     indirect=["cpu_backend"],
-)
-@pytest.mark.parametrize(
-    ("probe", "options"),
-    [
-        ({"rho": 0.0}, {}),
-        ({"size": 0.0}, {}),
-        ({"rho": 0.0, "difference": "forward", "rule": "gradient"}, {"direction_every": 3}),
-        ({"size": 0.0, "rule": "adam", "rho": "auto"}, {}),
-        ({"size": 0.0, "rows": 0.5}, {"direction_every": 2}),
-    ],
     ids=str,
 )
 def test_without_rho_or_size_twenty_steps_have_the_bits_of_adamw(
-    lora: bool, probe: dict[str, Any], options: dict[str, Any]
+    lora: bool, variant: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
+    probe, options = variant
     ours, theirs = problem(lora=lora, dropout=0.1), problem(lora=lora, dropout=0.1)
     optimizer = in_groups(ours, probe, **options)
     adamw = plain_adamw(two_groups(theirs.trained), **SETTINGS)
