@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -172,6 +173,19 @@ def weights(of: Problem | nn.Module) -> list[Tensor]:
     """Copies of all parameters of a model, or of a problem's."""
     model = of.model if isinstance(of, Problem) else of
     return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def two_groups(params: list[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
+    """Parameters in two groups, the second of which has settings of its own."""
+    half = len(params) // 2
+    own = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.99)}
+    return [{"params": params[:half]} | options, {"params": params[half:]} | own | options]
+
+
+def signature(function: Any) -> list[tuple[str, str, Any]]:
+    """Names, kinds and defaults of the arguments, in their order."""
+    parameters = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind.name, p.default) for p in parameters]
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -80,14 +80,18 @@ def fused_step(case: Problem, optimizer: BlendedAdamW, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpu_backend", "lora"),
-    spread([("native", "reference"), (True, False)], {(0, 1), (1, 0)}),
+    ("cpu_backend", "lora", "setting"),
+    spread(
+        [("native", "reference"), (True, False), SETTINGS],
+        {(k % 2, 1 - k % 2, k) for k in range(len(SETTINGS))},
+    ),
     indirect=["cpu_backend"],
+    ids=str,
 )
-@pytest.mark.parametrize(("has_probe", "options"), SETTINGS, ids=str)
 def test_adamw_beside_the_passes_has_the_bits_of_the_fused_update(
-    has_probe: bool, options: dict[str, Any], lora: bool
+    lora: bool, setting: tuple[bool, dict[str, Any]]
 ) -> None:
+    has_probe, options = setting
     ours, theirs = (problem(lora=lora, dropout=0.1, layers=3) for _ in range(2))
     update: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
     probes = probe_set(ours, has_probe)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sap_fast import BlendedAdamW, FusedSAP, ProbeSet
 from sap_fast.losses import contrastive_loss, task_loss
 from tests.oracle import cosine, naive_task_loss
-from tests.tiny import Problem, problem, safety_loss
+from tests.tiny import Problem, assert_same_bits, problem, safety_loss
 
 SCALE = 2.0**12
 #: (keywords of ProbeSet, None without a probe; keywords of the optimizer)
@@ -88,10 +88,6 @@ class Run:
 
 def scaler(growth_interval: int = 2000) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=growth_interval)
-
-
-def assert_same_bits(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
