@@ -75,14 +75,18 @@ def test_two_runs_of_one_tuning_at_once_tune_once(
         return tune(*arguments)
 
     monkeypatch.setattr(runs, "tune", counted)
-    # In one process two that load at once leave transformers' classes patched.
-    loading = Lock()
+    # The study has a process for each; what loads or tests a model is for one thread at a time.
+    alone = Lock()
 
-    def load_alone(*arguments: Any, **options: Any) -> Any:
-        with loading:
-            return load_model(*arguments, **options)
+    def one_at_a_time(function: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            with alone:
+                return function(*arguments, **options)
 
-    monkeypatch.setattr(runs, "load_model", load_alone)
+        return wrapped
+
+    for name in ("load_model", "measure"):
+        monkeypatch.setattr(runs, name, one_at_a_time(getattr(runs, name)))
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(2) as pool:
