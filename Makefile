@@ -30,7 +30,7 @@ help:
 	@echo "                time and memory of a step here beside those of another checkout"
 	@echo "make cost       check the cost model against make step, predict Llama-3 on H100s"
 	@echo "make docs       build the site of docs/ into build/site"
-	@echo "make lint       ruff, mypy, clang-format;  make format  applies their fixes"
+	@echo "make lint       ruff, mypy, the import contract, clang-format;  make format  applies their fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
 
@@ -107,6 +107,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sap_fast
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: install

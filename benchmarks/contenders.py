@@ -104,6 +104,8 @@ class ForwardSizes:
             self.steps[-1].append(tuple(tokens.shape))
         return forward(*args, **kwargs)
 
+    _note.reads_no_rows = True  # type: ignore[attr-defined]
+
     def by_pass(self) -> dict[str, list[tuple[int, int]]]:
         """Return the sizes by pass."""
         found: dict[str, list[tuple[int, int]]] = {"safety": [], "probe": [], "task": []}

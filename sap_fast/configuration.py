@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -54,7 +54,7 @@ def virtual_tokens(model: nn.Module) -> VirtualTokens:
     peft = sys.modules.get("peft")
     if peft is None:
         return NO_VIRTUAL_TOKENS
-    adapted: Any = next((m for m in model.modules() if isinstance(m, peft.PeftModel)), None)
+    adapted: Any = next((m for m in outer_modules(model) if isinstance(m, peft.PeftModel)), None)
     if adapted is None or adapted._adapters_disabled:
         return NO_VIRTUAL_TOKENS
     config = adapted.active_peft_config
@@ -62,6 +62,20 @@ def virtual_tokens(model: nn.Module) -> VirtualTokens:
         return NO_VIRTUAL_TOKENS
     in_sequence = str(getattr(config.peft_type, "value", config.peft_type)) not in _IN_THE_CACHE
     return VirtualTokens(config.num_virtual_tokens, in_sequence)
+
+
+def outer_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields a model and what is in it, from outside, down to the models of transformers.
+
+    Wrappers are outside of these, and a forward should not look at thousands of modules for them.
+    """
+    transformers = sys.modules.get("transformers")
+    innermost = () if transformers is None else transformers.PreTrainedModel
+    found = [model]
+    for module in found:  # grows meanwhile
+        yield module
+        if not isinstance(module, innermost):
+            found.extend(child for child in module._modules.values() if child is not None)
 
 
 # Prompt learning whose virtual tokens are keys and values of every layer.

@@ -53,8 +53,8 @@ def backward(target):
     loss.backward()
     return loss.detach()
 
-probes = ProbeSet(model, layers=[model[0]])
-optimizer = FusedSAP(model.parameters(), probes, lr=1e-2, rho=1e-2)
+probes = ProbeSet(model, layers=[model[0]], rho=1e-2)
+optimizer = FusedSAP(model.parameters(), probes, lr=1e-2)
 optimizer.step(lambda: backward(y), lambda: backward(-y))
 assert probes.estimates[0].norm() > 0
 assert all(not torch.equal(*pair) for pair in zip(before, model.parameters()))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -224,6 +226,20 @@ def assert_same_bits(left: Any, right: Any) -> None:
 def norm_of(tensors: list[Tensor]) -> float:
     """The norm of several tensors as of one long vector."""
     return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
+
+
+def spread(axes: Sequence[Sequence[Any]], quick: set[tuple[int, ...]]) -> list[Any]:
+    """Every combination of settings, of which those not at the places of `quick` are slow.
+
+    For settings that repeat each other: each on its own is met by the quick ones.
+    """
+    return [
+        pytest.param(
+            *(axis[place] for axis, place in zip(axes, places, strict=True)),
+            marks=() if places in quick else pytest.mark.slow,
+        )
+        for places in itertools.product(*(range(len(axis)) for axis in axes))
+    ]
 
 
 def plain_adamw(params: Any, **settings: Any) -> torch.optim.AdamW:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sap_fast.configuration import text_setting, virtual_tokens
+from sap_fast.configuration import outer_modules, text_setting, virtual_tokens
 from sap_fast.losses.aside import aside
 from sap_fast.losses.batches import IGNORE_INDEX, Batch, Scored, find_scored_anew
 from sap_fast.losses.forward import (
@@ -286,7 +286,7 @@ def _orthogonality(model: nn.Module) -> Tensor | None:
     peft = sys.modules.get("peft")
     if peft is None:
         return None
-    adapted: Any = next((m for m in model.modules() if isinstance(m, peft.AdaLoraModel)), None)
+    adapted: Any = next((m for m in outer_modules(model) if isinstance(m, peft.AdaLoraModel)), None)
     if adapted is None:
         return None
     adapter = adapted.trainable_adapter_name

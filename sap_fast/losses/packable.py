@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from sap_fast.configuration import text_config
 from sap_fast.losses.aside import aside
 from sap_fast.losses.packing import Sequences, logits_of, mask_dtype, running
-from sap_fast.losses.row_reader import row_reader
+from sap_fast.losses.row_reader import all_modules, row_reader
 
 # Models for which a packed forward gave the log-probabilities of a plain one: in evaluation mode,
 # and in training mode. Those for which it did not, and those that were told to have hooks.
@@ -46,7 +46,11 @@ def usable(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]) -> 
     if reader is not None:
         if causal_lm not in _told:
             _told.add(causal_lm)
-            _warn(causal_lm, f"{reader} may read rows, and packed rows are not those of the batch")
+            _warn(
+                causal_lm,
+                f"{reader} may read rows, and packed rows are not those of the batch (a hook that "
+                "reads none says so: hook.reads_no_rows = True)",
+            )
         return False
     if causal_lm not in _packable[causal_lm.training]:
         reason = _test(model, causal_lm, batch["input_ids"].device)
@@ -87,7 +91,7 @@ def _is_allowed(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]
         and not getattr(config, "output_router_logits", False)  # its loss is a mean over the slots
         and getattr(config, "hidden_size", None) is not None
         and {"position_ids", "attention_mask"} <= accepted
-        and not any(_forbids(module) for module in model.modules())
+        and not any(_forbids(module) for module in all_modules(model))
     )
 
 

@@ -1,4 +1,7 @@
-"""What of a model may read rows: packed ones are not those of the batch."""
+"""What of a model may read rows: packed ones are not those of the batch.
+
+A hook that looks at what passes, and at no row of it, says so: `hook.reads_no_rows = True`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _KNOWN_HOOKS = (
     "accelerate.",
     "deepspeed.",
     "transformers.utils.output_capturing",
-    "trl.models.activation_offloading",
+    "trl.",
 )
 # What makes the embeddings' output require gradients, for gradient checkpointing: a function of
 # transformers, of PEFT and of TRL.
@@ -27,11 +30,20 @@ _HOOKS_FOR_CHECKPOINTING = {"make_inputs_require_grad", "make_inputs_require_gra
 _KNOWN_FORWARDS = (*_KNOWN_HOOKS, "transformers.", "peft.", "liger_kernel.", "kernels.")
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# What else of a module may read rows, if it is set.
+_MAY_BE_SET = {"_hf_hook", "forward", "peft_config"}
 
 
 def row_reader(model: nn.Module) -> str | None:
-    """Returns what may read a row in a forward or backward pass, in words; None if nothing does."""
-    for module in model.modules():
+    """Returns what may read a row in a forward or backward pass, in words; None if nothing does.
+
+    Those are hooks and replaced forwards of others than are known to read none, and adapters that
+    look for tokens in the row. A module whose class does so is not seen here.
+
+    Args:
+        model: The model as it was given, wrappers included.
+    """
+    for module in all_modules(model):
         reader = _reader(module)
         if reader is not None:
             name = next(name for name, other in model.named_modules() if other is module)
@@ -42,14 +54,34 @@ def row_reader(model: nn.Module) -> str | None:
     return None
 
 
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Returns what `model.modules()` yields, in another order and a tenth of the time.
+
+    Every forward asks, and a large model with adapters has thousands of modules.
+    """
+    found, seen = [model], {id(model)}
+    for module in found:  # grows meanwhile
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
 def _reader(module: nn.Module) -> str | None:
+    own = vars(module)
+    if not (any(own[kind] for kind in _HOOKS) or _MAY_BE_SET & own.keys()):
+        return None
     for hook in _hooks(module, ""):
         if not _is_known(hook, _KNOWN_HOOKS):
             return f"the hook {_name(hook)} on"
-    forward = vars(module).get("forward")
+    for hook in _accelerate_hooks(own.get("_hf_hook")):
+        if not _is_known(hook, _KNOWN_HOOKS):
+            return f"the hook {_name(hook)} on"
+    forward = own.get("forward")
     if forward is not None and not _is_known(forward, _KNOWN_FORWARDS):
         return f"{_name(forward)} in the place of the forward of"
-    configs = vars(module).get("peft_config")
+    configs = own.get("peft_config")
     if isinstance(configs, Mapping) and any(map(_invokes, configs.values())):
         return "an activated LoRA of"
     return None
@@ -58,6 +90,11 @@ def _reader(module: nn.Module) -> str | None:
 def _hooks(owner: Any, prefix: str) -> Iterator[Any]:
     for kind in _HOOKS:
         yield from getattr(owner, prefix + kind).values()
+
+
+def _accelerate_hooks(hook: Any) -> list[Any]:
+    """Returns the hooks that Accelerate holds for a module, whose forward it replaces."""
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 def _invokes(config: Any) -> bool:
@@ -77,6 +114,8 @@ def _innermost(function: Any) -> Any:
 
 def _is_known(function: Any, places: tuple[str, ...]) -> bool:
     function = _innermost(function)
+    if getattr(function, "reads_no_rows", False):
+        return True
     # Not by __module__, which a decorator takes from what it wraps.
     home = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
     return f"{home}.".startswith(places) or _name(function) in _HOOKS_FOR_CHECKPOINTING

@@ -1,5 +1,6 @@
 import functools
 import re
+import types
 
 import accelerate
 import pytest
@@ -52,6 +53,10 @@ class EveryModule:
         return None
 
 
+class Row(accelerate.hooks.ModelHook):
+    """What reads rows as accelerate lets others do."""
+
+
 READERS = {
     "NEFTune": (neftune, r"the hook neftune_post_forward_hook on model.embed_tokens \(Embedding\)"),
     "noise in another forward": (noisy_forward, r"forward in the place of the forward of model.em"),
@@ -84,6 +89,13 @@ READERS = {
     "hook on the model": (
         lambda model: model.register_forward_hook(scale),
         "the hook scale on the model ",
+    ),
+    "hook of accelerate's, of others": (
+        lambda model: accelerate.hooks.add_hook_to_module(
+            model.model.layers[0],
+            accelerate.hooks.SequentialHook(accelerate.hooks.AlignDevicesHook(), Row()),
+        ),
+        "the hook Row on model.layers.0 ",
     ),
     "hook of an object": (
         lambda model: model.model.norm.register_forward_hook(EveryModule()),
@@ -217,6 +229,23 @@ def with_disabled_adapter(model):
     return model
 
 
+def with_an_observer(model):
+    def observe(*_):
+        pass
+
+    observe.reads_no_rows = True
+    model.model.layers[0].register_forward_hook(functools.partial(observe, 1))
+    return model
+
+
+def with_forward_of_trl(model):
+    """Replaces the forward as TRL does for its own loss."""
+    code = (lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs)).__code__
+    forward = types.FunctionType(code, {"__name__": "trl.trainer.utils", "type": type})
+    model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
+    return model
+
+
 def pruned(model):
     # As FSDP2 does: methods and objects of torch's.
     prune.identity(model.model.layers[0].mlp.up_proj, "weight")
@@ -235,7 +264,9 @@ BLIND = {
     "hidden states kept": lambda model: (
         model(torch.ones(1, 3).long(), output_hidden_states=True) and model
     ),
+    "TRL's own forward": with_forward_of_trl,
     "torch's own": pruned,
+    "a hook that says so": with_an_observer,
 }
 
 

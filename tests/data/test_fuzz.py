@@ -29,7 +29,7 @@ from sap_fast.data import (
     load_task_dataset,
     padding_token_id,
 )
-from tests.test_data import ALTERNATING, CHATML, build_tokenizer
+from tests.data.chats import ALTERNATING, CHATML, build_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dropped")
 

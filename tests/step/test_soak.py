@@ -12,8 +12,7 @@ import torch
 
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
 from sap_fast.ops import why_not
-from tests.test_distributed import distance
-from tests.tiny import problem, random_batch
+from tests.tiny import distance, problem, random_batch
 
 STEPS = 2_000
 MEASURED_AFTER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, STEPS)
@@ -33,14 +32,18 @@ def test_two_thousand_steps() -> None:
                     parameter *= 1 + torch.finfo(parameter.dtype).eps
         optimizer = FusedSAP(
             case.trained,
-            ProbeSet(case.model, layers=[1, 2]),
+            ProbeSet(
+                case.model,
+                layers=[1, 2],
+                size=0.02,
+                rho=1e-2,  # calibration takes the best of a grid: rounding may decide between two
+                rows=0.5,
+                checkpointing="layers",
+            ),
             lr=1e-3,
-            rho=1e-2,  # calibration takes the best of a grid: rounding may decide between two
-            probe_lr=0.02,
             safety_weight=0.2,
             max_grad_norm=1.0,
-            preset="balanced",
-            checkpointing="layers",
+            direction_every=5,
             backend=backend,
         )
         runs.append((case, optimizer))
@@ -84,9 +87,9 @@ def sap_step(
     pairs = [{name: value[:rows] for name, value in one.items()} for one in (chosen, rejected)]
     window = [batch, other]
 
-    def task() -> Any:
+    def task(part: Any) -> Any:
         losses = []
-        for micro_batch in optimizer.probe_part(window):
+        for micro_batch in part:
             losses.append(task_loss(model, micro_batch) / 2)
             losses[-1].backward()
         return torch.stack(losses).sum().detach()
@@ -97,4 +100,4 @@ def sap_step(
         return loss
 
     optimizer.zero_grad()
-    optimizer.step(task, safety)
+    optimizer.step(task, safety, window)

@@ -19,92 +19,58 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, ops, task_loss
 from sap_fast.data import SafetyCollator, TaskCollator
-from sap_fast.probes import find_decoder_layers
+from sap_fast.model.layers import find_decoder_layers
 from tests.ranks import RANKS, on_ranks
-from tests.test_distributed import share, whole_batch
-from tests.test_fsdp import sharded
-from tests.test_passes import ERRORS, assert_unchanged, snapshot
-from tests.tiny import Problem, plain_adamw, problem, safety, task
+from tests.step.faults import ERRORS, FailingUpdate, Faults
+from tests.tiny import (
+    Problem,
+    assert_same_bits,
+    assert_unchanged,
+    closures,
+    plain_adamw,
+    problem,
+    random_batch,
+    safety,
+    snapshot,
+    spread,
+    task,
+    weights,
+)
+from tests.tiny import sap as sap_of
 
 SETTINGS = {"lr": 1e-3, "weight_decay": 0.1}
+PROBE = {"rho": 1e-2, "size": 0.05}
 
 
-def sap(case: Problem, **options: Any) -> FusedSAP:
-    settings: dict[str, Any] = SETTINGS | {"rho": 1e-2, "probe_lr": 0.05} | options
-    return FusedSAP(case.trained, ProbeSet(case.model, layers=[1, 2]), **settings)
-
-
-def weights(case: Problem) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in case.model.parameters()]
-
-
-def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a, b)
+def sap(case: Problem, probe: dict[str, Any] | None = None, **options: Any) -> FusedSAP:
+    return sap_of(case, PROBE | (probe or {}), **(SETTINGS | options))
 
 
 # ---- an error between any two calls of a step ----
 
 
-class Faults:
-    """Raises at the n-th place that a step reaches, and lists the places."""
-
-    def __init__(self) -> None:
-        self.places: list[str] = []
-        self.at: int | None = None
-        self.error: type[BaseException] = RuntimeError
-
-    def __call__(self, place: str) -> None:
-        self.places.append(place)
-        if len(self.places) - 1 == self.at:
-            raise self.error("injected")
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, with a place before it and one after it."""
-
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            self(f"{name} begins")
-            result = function(*arguments, **options)
-            self(f"{name} ended")
-            return result
-
-        return wrapped
-
-    def watch_calls(self, patch: pytest.MonkeyPatch) -> None:
-        """Every operation of `sap_fast.ops` on its backend, and every backward pass."""
-        call = ops._call
-        patch.setattr(ops, "_call", lambda name, *a, **o: self.around(name, call)(name, *a, **o))
-        patch.setattr(Tensor, "backward", self.around("backward", Tensor.backward))
-
-    def watch_model(self, case: Problem) -> None:
-        """Every forward of a layer, and the middle of every backward with weight gradients."""
-        for layer in find_decoder_layers(case.model)[0]:
-            layer.register_forward_pre_hook(lambda *_: self("layer begins"))
-            layer.register_forward_hook(lambda *_: self("layer ended"))
-        case.trained[len(case.trained) // 2].register_hook(lambda _: self("gradient"))
-
-
 class Run:
     """A model in training, by closures or pass by pass; gradients are cleared every second step."""
 
-    def __init__(self, faults: Faults, lora: bool, options: dict[str, Any]) -> None:
+    def __init__(
+        self, faults: Faults, lora: bool, probe: dict[str, Any], options: dict[str, Any]
+    ) -> None:
         self.case = problem(lora=lora, layers=2, dropout=0.1)
         self.case.model.register_buffer("kept", torch.ones(3))
         faults.watch_model(self.case)
-        settings: dict[str, Any] = SETTINGS | {"rho": 1e-2, "probe_lr": 0.05} | options
-        probes = ProbeSet(self.case.model, layers=[0, 1])
-        self.optimizer = FusedSAP(self.case.trained, probes, **settings)
+        self.optimizer = sap(self.case, {"layers": [0, 1]} | probe, **options)
         self.task = faults.around("task closure", self._task)
         self.safety = faults.around("safety closure", self._safety)
 
-    def _task(self) -> Tensor:
-        loss = task_loss(self.case.model, self.optimizer.probe_part(self.case.batch))
+    def _task(self, part: Any) -> Tensor:
+        loss = task_loss(self.case.model, part)
         loss.backward()
         return loss
 
@@ -113,21 +79,21 @@ class Run:
         loss.backward()
         return loss
 
+    @property
+    def direction_is_due(self) -> bool:
+        passes = self.optimizer.passes
+        return passes.direction.is_due(passes.steps)
+
     def step(self, by_passes: bool) -> None:
-        optimizer = self.optimizer
+        optimizer, batch = self.optimizer, self.case.batch
+        if optimizer.probes.rho == "auto":
+            optimizer.passes.calibration = None  # in every step, to fail there too
         if not by_passes:
-            optimizer.step(self.task, self.safety)
+            optimizer.step(self.task, self.safety, batch)
             return
-        if optimizer.needs_calibration:
-            optimizer.calibrate_rho(self.task, self.safety)
-        if optimizer.needs_direction:
-            with optimizer.safety_pass() as record:
-                record(self.safety())
-        if optimizer.needs_probe:
-            for record in optimizer.probe_passes():
-                record(self.task())
+        optimizer.inner_passes(self.task, self.safety, batch)
         with optimizer.task_pass() as record:
-            record(self.task())
+            record(self.task(batch))
         optimizer.step()
 
     def state(self, *, with_direction: bool = True) -> list[Any]:
@@ -136,10 +102,8 @@ class Run:
         # A calibration that was completed before the error stays.
         del state_dict["sap"]["calibration"]
         if not with_direction:
-            for of_parameter in state_dict["state"].values():
-                of_parameter.pop("direction", None)
-            for name in ("direction_step", "direction_norm"):
-                del state_dict["sap"][name]
+            for name in ("step", "square", "scale", "tensors"):
+                del state_dict["sap"]["direction"][name]
         return tree_leaves([copy.deepcopy(list(self.case.model.buffers())), state_dict])
 
     def everything(self) -> list[Any]:
@@ -153,32 +117,38 @@ def assert_same(found: list[Any], wanted: list[Any], where: Any) -> None:
         assert torch.equal(a, b) if isinstance(b, Tensor) else a == b, where
 
 
-VARIANTS: list[dict[str, Any]] = [
-    {"difference": "central"},
-    {"difference": "forward"},
-    {"schedule": "lagged", "probe_rule": "gradient"},
-    {"safety_weight": 0.5, "max_grad_norm": 1.0},
-    {"preset": "balanced", "direction_every": 2},
-    {"rho": "auto", "calibrate_every": 1},
+#: (keywords of ProbeSet, keywords of FusedSAP)
+VARIANTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"difference": "central"}, {}),
+    ({"difference": "forward"}, {}),
+    ({"rule": "gradient"}, {"safety_weight": 0.5, "max_grad_norm": 1.0}),
+    ({"rows": 0.5}, {"direction_every": 2, "safety_weight": 0.5, "max_grad_norm": 1.0}),
+    ({"rho": "auto"}, {}),
 ]
 
 
-@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=lambda n: str(VARIANTS[n]))
+@pytest.mark.parametrize(
+    ("cpu_backend", "variant"),
+    # Central differences are in the last two as well, blending in the last but one.
+    spread([("native", "reference"), range(len(VARIANTS))], {(1, 1), (0, 3), (0, 4)}),
+    indirect=["cpu_backend"],
+)
 def test_an_error_at_any_call_of_a_step_leaves_no_trace_and_the_next_step_its_bits(
     variant: int, cpu_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One run fails at another place in every step, and repeats it; the other is undisturbed."""
-    monkeypatch.setattr("sap_fast.optimizer.RHO_GRID", (0.1, 0.01))
+    monkeypatch.setattr("sap_fast.step.calibration.RHO_GRID", (0.1, 0.01))
+    probe, options = VARIANTS[variant]
     lora = (variant % 2 == 0) == (cpu_backend == "native")  # both, with every backend
     faults = Faults()
     faults.watch_calls(monkeypatch)
-    undisturbed, disturbed = (Run(faults, lora, VARIANTS[variant]) for _ in range(2))
+    undisturbed, disturbed = (Run(faults, lora, probe, options) for _ in range(2))
     for run in (undisturbed, disturbed):  # the losses test what the model can do, once
         torch.manual_seed(0)
         run.step(by_passes=False)
     # Steps that leave out what one before them did: a second error would come at another place.
-    steps_vary = bool({"preset", "calibrate_every"} & VARIANTS[variant].keys())
-    stride = 5 if "calibrate_every" in VARIANTS[variant] else 1  # it repeats the same calls
+    steps_vary = "direction_every" in options
+    stride = 5 if "rho" in probe else 1  # it repeats the same calls
     failed_at: Counter[tuple[str, ...]] = Counter()  # by the places of a step
     for step in itertools.count(1):
         if step % 2:
@@ -200,10 +170,9 @@ def test_an_error_at_any_call_of_a_step_leaves_no_trace_and_the_next_step_its_bi
         update = len(places) - 1 - places[::-1].index("task closure ended")
         torch.manual_seed(step)
         # The old direction is gone when the new one fails, which changes nothing: it is due again.
-        is_due = disturbed.optimizer.needs_direction
+        is_due = disturbed.direction_is_due
         before = snapshot(disturbed.case.model)
         state = disturbed.state(with_direction=not is_due)
-        offsets = list(disturbed.optimizer.probes.offsets.values())
         for number, error in errors:
             if at >= len(places) or places[at] == "adamw_blend_ ended":
                 continue
@@ -215,7 +184,7 @@ def test_an_error_at_any_call_of_a_step_leaves_no_trace_and_the_next_step_its_bi
                 disturbed.step(by_passes)
             faults.at = None
             if not by_passes:
-                assert_same(list(disturbed.optimizer.probes.offsets.values()), offsets, where)
+                assert not disturbed.optimizer.probes.offsets, where
             elif at > update:
                 # The pass is over: its gradients and random numbers stay, for a second `step()`.
                 for parameter, gradient in zip(
@@ -225,7 +194,7 @@ def test_an_error_at_any_call_of_a_step_leaves_no_trace_and_the_next_step_its_bi
                 torch.manual_seed(step)
             assert_unchanged(disturbed.case.model, before)
             assert_same(disturbed.state(with_direction=not is_due), state, where)
-            assert disturbed.optimizer.needs_direction == is_due
+            assert disturbed.direction_is_due == is_due
         disturbed.step(by_passes=at % 2 == 1)
         assert_same(disturbed.everything(), expected, (places[at % len(places)], at))
     assert {"safety closure begins", "adamw_blend_ begins"} <= {
@@ -233,29 +202,11 @@ def test_an_error_at_any_call_of_a_step_leaves_no_trace_and_the_next_step_its_bi
     }
 
 
-class FailingUpdate:
-    """Stands for `ops._call` and runs out of memory in the update of AdamW."""
-
-    def __init__(self) -> None:
-        self._call = ops._call
-
-    def __call__(self, name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "adamw_blend_":
-            raise torch.OutOfMemoryError("injected")
-        return self._call(name, *arguments, **options)
-
-
-@pytest.mark.parametrize("schedule", ["paper", "lagged"])
-def test_after_an_update_that_failed_step_may_be_called_again(schedule: Any) -> None:
+def test_after_an_update_that_failed_step_may_be_called_again() -> None:
     cases = problem(), problem()
-    optimizers = [
-        sap(case, schedule=schedule, probe_rule="gradient", probe_lr=5.0) for case in cases
-    ]
+    optimizers = [sap(case, {"rule": "gradient", "size": 5.0}) for case in cases]
     for case, optimizer in zip(cases, optimizers, strict=True):
-        with optimizer.safety_pass():
-            safety(case)
-        for _ in optimizer.probe_passes():
-            task(case)
+        optimizer.inner_passes(*closures(case))
         with optimizer.task_pass():
             task(case)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
@@ -325,17 +276,19 @@ def poisoned(run: Callable[[Problem], Tensor], case: Problem, place: str, value:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"difference": "forward"}, {"safety_weight": 0.5}], ids=str
+    ("probe", "options"),
+    [({}, {}), ({"difference": "forward"}, {}), ({}, {"safety_weight": 0.5})],
+    ids=str,
 )
 @pytest.mark.parametrize(
     ("place", "value"),
     [("loss", 0.0), *((place, x) for place in PLACES for x in (float("nan"), float("inf")))],
 )
 def test_a_bad_direction_makes_the_step_plain_adamw(
-    place: str, value: float, options: dict[str, Any], cpu_backend: str
+    place: str, value: float, probe: dict[str, Any], options: dict[str, Any], cpu_backend: str
 ) -> None:
     ours, theirs = problem(), problem()
-    optimizer, adamw = sap(ours, **options), plain_adamw(theirs.trained, **SETTINGS)
+    optimizer, adamw = sap(ours, probe, **options), plain_adamw(theirs.trained, **SETTINGS)
     with pytest.warns(UserWarning, match="direction was zero or not finite") as warned:
         optimizer.step(lambda: task(ours), lambda: poisoned(safety, ours, place, value))
     assert not any("rounding" in str(warning.message) for warning in warned)
@@ -349,17 +302,19 @@ def test_a_bad_direction_makes_the_step_plain_adamw(
     assert all(v.isfinite().all() and v.any() for v in optimizer.probes.offsets.values())
 
 
-@pytest.mark.parametrize("schedule", ["paper", "lagged"])
+@pytest.mark.parametrize("difference", ["central", "forward"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["loss", "hidden"])
 def test_a_bad_probe_pass_makes_the_step_plain_adamw(
-    place: str, value: float, schedule: Any, cpu_backend: str
+    place: str, value: float, difference: str, cpu_backend: str
 ) -> None:
     ours, theirs = problem(), problem()
-    optimizer, adamw = sap(ours, schedule=schedule), plain_adamw(theirs.trained, **SETTINGS)
+    optimizer = sap(ours, {"difference": difference})
+    adamw = plain_adamw(theirs.trained, **SETTINGS)
+    passes = itertools.count()
 
     def closure() -> Tensor:
-        in_probe_pass = not ours.trained  # parameters are frozen there
+        in_probe_pass = next(passes) < 2
         return poisoned(task, ours, place, value) if in_probe_pass else task(ours)
 
     with pytest.warns(UserWarning, match="probe gradient was not finite"):
@@ -452,7 +407,7 @@ def test_the_probe_lives_where_another_hook_replaces_the_output(ours_first: bool
         return 0.5 * output
 
     handle = None if ours_first else layer.register_forward_hook(halve)
-    optimizer = sap(case, keep_direction=True)
+    optimizer = sap(case)
     if handle is None:
         layer.register_forward_hook(halve)
     optimizer.step(lambda: task(case), lambda: safety(case))
@@ -497,31 +452,39 @@ def run_failing(rank: int, kind: str, place: str, lost: int, folder: Path) -> di
         group = dist.new_group(timeout=timedelta(seconds=2))
         model = DistributedDataParallel(model, process_group=group)
     else:
-        model = sharded(model)
+        for layer in find_decoder_layers(model)[0]:
+            fully_shard(layer)
+        model = fully_shard(model)
     trained = [p for p in inner.parameters() if p.requires_grad]
 
     def shards() -> list[Tensor]:
         return [(p.to_local() if isinstance(p, DTensor) else p).detach().clone() for p in trained]
 
-    optimizer = FusedSAP(trained, ProbeSet(model, layers=[1, 2]), **SETTINGS, rho=0.05)
-    batch, chosen, rejected = (share(whole_batch(0, n), rank) for n in range(3))
+    optimizer = FusedSAP(trained, ProbeSet(model, layers=[1, 2], rho=0.05), **SETTINGS)
+    batch, chosen, rejected = (random_batch(rows=2, seed=10 * rank + n) for n in range(3))
     before = shards()
+
+    def backward(loss: Tensor) -> Tensor:
+        loss.backward()
+        return loss
 
     def fail_in(this: str) -> None:
         if this == place and rank == lost:
             raise ValueError("injected")
 
+    def task_of(this: str) -> Tensor:
+        fail_in(this)
+        return backward(task_loss(model, batch))
+
+    def safety_of() -> Tensor:
+        fail_in("safety")
+        return backward(contrastive_loss(model, chosen, rejected))
+
     error, checkpoint = "", before
     try:
-        with optimizer.safety_pass():
-            fail_in("safety")
-            contrastive_loss(model, chosen, rejected).backward()
-        for _ in optimizer.probe_passes():
-            fail_in("probe")
-            task_loss(model, batch).backward()
+        optimizer.inner_passes(lambda _: task_of("probe"), safety_of)
         with optimizer.task_pass():
-            fail_in("task")
-            task_loss(model, batch).backward()
+            task_of("task")
         optimizer.step()
     except Exception as raised:  # what a training script's own handler saves a checkpoint in
         error = f"{type(raised).__name__}: {raised}"
@@ -536,8 +499,11 @@ def run_failing(rank: int, kind: str, place: str, lost: int, folder: Path) -> di
     return {"error": error, "unchanged": all(unchanged)}
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("place", ["safety", "probe", "task"])
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    # The weights are others in the probe passes alone.
+    spread([("ddp", "fsdp"), ("safety", "probe", "task")], {(0, 1), (1, 1)}),
+)
 def test_a_lost_rank_ends_the_other_with_an_error_and_its_own_weights(
     kind: str, place: str, tmp_path: Any
 ) -> None:

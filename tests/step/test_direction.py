@@ -1,0 +1,331 @@
+"""A direction: of whom it is, how long it is kept, when it is freed, what makes it none."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sap_fast import BlendedAdamW, FusedSAP
+from sap_fast.step.direction import Direction
+from tests.tiny import (
+    Problem,
+    assert_same_bits,
+    closures,
+    norm_of,
+    plain_adamw,
+    problem,
+    random_batch,
+    safety,
+    safety_loss,
+    sap,
+    step_by_passes,
+    task,
+    weights,
+)
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+
+def gradients(case: Problem) -> list[Tensor]:
+    """∇_W L_safe by autograd alone."""
+    return list(torch.autograd.grad(safety_loss(case), case.trained))
+
+
+# ---- kept from step to step ----
+
+
+def test_a_kept_direction_is_that_of_the_step_that_took_it() -> None:
+    case = problem()
+    optimizer = sap(case, {"size": 0.0}, direction_every=2)
+    direction = gradients(case)
+    step_by_passes(case, optimizer)
+
+    params = case.trained
+    before = [p.detach().clone() for p in params]
+    wanted = 1e-3 * norm_of(before)
+    signs = iter([1, -1])
+
+    def looking(_: None) -> Tensor:
+        sign = next(signs)
+        for p, w, g in zip(params, before, direction, strict=True):
+            torch.testing.assert_close(
+                p - w, sign * wanted * g / norm_of(direction), rtol=1e-3, atol=1e-6
+            )
+        return task(case)
+
+    def never() -> Tensor:
+        raise AssertionError("not due")
+
+    optimizer.inner_passes(looking, never)
+    assert_same_bits(params, before)
+    for kept, g in zip(optimizer.passes.direction.tensors or [], direction, strict=True):
+        torch.testing.assert_close(kept, g)
+
+
+def test_blending_alone_may_use_a_direction_several_times() -> None:
+    case = problem()
+    optimizer = BlendedAdamW(
+        case.trained, lr=0.0, safety_weight=0.5, safety_level=None, direction_every=3
+    )
+    direction = gradients(case)
+    ran: list[int] = []
+
+    def counted() -> Tensor:
+        ran[-1] += 1
+        return safety(case)
+
+    for seed in range(4):
+        optimizer.zero_grad()
+        ran.append(0)
+        optimizer.inner_passes(lambda _: task(case), counted)
+        with optimizer.task_pass():
+            task(case, random_batch(seed=seed))
+        g = [p.grad.clone() for p in case.trained if p.grad is not None]
+        moments = [optimizer.state[p].get("exp_avg", torch.zeros(())) for p in case.trained]
+        moments = [moment.clone() for moment in moments]
+        optimizer.step()
+        scale = 0.5 * norm_of(g) / norm_of(direction)
+        for p, own, d, m in zip(case.trained, g, direction, moments, strict=True):
+            torch.testing.assert_close(
+                optimizer.state[p]["exp_avg"], 0.9 * m + 0.1 * (own + scale * d)
+            )
+    assert ran == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"safety_weight": 0.1}], ids=str)
+def test_a_kept_direction_keeps_its_bits_through_steps_and_their_probe_passes(
+    options: dict[str, Any],
+) -> None:
+    case = problem()
+    optimizer = sap(case, direction_every=3, **options)
+    step_by_passes(case, optimizer)
+    kept = optimizer.passes.direction.tensors
+    assert kept is not None
+    copies = [tensor.clone() for tensor in kept]
+    for _ in range(2):
+        step_by_passes(case, optimizer)
+        assert optimizer.passes.direction.tensors is kept
+        assert_same_bits(kept, copies)
+    step_by_passes(case, optimizer)
+    assert optimizer.passes.direction.tensors is not kept
+
+
+def test_a_direction_is_freed_before_another_takes_its_place() -> None:
+    case = problem()
+    optimizer = sap(case, direction_every=2)
+    direction = optimizer.passes.direction
+    there: list[bool] = []
+
+    def looking() -> Tensor:
+        there.append(direction.is_there)
+        return safety(case)
+
+    for step in range(5):
+        optimizer.zero_grad()
+        optimizer.step(lambda: task(case), looking)
+        assert direction.parameters == case.trained and direction.is_there, step
+    assert there == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("weight", "measures_lean", "after_inner_passes"),
+    [(0.0, False, False), (0.1, False, True), (0.0, True, True)],
+)
+def test_a_direction_that_is_not_kept_is_gone_after_the_step(
+    weight: float, measures_lean: bool, after_inner_passes: bool
+) -> None:
+    case = problem()
+    optimizer = sap(case, safety_weight=weight)
+    optimizer.passes.measures_lean = measures_lean
+    optimizer.inner_passes(*closures(case))
+    direction = optimizer.passes.direction
+    assert direction.is_there == after_inner_passes
+    assert direction.valid is not None and bool(direction.valid)
+    assert direction.norm.item() == pytest.approx(norm_of(gradients(case)), rel=1e-5)
+    with optimizer.task_pass():
+        task(case)
+    optimizer.step()
+    assert direction.tensors is None and direction.norm is None and direction.valid is None
+    assert direction.taken == 1 and direction.is_due(optimizer.passes.steps)
+
+
+def test_calibration_keeps_the_direction_of_an_earlier_step() -> None:
+    case = problem()
+    optimizer = sap(case, direction_every=3)
+    step_by_passes(case, optimizer)
+    direction = optimizer.passes.direction
+    kept, copies = direction.tensors, [tensor.clone() for tensor in direction.tensors or []]
+    optimizer.passes.calibrate(*closures(case))
+    assert optimizer.passes.direction is direction and direction.tensors is kept
+    assert not direction.is_due(optimizer.passes.steps)
+    assert direction.taken == 1
+    assert_same_bits(kept, copies)
+
+
+def test_a_step_that_fails_after_the_safety_pass_takes_the_direction_again() -> None:
+    case = problem()
+    optimizer = sap(case, direction_every=3)
+
+    def failing(_: None) -> Tensor:
+        raise ValueError("injected")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="injected"):
+            optimizer.inner_passes(failing, lambda: safety(case))
+        assert not optimizer.passes.direction.is_there
+        assert optimizer.passes.direction.taken == 0
+        assert optimizer.passes.direction.is_due(optimizer.passes.steps)
+    step_by_passes(case, optimizer)
+    # In a step that does not take one, it stays.
+    with pytest.raises(ValueError, match="injected"):
+        optimizer.inner_passes(failing, lambda: safety(case))
+    assert optimizer.passes.direction.is_there
+    assert not optimizer.passes.direction.is_due(optimizer.passes.steps)
+
+
+# ---- the direction by itself ----
+
+
+def taken(every: int = 2) -> tuple[Direction, list[nn.Parameter]]:
+    """A direction of the second and the third of three parameters."""
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    direction = Direction(every)
+    tensors = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])]
+    direction.take(params[1:], tensors, torch.tensor(25.0), torch.tensor(8.0))
+    return direction, params
+
+
+def test_it_is_due_again_after_so_many_steps_and_settled_once() -> None:
+    direction, _ = taken(every=3)
+    assert direction.norm == 5.0 and direction.is_due(0) and not direction.is_settled
+    direction.settle(0)
+    assert [direction.is_due(step) for step in range(1, 6)] == [False, False, True, True, True]
+    direction.settle(1)  # a step that used it, and took none
+    assert direction.taken == 1 and direction.is_due(3)
+    direction.release()
+    assert direction.is_due(1) and not direction.is_there and direction.scale is None
+
+
+def test_a_state_dict_holds_it_by_the_places_of_its_parameters() -> None:
+    direction, params = taken()
+    assert direction.state_dict(params)["tensors"] == {}, "of a step that is not done"
+    direction.settle(4)
+    state = copy.deepcopy(direction.state_dict(params))
+    assert set(state["tensors"]) == {1, 2} and state["step"] == 4 and state["taken"] == 1
+    other, others = taken()
+    other.release()
+    other.load_state_dict(state, others)
+    assert other.parameters == others[1:] and other.taken == 1
+    assert other.norm == 5.0 and other.scale == 8.0
+    assert not other.is_due(5) and other.is_due(6)
+    assert_same_bits(other.tensors or [], [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])])
+    # Copies: what is loaded later must not be written to.
+    assert all(
+        a is not b for a, b in zip(other.tensors or [], state["tensors"].values(), strict=True)
+    )
+
+
+def test_what_is_loaded_goes_where_the_parameters_are() -> None:
+    direction, params = taken()
+    direction.settle(0)
+    other = Direction(2)
+    elsewhere = [nn.Parameter(torch.zeros(2, device="meta", dtype=torch.bfloat16)) for _ in params]
+    other.load_state_dict(direction.state_dict(params), elsewhere)
+    for tensor in [*(other.tensors or []), other.square, other.scale, other.norm]:
+        assert tensor is not None and tensor.device.type == "meta"
+    assert all(tensor.dtype == torch.bfloat16 for tensor in other.tensors or [])
+
+
+def test_one_that_is_not_kept_or_was_not_is_taken_anew() -> None:
+    direction, params = taken()
+    direction.settle(0)
+    every_step = Direction(1)
+    every_step.load_state_dict(direction.state_dict(params), params)
+    assert not every_step.is_there and every_step.is_due(1) and every_step.taken == 1
+    unkept, _ = taken(every=1)
+    unkept.settle(0)
+    other = Direction(5)
+    other.load_state_dict(unkept.state_dict(params), params)
+    assert not other.is_there and other.is_due(1)
+
+
+@pytest.mark.parametrize("shapes", [[2, 2, 3], [2, 2]])
+def test_one_of_other_parameters_is_refused(shapes: list[int]) -> None:
+    direction, params = taken()
+    direction.settle(0)
+    state = direction.state_dict(params)
+    others = [nn.Parameter(torch.zeros(n)) for n in shapes]
+    with pytest.raises(ValueError, match=r"saved direction of parameter 2 has the shape \(2,\)"):
+        Direction(2).load_state_dict(state, others)
+
+
+@pytest.mark.parametrize("square", [0.0, float("nan"), float("inf")])
+def test_a_norm_of_zero_or_of_no_number_is_no_direction(square: float) -> None:
+    direction, params = taken()
+    assert bool(direction.valid)
+    direction.take(params, [], torch.tensor(square))
+    assert not bool(direction.valid)
+
+
+# ---- steps without one ----
+
+
+def poisoned(case: Problem, poison: float) -> Callable[[], Tensor]:
+    def backward() -> Tensor:
+        loss = safety(case)
+        for parameter in case.trained:
+            assert parameter.grad is not None
+            parameter.grad.mul_(poison)
+        return loss
+
+    return backward
+
+
+@pytest.mark.parametrize("poison", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"direction_every": 2}], ids=str)
+def test_a_step_without_a_direction_is_adamw_is_counted_and_warns_once(
+    poison: float, options: dict[str, Any]
+) -> None:
+    ours, theirs = problem(), problem()
+    optimizer: FusedSAP = sap(ours, safety_weight=0.3, max_grad_norm=1e6, **options)
+    adamw = plain_adamw(theirs.trained, lr=1e-2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.step(lambda: task(ours), poisoned(ours, poison))
+            adamw.zero_grad()
+            task(theirs)
+            adamw.step()
+    assert_same_bits(weights(ours), weights(theirs))
+    # Under a direction that is kept, the next step has none either.
+    assert optimizer.metrics.skipped_steps == 2
+    messages = [str(w.message) for w in caught if "plain AdamW" in str(w.message)]
+    assert len(messages) == 1 and "‖∇L_safe‖ =" in messages[0]
+    assert all(not v.any() for v in optimizer.probes.offsets.values())
+
+
+@pytest.mark.filterwarnings("ignore:sap_fast. 1 step")
+def test_a_step_without_a_direction_does_not_use_the_probe_of_the_step_before() -> None:
+    ours = problem()
+    optimizer = sap(ours)
+    optimizer.step(lambda: task(ours), lambda: safety(ours))
+    assert optimizer.probes is not None and optimizer.probes.offsets[1].norm() > 0
+    theirs = ours.copy()
+    adamw = plain_adamw(theirs.trained, lr=1e-2)
+    fused = adamw.defaults["fused"]
+    adamw.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in adamw.param_groups:
+        group["fused"] = fused  # a group of FusedSAP has no word on it, and was loaded so
+    optimizer.zero_grad()
+    optimizer.step(lambda: task(ours), poisoned(ours, 0.0))
+    adamw.zero_grad()
+    task(theirs)
+    adamw.step()
+    assert_same_bits(weights(ours), weights(theirs))
