@@ -44,7 +44,7 @@ def run_fsdp(rank: int, lora: bool, options: dict[str, dict[str, Any]]) -> dict[
         parameters, offsets = train(model, rank, settings)
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
         found[name] = whole(parameters), offsets
-    assert not losses.scoring._unchunkable, "the head is applied to chunks as ever"
+    assert not losses.forward._unchunkable, "the head is applied to chunks as ever"
     return found
 
 

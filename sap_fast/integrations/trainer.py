@@ -224,8 +224,10 @@ class SAPTrainerMixin(_Base):
     def _refuse_other_optimizers(self) -> None:
         """Raise for a choice of an optimizer that the update of SAP would overrule."""
         default = next(f.default for f in dataclasses.fields(self.args) if f.name == "optim")
+        # PyTorch's AdamW is what the update is, beside SAP.
+        accepted = {getattr(default, "value", default), "adamw_torch", "adamw_torch_fused"}
         chosen = getattr(self.args.optim, "value", self.args.optim)
-        if chosen != getattr(default, "value", default):
+        if chosen not in accepted:
             what = f"optim={chosen!r}"
         elif self.optimizer_cls_and_kwargs is not None:
             what = f"optimizer_cls_and_kwargs with {self.optimizer_cls_and_kwargs[0].__name__}"

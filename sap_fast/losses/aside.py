@@ -14,12 +14,13 @@ from sap_fast.random_state import RandomState
 # weights of a quantized model, which no forward changes.
 _MAX_KEPT = 2**20
 
-_testing = False
+#: Tests that are running. A number, as one that is left late must not bring back what it found.
+_testing = 0
 
 
 def being_tested() -> bool:
     """Says whether the forward that is running is a test, whose result is not used."""
-    return _testing
+    return _testing > 0
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def aside(model: nn.Module, device: torch.device) -> Iterator[RandomState]:
     random_state = RandomState({device, *(parameter.device for parameter in model.parameters())})
     buffers = _Buffers(model)
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    before, _testing = _testing, True
+    _testing += 1
     try:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -51,7 +52,7 @@ def aside(model: nn.Module, device: torch.device) -> Iterator[RandomState]:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield random_state
     finally:
-        _testing = before
+        _testing -= 1
         for module in checkpointed:
             module.gradient_checkpointing = True  # type: ignore[assignment]
         buffers.restore()

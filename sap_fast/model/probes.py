@@ -20,7 +20,6 @@ from sap_fast import ops
 from sap_fast.configuration import text_config
 from sap_fast.distributed import Ranks
 from sap_fast.losses import packing
-from sap_fast.losses.aside import being_tested
 from sap_fast.model.checkpointing import Checkpointing
 from sap_fast.model.layers import Layers, find_decoder_layers, lower_layers, select_layers
 from sap_fast.model.lower_forward import LowerForward
@@ -298,7 +297,7 @@ class ProbeSet:
 
     @property
     def _is_on(self) -> bool:
-        return (self._collect or self._inject) and not being_tested()
+        return self._collect or self._inject
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_on:
