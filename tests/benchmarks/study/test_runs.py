@@ -92,7 +92,7 @@ def test_two_runs_of_one_tuning_at_once_tune_once(
         with ThreadPoolExecutor(2) as pool:
             shares = (0.3, 0.7)
             merges = [run_of("merge", {"aligned_share": share}, 0, "alpaca") for share in shares]
-            rows = list(pool.map(lambda run: runs.execute(run, "report", 1)[0], merges))
+            rows = list(pool.map(lambda run: runs.execute(run, "selection", 1)[0], merges))
     finally:
         torch.set_num_threads(threads)
     assert tuned == [run_of("adamw", {}, 0, "alpaca")]
