@@ -65,6 +65,23 @@ PASSES = {
 }
 
 
+def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
+    """Let `around(forward, *args, **kwargs)` run in the place of a module's forward.
+
+    Not as a hook: that of a stranger might read rows, so that the losses would not pack them.
+
+    Returns:
+        What undoes it.
+    """
+    kind = type(module)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return around(partial(kind.forward, self), *args, **kwargs)
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return partial(setattr, module, "__class__", kind)
+
+
 class ForwardSizes:
     """Rows and length of every forward through the decoder, packed or padded as it met them.
 
@@ -75,16 +92,17 @@ class ForwardSizes:
 
     def __init__(self, model: Model, passes: Mapping[int, Sequence[str]] = PASSES) -> None:
         _, owner = find_decoder_layers(model)
-        owner.register_forward_pre_hook(self._note, with_kwargs=True)
         self.steps: list[list[tuple[int, int]]] = []
         self._passes = passes
+        wrap_forward(owner, self._note)
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _note(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
         if self.steps:
             self.steps[-1].append(tuple(tokens.shape))
+        return forward(*args, **kwargs)
 
     _note.reads_no_rows = True  # type: ignore[attr-defined]
 
@@ -252,7 +270,7 @@ class PassesAlone:
     """The passes of `sap`, each as plain autograd does it, and the fused update: for claim 3.
 
     The same losses through the same `Trainer`; in the probe pass the parameters are frozen and a
-    hook adds a vector that requires grad to every probed layer's output.
+    vector that requires grad is added to every probed layer's output.
     """
 
     def __init__(self, model: Model, data: Data, *, bf16: bool) -> None:
@@ -289,15 +307,15 @@ class PassesAlone:
 
         self._time("safety pass", safety)
         model.zero_grad()
-        handles = []
+        undo = []
         for parameter in self._trained:
             parameter.requires_grad_(False)
         for layer in self._layers.values():
             probe = torch.zeros(model.config.hidden_size, requires_grad=True)
-            handles.append(layer.register_forward_hook(partial(_add, probe)))
+            undo.append(wrap_forward(layer, partial(_add, probe)))
         self._time("probe pass", task)
-        for handle in handles:
-            handle.remove()
+        for put_back in undo:
+            put_back()
         for parameter in self._trained:
             parameter.requires_grad_(True)
         self._time("task pass", task)
@@ -312,7 +330,8 @@ class PassesAlone:
         return [safety + 2 * probe + task + update for safety, probe, task, update in parts]
 
 
-def _add(probe: Tensor, module: nn.Module, args: tuple[Any, ...], hidden: Tensor) -> Tensor:
+def _add(probe: Tensor, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    hidden = forward(*args, **kwargs)
     return hidden + probe.to(hidden.dtype)
 
 

@@ -25,6 +25,8 @@ from tests.tiny import Problem, problem
 TINY = Shape("tiny", 32, 4, 4, 2, 64, 128, tied=False)
 TINY_LORA = Lora(4, dropout=0.0)
 KINDS: tuple[Pass, ...] = ("safety", "probe", "task")
+# What is counted are packed batches.
+pytestmark = pytest.mark.filterwarnings("error:.*Batches are not packed")
 
 
 def tiny_job(

@@ -30,13 +30,17 @@ COLUMNS = {
     "curves": {"axis", "value", "dtype", "configuration", "seconds", "tensors_mb"}
     | {"slope_seconds", "slope_tensors_mb"},
 }
+IN_MEMORY = ("hf_adamw", "floor", "sap")
 SAVING = ("sap", "sap, direction_every=5, rows=1/2", "sap, direction_every=10, rows=1/4")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("step")
-    assert step.main(["--quick", "--only", "lora,4x96,fp32", "--output", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        # Of the others the cost model's tests count the memory.
+        patched.setattr(step, "IN_MEMORY", IN_MEMORY)
+        assert step.main(["--quick", "--only", "lora,4x96,fp32", "--output", str(folder)]) == 0
     return folder
 
 
@@ -74,8 +78,8 @@ def test_time_has_every_configuration_and_pass(folder: Path) -> None:
 
 def test_memory_shrinks_with_checkpointing(folder: Path) -> None:
     rows = {(r["configuration"], r["checkpointing"]): r for r in table(folder, "memory")}
-    assert set(rows) == {(name, mode) for name in step.IN_MEMORY for mode in step.CHECKPOINTING}
-    for name in step.IN_MEMORY:
+    assert set(rows) == {(name, mode) for name in IN_MEMORY for mode in step.CHECKPOINTING}
+    for name in IN_MEMORY:
         plain, checkpointed = (float(rows[name, m]["tensors_mb"]) for m in step.CHECKPOINTING)
         assert checkpointed < 0.7 * plain
 

@@ -75,20 +75,24 @@ def test_two_runs_of_one_tuning_at_once_tune_once(
         return tune(*arguments)
 
     monkeypatch.setattr(runs, "tune", counted)
-    # In one process two that load at once leave transformers' classes patched.
-    loading = Lock()
+    # The study has a process for each; what loads or tests a model is for one thread at a time.
+    alone = Lock()
 
-    def load_alone(*arguments: Any, **options: Any) -> Any:
-        with loading:
-            return load_model(*arguments, **options)
+    def one_at_a_time(function: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            with alone:
+                return function(*arguments, **options)
 
-    monkeypatch.setattr(runs, "load_model", load_alone)
+        return wrapped
+
+    for name in ("load_model", "measure"):
+        monkeypatch.setattr(runs, name, one_at_a_time(getattr(runs, name)))
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(2) as pool:
             shares = (0.3, 0.7)
             merges = [run_of("merge", {"aligned_share": share}, 0, "alpaca") for share in shares]
-            rows = list(pool.map(lambda run: runs.execute(run, "report", 1)[0], merges))
+            rows = list(pool.map(lambda run: runs.execute(run, "selection", 1)[0], merges))
     finally:
         torch.set_num_threads(threads)
     assert tuned == [run_of("adamw", {}, 0, "alpaca")]
