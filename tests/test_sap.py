@@ -361,7 +361,7 @@ def test_parameters_of_another_model_are_refused() -> None:
         FusedSAP(other.trained, ProbeSet(case.model))
 
 
-@pytest.mark.parametrize("given", [None, "early", problem], ids=str)
+@pytest.mark.parametrize("given", [None, "early", problem], ids=["none", "text", "function"])
 def test_what_is_no_probe_set_is_refused(given: Any) -> None:
     with pytest.raises(TypeError, match=r"is no ProbeSet.*without a probe use BlendedAdamW"):
         FusedSAP([nn.Parameter(torch.ones(1))], given)
