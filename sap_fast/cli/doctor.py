@@ -13,6 +13,7 @@ from sap_fast.cli.console import console
 from sap_fast.cli.environment import environment
 from sap_fast.cli.finetune import load_trained_model
 from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.compatibility import current_accelerator
 from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat, padding_token_id
 from sap_fast.losses import contrastive_loss
 from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, why_not
@@ -28,7 +29,7 @@ def environment_table() -> Table:
     table = Table("what", "found", title="Environment")
     for name, value in environment().items():
         table.add_row(name, value)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = current_accelerator()
     if accelerator is None:
         table.add_row("accelerator", "none")
     else:
@@ -42,7 +43,7 @@ def backend_table() -> Table:
     """Returns which backend each operation runs on, per device, and why."""
     table = Table("operation", "device", "backend", "what it does", title="Operations")
     devices = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = current_accelerator()
     if accelerator is not None:
         devices.append(accelerator.type)
     choices = {device: _chosen_backend(device) for device in devices}

@@ -26,6 +26,7 @@ from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
 from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
 from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.compatibility import checkpointing_arguments, max_memory_allocated
 from sap_fast.data import (
     SafetyCollator,
     TaskCollator,
@@ -253,7 +254,7 @@ def _trainer(
         # Without an accelerator it has to be said, or bf16 is refused.
         use_cpu=not torch.accelerator.is_available(),
         # With a probe, the probe set does it: pass by pass.
-        activation_checkpointing=not probes and settings.checkpointing != "none",
+        **checkpointing_arguments(not probes and settings.checkpointing != "none"),
         seed=settings.seed,
         data_seed=settings.seed,
         optim="adamw_torch",
@@ -356,7 +357,7 @@ class _Recorder(TrainerCallback):
 def peak_bytes() -> int:
     """Returns the peak memory of the accelerator, or else of this process, in bytes."""
     if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated()
+        return max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

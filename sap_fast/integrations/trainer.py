@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from sap_fast.compatibility import create_optimizer, require
 from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
@@ -221,6 +222,11 @@ class SAPTrainerMixin(_Base):
             )
         self._safety_batches = SafetyBatches(safety_dataset, safety_batch_size, self.args.seed)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if any(base.__module__.startswith("trl.") for base in cls.__mro__):
+            require("trl")
+
     def _refuse_other_optimizers(self) -> None:
         """Raise for a choice of an optimizer that the update of SAP would overrule."""
         default = next(f.default for f in dataclasses.fields(self.args) if f.name == "optim")
@@ -294,7 +300,7 @@ class SAPTrainerMixin(_Base):
                 settings["probes"] = ProbeSet(trained_model, **self._probe)
             optimizer = _METHODS[self._method].optimizer
             self.optimizer_cls_and_kwargs = (optimizer, settings | self._sap_options)
-        return super().create_optimizer(model)
+        return create_optimizer(super().create_optimizer, model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetch the micro-batches of the next step, and remember them for the probe passes."""

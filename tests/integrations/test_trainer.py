@@ -22,6 +22,7 @@ from sap_fast import (
     joint_loss,
     task_loss,
 )
+from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
 from sap_fast.integrations.trainer import SafetyBatches
 from sap_fast.losses import response_log_probs
@@ -193,7 +194,7 @@ def test_evaluation_sees_no_probe(tmp_path: Path) -> None:
 
 def test_bf16_autocast_and_gradient_checkpointing(tmp_path: Path) -> None:
     tuned = model()
-    args = arguments(tmp_path, bf16=True, activation_checkpointing=True)
+    args = arguments(tmp_path, bf16=True, **checkpointing_arguments(True))
     trainer = sap_trainer(SAPTrainer, tuned, args, probe={"rho": "auto"})
     trainer.train()
     assert trainer.probe_set.compute_dtype == torch.bfloat16
