@@ -1,5 +1,6 @@
 """Reading, checking and encoding of task and safety data."""
 
+from sap_fast.data.builtin import BUILTIN, BuiltinRequest, builtin_requests
 from sap_fast.data.collate import SafetyCollator, TaskCollator
 from sap_fast.data.datasets import SafetyRow, load_safety_dataset, load_task_dataset
 from sap_fast.data.encoding import (
@@ -15,8 +16,10 @@ from sap_fast.data.requests import Request, load_requests
 from sap_fast.data.turns import ChatTemplateError
 
 __all__ = [
+    "BUILTIN",
     "OPENINGS",
     "REFUSALS",
+    "BuiltinRequest",
     "ChatTemplateError",
     "DataError",
     "EncodedRow",
@@ -25,6 +28,7 @@ __all__ = [
     "SafetyRow",
     "TaskCollator",
     "build_safety_pair",
+    "builtin_requests",
     "encode_chat",
     "encode_prompt",
     "encode_turns",
