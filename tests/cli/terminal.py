@@ -65,6 +65,10 @@ class Terminal:
                 *("evaluate", "--model", str(self.chat_model), "--output", str(output)),
                 *("--task", self.files["task"], *evaluated),
             ],
+            "pairs": [
+                *("pairs", "--model", str(self.chat_model), "--output", str(output)),
+                *("--requests", self.files["harmful"]),
+            ],
             "doctor": ["doctor", "--model", str(self.chat_model)],
             "landscape": [
                 *("landscape", "--model", str(self.chat_model), "--output", str(output)),
