@@ -119,6 +119,28 @@ def pairs(
 
 
 @app.command()
+def inspect(
+    model: Model,
+    task: Annotated[str, typer.Option(help="Task rows, as for finetune.")],
+    rows: Annotated[int, typer.Option(help="Rows to show, from the shortest to the longest.")] = 3,
+    max_length: Annotated[int, typer.Option(help="Tokens to keep of a row.")] = 512,
+    trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
+) -> None:
+    """Show what the model's chat template makes of task rows, before anything is trained.
+
+    Prints how many rows would be refused, dropped and cut, how long they are, which tokens end the
+    answers, and a few rows token by token with what is scored. Reads no weights.
+    """
+    from sap_fast.cli.inspection import inspect as read
+    from sap_fast.cli.inspection import inspection_page
+
+    Accepted(least=0).check("rows", rows)
+    Accepted(least=1).check("max_length", max_length)
+    inspection = read(model, task, max_length=max_length, trust_remote_code=trust_remote_code)
+    console.print(inspection_page(inspection, rows))
+
+
+@app.command()
 def evaluate(
     model: Model,
     task: Annotated[str | None, typer.Option(help="Task rows to measure the loss on.")] = None,
@@ -199,6 +221,46 @@ def compare(
         info, runs = run_compare(settings, files, blend=blend)
     console.print(results_table(runs, info.baseline))
     console.print(f"Report: [bold]{escape(str(Path(settings.output) / 'report.html'))}[/bold]")
+
+
+@app.command()
+def merge(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Folder to write; appears only when complete.")],
+    dtype: Annotated[str, typer.Option(help="Weights in fp32, bf16 or fp16.")] = "fp32",
+    aligned_share: Annotated[
+        float,
+        typer.Option(
+            help="λ: mix this much of the aligned model in, from 0 to 1 (Farn et al. 2024, "
+            "arXiv:2412.19512). 0 mixes nothing in; 1 is the aligned model."
+        ),
+    ] = 0.0,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The aligned model that --model was tuned from with --full."),
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
+) -> None:
+    """Merge an adapter into its model, for tools that load no adapters.
+
+    --aligned-share makes the result safer at the cost of some of the task, without training. The
+    folder is checked by loading it back.
+    """
+    from sap_fast.cli.merge import DTYPES, MergeSettings
+    from sap_fast.cli.merge import merge as run_merge
+
+    Accepted(tuple(DTYPES)).check("dtype", dtype)
+    Accepted(least=0, most=1).check("aligned_share", aligned_share)
+    settings = MergeSettings(
+        model=model,
+        output=str(output),
+        dtype=dtype,
+        aligned_share=aligned_share,
+        base=base,
+        trust_remote_code=trust_remote_code,
+    )
+    run_merge(settings)
+    console.print(f"Merged: [bold]{escape(str(output))}[/bold]")
 
 
 @app.command()

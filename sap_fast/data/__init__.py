@@ -2,7 +2,13 @@
 
 from sap_fast.data.builtin import BUILTIN, BuiltinRequest, builtin_requests
 from sap_fast.data.collate import SafetyCollator, TaskCollator
-from sap_fast.data.datasets import SafetyRow, load_safety_dataset, load_task_dataset
+from sap_fast.data.datasets import (
+    InspectedRow,
+    SafetyRow,
+    inspect_task_rows,
+    load_safety_dataset,
+    load_task_dataset,
+)
 from sap_fast.data.encoding import (
     EncodedRow,
     encode_chat,
@@ -23,6 +29,7 @@ __all__ = [
     "ChatTemplateError",
     "DataError",
     "EncodedRow",
+    "InspectedRow",
     "Request",
     "SafetyCollator",
     "SafetyRow",
@@ -32,6 +39,7 @@ __all__ = [
     "encode_chat",
     "encode_prompt",
     "encode_turns",
+    "inspect_task_rows",
     "load_requests",
     "load_safety_dataset",
     "load_task_dataset",
