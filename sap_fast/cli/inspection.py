@@ -69,7 +69,11 @@ def inspection_page(inspection: Inspection, shown: int = 3) -> RenderableType:
         parts += [_lengths(lengths, inspection.max_length), _ends(inspection.tokenizer, sequences)]
         for row in _spread(inspection.rows, shown):
             parts += _row(inspection.tokenizer, row)
-        parts.append(Text("⟦ … ⟧ is scored; the rest is only read. │ parts tokens.", "dim"))
+        parts.append(
+            Text("\n⟦ … ⟧ is scored; the rest is only read. │ parts tokens.", "dim")
+            if shown
+            else ""
+        )
     return Group(*parts)
 
 
@@ -195,16 +199,21 @@ def _marked(tokenizer: PreTrainedTokenizerBase, sequence: EncodedRow) -> Text:
 
 
 def _stretch(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], style: str) -> Text:
-    text = Text(style=style)
+    shown = [_shown_token(tokenizer, token) for token in ids]
     left_out = len(ids) - 2 * _SHOWN
-    for place, token in enumerate(ids):
-        if left_out > 0 and _SHOWN <= place < len(ids) - _SHOWN:
-            if place == _SHOWN:
-                text.append(f" … {left_out} tokens … ", "dim italic")
-            continue
-        if place and not (left_out > 0 and place == len(ids) - _SHOWN):
-            text.append("│", "dim")
-        text.append(_shown_token(tokenizer, token))
+    if left_out <= _SHOWN // 2:  # not worth leaving out
+        return _joined(shown, style)
+    text = _joined(shown[:_SHOWN], style)
+    text.append(f" … {left_out} tokens … ", "dim italic")
+    return text.append_text(_joined(shown[-_SHOWN:], style))
+
+
+def _joined(tokens: Sequence[str], style: str) -> Text:
+    text = Text(style=style)
+    for before, token in zip(["\n", *tokens], tokens, strict=False):
+        # A line break parts tokens too.
+        text.append("" if before.endswith("\n") else "│", "dim")
+        text.append(token)
     return text
 
 

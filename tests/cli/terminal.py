@@ -69,6 +69,8 @@ class Terminal:
                 *("pairs", "--model", str(self.chat_model), "--output", str(output)),
                 *("--requests", self.files["harmful"]),
             ],
+            "inspect": ["inspect", "--model", str(self.chat_model), "--task", self.files["task"]],
+            "merge": ["merge", "--model", str(self.chat_model), "--output", str(output)],
             "doctor": ["doctor", "--model", str(self.chat_model)],
             "landscape": [
                 *("landscape", "--model", str(self.chat_model), "--output", str(output)),

@@ -31,7 +31,7 @@ BAD_FILES: dict[str, tuple[bytes | None, list[str]]] = {
         *(("finetune", "--task"), ("finetune", "--safety"), ("evaluate", "--task")),
         *(("evaluate", "--harmful"), ("evaluate", "--harmless"), ("compare", "--task")),
         *(("compare", "--safety"), ("compare", "--harmless"), ("compare", "--held-out")),
-        ("pairs", "--requests"),
+        *(("pairs", "--requests"), ("inspect", "--task")),
         *(("landscape", "--harmful"), ("landscape", "--task"), ("landscape", "--safety")),
     ],
 )
@@ -147,7 +147,9 @@ def test_an_unfinished_run_of_another_version_is_one_line(
     assert f"{work} was begun with another version of sap-fast; remove that folder" in line
 
 
-COMMANDS = ("finetune", "pairs", "evaluate", "compare", "doctor", "landscape")
+COMMANDS = (
+    *("finetune", "pairs", "inspect", "evaluate", "compare", "merge", "doctor", "landscape"),
+)
 
 
 @pytest.mark.parametrize("option", GONE)
