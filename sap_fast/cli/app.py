@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
+from sap_fast.cli.config import with_config
 from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import (
     BLENDING_WEIGHT,
@@ -49,6 +50,7 @@ Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
 
 
 @app.command()
+@with_config
 @with_settings()
 def finetune(settings: FinetuneSettings) -> None:
     """Fine-tune a chat model and keep it safe: a LoRA adapter, or with --full every parameter.
@@ -70,6 +72,7 @@ def finetune(settings: FinetuneSettings) -> None:
 
 
 @app.command()
+@with_config
 def pairs(
     model: Model,
     output: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
@@ -119,6 +122,7 @@ def pairs(
 
 
 @app.command()
+@with_config
 def inspect(
     model: Model,
     task: Annotated[str, typer.Option(help="Task rows, as for finetune.")],
@@ -141,6 +145,7 @@ def inspect(
 
 
 @app.command()
+@with_config
 def evaluate(
     model: Model,
     task: Annotated[str | None, typer.Option(help="Task rows to measure the loss on.")] = None,
@@ -185,6 +190,7 @@ def evaluate(
 
 
 @app.command()
+@with_config
 @with_settings(without=["optimizer"])
 def compare(
     settings: FinetuneSettings,
@@ -224,6 +230,7 @@ def compare(
 
 
 @app.command()
+@with_config
 def merge(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder to write; appears only when complete.")],
@@ -264,6 +271,7 @@ def merge(
 
 
 @app.command()
+@with_config
 def landscape(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder for landscape.csv and landscape.html.")],
@@ -344,6 +352,7 @@ def landscape(
 
 
 @app.command()
+@with_config
 @with_settings(
     [
         "full",

@@ -382,7 +382,10 @@ def with_settings(
         for item in fields:
             option = typer.Option(
                 ... if item.default == "" else item.default,
-                flag(item.name),
+                # A switch that a config turns on can be turned off on the command line.
+                f"{flag(item.name)}/--no-{flag(item.name)[2:]}"
+                if hints[item.name] is bool
+                else flag(item.name),
                 help=item.metadata["help"],
                 rich_help_panel=item.metadata["panel"],
             )
