@@ -44,11 +44,11 @@ def any_dtensor(tensors: Iterable[Any]) -> bool:
     return dtensor != () and any(isinstance(tensor, dtensor) for tensor in tensors)
 
 
-def _is_fsdp2(module: nn.Module) -> TypeIs[FSDPModule]:
+def _is_fsdp2(module: Any) -> TypeIs[FSDPModule]:
     return isinstance(module, _class_of("torch.distributed.fsdp", "FSDPModule"))
 
 
-def _is_fsdp1(module: nn.Module) -> TypeIs[FullyShardedDataParallel]:
+def _is_fsdp1(module: Any) -> TypeIs[FullyShardedDataParallel]:
     return isinstance(module, _class_of("torch.distributed.fsdp", "FullyShardedDataParallel"))
 
 
