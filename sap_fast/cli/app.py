@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
+from sap_fast.cli import ranks
 from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import (
     BLENDING_WEIGHT,
@@ -19,10 +21,27 @@ from sap_fast.cli.settings import (
     Accepted,
     FinetuneSettings,
     refuse_gone_options,
+    refuse_repetition,
     with_settings,
 )
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command in which an option counts once: click itself would take the last in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        once = [p for p in given if p.param_type_name == "option" and not p.multiple]
+        refuse_repetition(parameter.opts[0] for parameter in once)
+        return super().parse_args(ctx, args)
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        return super().command(name, **({"cls": _Command} | options))
+
+
+app = _App(
     name="sap-fast",
     no_args_is_help=True,
     add_completion=False,
@@ -260,14 +279,35 @@ def run() -> None:
     """Runs the command line; user errors end in one line and status 2."""
     from sap_fast.data import DataError
 
+    arguments = sys.argv[1:]
+    console.quiet = not ranks.is_first()
     show_warnings()
     try:
-        refuse_gone_options(sys.argv[1:])
-        app()
+        if not ranks.has_work(arguments):
+            return
+        note = ranks.note(arguments)
+        if note is not None:
+            console.print(note)
+        refuse_gone_options(arguments)
+        if ranks.is_first():
+            app()
+        _quietly(app)
     except (UserError, DataError) as error:
         _fail(str(error))
     except OSError as error:  # of an output: no such folder, not writable, a full disk
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _quietly(command: typer.Typer) -> NoReturn:
+    """Runs a command without a word about how it is used, which the first rank says."""
+    try:
+        status = command(standalone_mode=False)
+    except Exception as error:
+        # What is wrong with the arguments; of click's own class, or of typer's copy of it.
+        if not hasattr(error, "format_message"):
+            raise
+        status = getattr(error, "exit_code", 2)
+    sys.exit(status or 0)
 
 
 def _fail(message: str) -> NoReturn:

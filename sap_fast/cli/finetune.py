@@ -2,7 +2,7 @@
 
 A run works in `OUTPUT.unfinished` and is renamed to `OUTPUT` when it is complete, so that a folder
 of the given name is never half a result. Started again after an interruption, it goes on from its
-last checkpoint.
+last checkpoint. On several ranks the first one alone writes (`sap_fast.cli.ranks`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from sap_fast.cli import ranks
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
 from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
@@ -55,16 +56,18 @@ def finetune(settings: FinetuneSettings) -> Path:
         OSError: for an output folder that cannot be written.
     """
     output = Path(settings.output)
-    if output.exists():
-        raise UserError(f"--output {output}: exists already; remove it or choose another folder")
-    work = output.with_name(output.name + ".unfinished")
-    checkpoint = _resume(settings, work)
-    with removed_on_failure(work, keep=lambda: any(work.glob("checkpoints/checkpoint-*"))):
-        work.mkdir(parents=True, exist_ok=True)
-        trainer, tokenizer = prepare(settings, work)
-        _train(settings, work, trainer, tokenizer, checkpoint)
-        work.rename(output)
+    with ranks.joined():
+        _finetune(settings, output)
     return output
+
+
+def _finetune(settings: FinetuneSettings, output: Path) -> None:
+    work, checkpoint = ranks.on_first(lambda: _resume(settings, output))
+    with removed_on_failure(work, keep=lambda: any(work.glob("checkpoints/checkpoint-*"))):
+        ranks.on_first(lambda: work.mkdir(parents=True, exist_ok=True))
+        trainer, tokenizer = ranks.on_every(lambda: prepare(settings, work))
+        _train(settings, work, trainer, tokenizer, checkpoint)
+        ranks.on_first(lambda: work.rename(output))
 
 
 def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
@@ -111,7 +114,7 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
 @contextmanager
 def removed_on_failure(folder: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
     """Removes what a failed run made: `folder` and the folders around it, unless `keep()`."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not path.exists() and ranks.is_first()]
     try:
         yield
     except BaseException:
@@ -132,20 +135,26 @@ def _train(
     checkpoint: str | None,
 ) -> None:
     """Trains, and saves into `work` what the finished folder is to hold."""
-    (work / "run.json").write_text(_run_record(settings), encoding="utf-8")
-    kept = _cut_metrics(work / "metrics.jsonl", checkpoint)
 
+    def begin() -> list[dict[str, Any]]:
+        (work / "run.json").write_text(_run_record(settings), encoding="utf-8")
+        return _cut_metrics(work / "metrics.jsonl", checkpoint)
+
+    kept = ranks.on_first(begin)
     with progress_bar(f"Fine-tuning ({settings.optimizer})") as bar:
         recorder = _Recorder(work / "metrics.jsonl", bar, kept)
         trainer.add_callback(recorder)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
 
-    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    trained.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    (work / "run.json").write_text(_run_record(settings, recorder.figures()), encoding="utf-8")
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    def save() -> None:
+        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        trained.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        (work / "run.json").write_text(_run_record(settings, recorder.figures()), encoding="utf-8")
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)
+
+    ranks.on_first(save)
 
 
 def load_trained_model(
@@ -215,18 +224,27 @@ def refuse_other_settings(work: Path, now: dict[str, Any]) -> None:
         )
 
 
-def _resume(settings: FinetuneSettings, work: Path) -> str | None:
-    """Returns the checkpoint to go on from, if an earlier run with these settings left one."""
+def _resume(settings: FinetuneSettings, output: Path) -> tuple[Path, str | None]:
+    """Returns the folder to work in, and the checkpoint in it that there is to go on from."""
+    if output.exists():
+        raise UserError(f"--output {output}: exists already; remove it or choose another folder")
+    work = output.with_name(output.name + ".unfinished")
     record = work / "run.json"
     if not record.exists():
         shutil.rmtree(work, ignore_errors=True)
-        return None
+        return work, None
     refuse_other_settings(work, dataclasses.asdict(settings))
+    begun_on = json.loads(record.read_text(encoding="utf-8")).get("ranks", 1)
+    if begun_on != ranks.count():
+        raise UserError(
+            f"{work} was begun on {begun_on} rank(s), and these are {ranks.count()}: each step "
+            "would have other rows; start as many to go on, or remove that folder to start over"
+        )
     folder = work / "checkpoints"
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is not None:
         console.print(f"Going on from {Path(checkpoint).name} in {work}")
-    return checkpoint
+    return work, checkpoint
 
 
 def _trainer(
@@ -336,7 +354,7 @@ class _Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
         row = {"step": state.global_step, "step_seconds": round(self._last, 4)} | logs
         with self._path.open("a", encoding="utf-8") as file:
@@ -366,6 +384,7 @@ def _run_record(settings: FinetuneSettings, figures: dict[str, Any] | None = Non
         "settings": dataclasses.asdict(settings),
         "environment": environment(),
         "weight_dtype": str(WEIGHT_DTYPES[settings.precision]),
+        "ranks": ranks.count(),
         "figures": figures,
     }
     return json.dumps(record, indent=2) + "\n"

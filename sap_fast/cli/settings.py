@@ -353,6 +353,24 @@ def refuse_gone_options(arguments: Iterable[str]) -> None:
             raise UserError(f"{option} is gone: {GONE[option]}")
 
 
+#: Options that take several values in one word.
+_LISTS = {"--lora-target": "q_proj,v_proj", "--probe-layers": "4,5,6"}
+
+
+def refuse_repetition(options: Iterable[str]) -> None:
+    """Checks that no option is given twice.
+
+    Raises:
+        UserError: One is.
+    """
+    given: set[str] = set()
+    for option in options:
+        if option in given:
+            several = f", with several values as in {_LISTS[option]}" if option in _LISTS else ""
+            raise UserError(f"{option} is given twice: expected it once{several}")
+        given.add(option)
+
+
 def flag(name: str) -> str:
     """Returns the command line's name of a setting."""
     return "--" + name.replace("_", "-")
