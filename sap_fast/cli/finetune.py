@@ -14,8 +14,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +24,11 @@ from sap_fast.cli import ranks
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
 from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
+from sap_fast.cli.pairs import ask_for_pairs
 from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
 from sap_fast.data import (
+    BUILTIN,
     SafetyCollator,
     TaskCollator,
     load_safety_dataset,
@@ -86,8 +87,8 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
     """
     if settings.optimizer != "adamw" and settings.safety is None:
         raise UserError(
-            f"--safety is missing: --optimizer {settings.optimizer} needs preference rows; see "
-            "sap-fast finetune --help"
+            f"--safety is missing: --optimizer {settings.optimizer} needs preference rows; "
+            f"--safety {BUILTIN} makes them of the requests that come with sap-fast"
         )
     if settings.optimizer == "blend" and settings.blending_weight == 0:
         raise UserError("--safety-weight 0: --optimizer blend needs a number > 0, such as 0.3")
@@ -102,29 +103,17 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
     safety_rows = None
     if settings.optimizer != "adamw":
         assert settings.safety is not None
-        safety_rows = load_safety_dataset(settings.safety, tokenizer, settings.max_length)
+        safety = Path(settings.safety)
+        if settings.safety == BUILTIN:
+            safety = work / "safety-pairs.jsonl"
+            ranks.on_first(lambda: ask_for_pairs(safety, model, tokenizer))
+        safety_rows = load_safety_dataset(safety, tokenizer, settings.max_length)
     try:
         trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
         trainer.create_optimizer()
     except ValueError as error:
         raise UserError(str(error)) from error
     return trainer, tokenizer
-
-
-@contextmanager
-def removed_on_failure(folder: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
-    """Removes what a failed run made: `folder` and the folders around it, unless `keep()`."""
-    made = [path for path in (folder, *folder.parents) if not path.exists() and ranks.is_first()]
-    try:
-        yield
-    except BaseException:
-        if made and not keep():
-            shutil.rmtree(folder, ignore_errors=True)
-            for around in made[1:]:
-                # Another run may have begun in it meanwhile.
-                with suppress(OSError):
-                    around.rmdir()
-        raise
 
 
 def _train(
@@ -186,42 +175,6 @@ def load_trained_model(
             targets=settings.lora_targets(),
         )
     return model, tokenizer
-
-
-def settings_of(record: Path) -> dict[str, Any]:
-    """Returns the settings in a `run.json`.
-
-    Raises:
-        UserError: if there are none.
-    """
-    try:
-        return dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
-    except (ValueError, TypeError, LookupError) as error:
-        raise UserError(
-            f"{record} is damaged; remove the folder {record.parent} to start over"
-        ) from error
-
-
-def refuse_other_settings(work: Path, now: dict[str, Any]) -> None:
-    """Checks that what is unfinished in a folder was begun with the settings of now.
-
-    Args:
-        work: Folder with a `run.json`.
-        now: Settings by name; `output` may differ.
-
-    Raises:
-        UserError: The settings differ, or those of another version are saved.
-    """
-    begun = settings_of(work / "run.json")
-    over = "remove that folder to start over"
-    if begun.keys() != now.keys():
-        raise UserError(f"{work} was begun with another version of sap-fast; {over}")
-    changed = [name for name in now if name != "output" and begun[name] != now[name]]
-    if changed:
-        what = ", ".join(f"{name}: {begun[name]} then, {now[name]} now" for name in changed)
-        raise UserError(
-            f"{work} was begun with other settings ({what}); give the same to go on, or {over}"
-        )
 
 
 def _resume(settings: FinetuneSettings, output: Path) -> tuple[Path, str | None]:

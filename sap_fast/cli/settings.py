@@ -105,7 +105,8 @@ class FinetuneSettings:
         None,
         _DATA,
         "Safety rows, like --task: prompt, chosen (the safe answer), rejected (the harmful one; an "
-        "opening suffices with rejected_is_opening: true).",
+        "opening suffices with rejected_is_opening: true); builtin: made for this model, of the "
+        "requests that come with sap-fast.",
     )
     optimizer: str = _option(
         "blend",
