@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("sap-fast", "torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets")
+PACKAGES = (
+    *("sap-fast", "torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets"),
+    *("bitsandbytes", "torchao"),
+)
 
 
 def environment() -> dict[str, str]:

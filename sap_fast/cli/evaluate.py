@@ -30,6 +30,7 @@ def evaluate(
     precision: str = "fp32",
     batch_size: int = 16,
     trust_remote_code: bool = False,
+    load_in: str | None = None,
 ) -> EvaluationResult:
     """Measures a model on files, with progress bars.
 
@@ -39,6 +40,7 @@ def evaluate(
         precision: fp32, bf16-mixed (as fp32 here: nothing is trained) or bf16.
         batch_size: sequences per batch.
         trust_remote_code: run Python code that comes with the model.
+        load_in: how to quantize its weights, as for `load_model`.
 
     Raises:
         UserError: if the model cannot be loaded.
@@ -47,7 +49,9 @@ def evaluate(
     # Files first: a mistake in them shows before a large model is loaded.
     harmful = load_requests(files.harmful) if files.harmful else None
     harmless = load_requests(files.harmless) if files.harmless else None
-    loaded, tokenizer = load_model(model, precision, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load_model(
+        model, precision, trust_remote_code=trust_remote_code, load_in=load_in
+    )
     task_rows = load_task_dataset(files.task, tokenizer, files.max_length) if files.task else None
     return evaluate_model(
         loaded,
