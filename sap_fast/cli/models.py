@@ -115,7 +115,7 @@ def _quantization(load_in: str, precision: str) -> Any:
 
 
 def add_lora(
-    model: nn.Module, *, r: int, alpha: int, dropout: float, targets: list[str] | None
+    model: nn.Module, *, r: int, alpha: int, dropout: float, targets: list[str] | str | None
 ) -> nn.Module:
     """Puts a fresh LoRA adapter on a model.
 
@@ -124,7 +124,8 @@ def add_lora(
         r: rank.
         alpha: scale; the adapter's output is multiplied by alpha/r.
         dropout: dropout on the adapter's input.
-        targets: names of the linear layers to adapt; None for PEFT's choice for the architecture.
+        targets: names of the linear layers to adapt; `"all-linear"`; None for PEFT's choice for the
+            architecture.
 
     Raises:
         UserError: if the targets do not fit the model.

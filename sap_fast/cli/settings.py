@@ -124,7 +124,9 @@ class FinetuneSettings:
         0.1, _MODEL, "Dropout on the LoRA adapter's input.", least=0, most=1
     )
     lora_target: str = _option(
-        "auto", _MODEL, "Layers to adapt, such as q_proj,v_proj; auto: PEFT's choice."
+        "auto",
+        _MODEL,
+        "Layers to adapt, such as q_proj,v_proj; all-linear; auto: PEFT's choice.",
     )
     load_in: str | None = _option(
         None,
@@ -322,8 +324,10 @@ class FinetuneSettings:
             "checkpointing": self.checkpointing,
         }
 
-    def lora_targets(self) -> list[str] | None:
-        """Returns the layers to adapt, None for PEFT's choice."""
+    def lora_targets(self) -> list[str] | str | None:
+        """Returns the layers to adapt; `"all-linear"` for all but the head, None for PEFT's choice."""
+        if self.lora_target == "all-linear":
+            return self.lora_target
         return None if self.lora_target == "auto" else self.lora_target.split(",")
 
     def _layers(self) -> str | list[int]:
