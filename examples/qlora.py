@@ -36,6 +36,7 @@ with tempfile.TemporaryDirectory() as folder:
             per_device_train_batch_size=4,
             learning_rate=2e-4,
             bf16=True,
+            use_cpu=not torch.accelerator.is_available(),
             logging_steps=1,
             save_strategy="no",
             report_to="none",

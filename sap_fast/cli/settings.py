@@ -325,7 +325,7 @@ class FinetuneSettings:
         }
 
     def lora_targets(self) -> list[str] | str | None:
-        """Returns the layers to adapt; `"all-linear"` for all but the head, None for PEFT's choice."""
+        """Returns the layers to adapt: names, `"all-linear"`, or None for PEFT's choice."""
         if self.lora_target == "all-linear":
             return self.lora_target
         return None if self.lora_target == "auto" else self.lora_target.split(",")

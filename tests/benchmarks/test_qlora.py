@@ -1,4 +1,4 @@
-"""The memory of a quantized base: counted against the cost model; the page has the CSV's figures."""
+"""Memory on a quantized base, counted beside the cost model; the page has the CSV's figures."""
 
 from __future__ import annotations
 

@@ -192,10 +192,13 @@ def test_a_4_bit_base_is_what_qlora_says(
     terminal: Terminal, precision: str, computed: torch.dtype
 ) -> None:
     settings = FinetuneSettings(
-        model=str(terminal.chat_model), load_in="4bit", precision=precision, lora_target="q_proj"
+        model=str(terminal.chat_model),
+        load_in="4bit",
+        precision=precision,
+        lora_target="all-linear",
     )
     model: Any = load_trained_model(settings)[0]
-    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
     state = layer.weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
     assert layer.compute_dtype == computed
