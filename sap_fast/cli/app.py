@@ -17,6 +17,7 @@ from sap_fast.cli import ranks
 from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import (
     BLENDING_WEIGHT,
+    LOAD_IN,
     TRUST_HELP,
     Accepted,
     FinetuneSettings,
@@ -65,6 +66,12 @@ Harmless = Annotated[
     typer.Option(help="Requests that should be answered, likewise.", rich_help_panel="Evaluation"),
 ]
 Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
+LoadIn = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantize the weights to 4bit or 8bit with bitsandbytes, as an adapter was trained."
+    ),
+]
 
 
 @app.command()
@@ -166,6 +173,7 @@ def evaluate(
     harmful: Harmful = None,
     harmless: Harmless = None,
     precision: Precision = "fp32",
+    load_in: LoadIn = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens to keep of a task row.")] = 512,
     output: Annotated[
@@ -182,6 +190,7 @@ def evaluate(
     from sap_fast.cli.evaluate import evaluate as run_evaluate
 
     Accepted(("fp32", "bf16")).check("precision", precision)
+    Accepted(LOAD_IN).check("load_in", load_in)
     Accepted(least=1).check("batch_size", batch_size)
     Accepted(least=1).check("max_length", max_length)
     # Before the work, which would be lost.
@@ -196,6 +205,7 @@ def evaluate(
         precision=precision,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        load_in=load_in,
     )
     if output is not None:
         text = json.dumps(as_json(model, files, result), indent=2) + "\n"
@@ -370,6 +380,7 @@ def landscape(
         "lora_alpha",
         "lora_dropout",
         "lora_target",
+        "load_in",
         "trust_remote_code",
         "precision",
     ]

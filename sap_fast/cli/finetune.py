@@ -152,15 +152,27 @@ def load_trained_model(
     """Loads the model with the parameters that `settings` train: all, or an adapter's.
 
     Raises:
-        UserError: if the model cannot be loaded, or is an adapter and `full` is set.
+        UserError: if the model cannot be loaded; if `full` is set and it is an adapter, or its
+            weights are quantized.
     """
+    if settings.full and settings.load_in is not None:
+        raise UserError(
+            f"--load-in {settings.load_in}: quantized weights cannot be trained; leave --full out, "
+            "to train an adapter on them"
+        )
     model, tokenizer = load_model(
         settings.model,
         settings.precision,
         trainable=True,
         trust_remote_code=settings.trust_remote_code,
+        load_in=settings.load_in,
     )
     is_adapter = hasattr(model, "peft_config")
+    if settings.full and getattr(model, "is_quantized", False):
+        raise UserError(
+            f"--full: the weights of {settings.model} are quantized and cannot be trained; leave "
+            "--full out, to train an adapter on them"
+        )
     if settings.full and is_adapter:
         raise UserError(
             f"--full: {settings.model} is an adapter, which is trained as it is; leave --full out, "
