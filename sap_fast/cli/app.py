@@ -7,23 +7,43 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
+from sap_fast.cli import ranks
 from sap_fast.cli.config import with_config
 from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import (
     BLENDING_WEIGHT,
+    LOAD_IN,
     TRUST_HELP,
     Accepted,
     FinetuneSettings,
     refuse_gone_options,
+    refuse_repetition,
     with_settings,
 )
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command in which an option counts once: click itself would take the last in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        once = [p for p in given if p.param_type_name == "option" and not p.multiple]
+        refuse_repetition(parameter.opts[0] for parameter in once)
+        return super().parse_args(ctx, args)
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        return super().command(name, **({"cls": _Command} | options))
+
+
+app = _App(
     name="sap-fast",
     no_args_is_help=True,
     add_completion=False,
@@ -47,6 +67,12 @@ Harmless = Annotated[
     typer.Option(help="Requests that should be answered, likewise.", rich_help_panel="Evaluation"),
 ]
 Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
+LoadIn = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantize the weights to 4bit or 8bit with bitsandbytes, as an adapter was trained."
+    ),
+]
 
 
 @app.command()
@@ -152,6 +178,7 @@ def evaluate(
     harmful: Harmful = None,
     harmless: Harmless = None,
     precision: Precision = "fp32",
+    load_in: LoadIn = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens to keep of a task row.")] = 512,
     output: Annotated[
@@ -168,6 +195,7 @@ def evaluate(
     from sap_fast.cli.evaluate import evaluate as run_evaluate
 
     Accepted(("fp32", "bf16")).check("precision", precision)
+    Accepted(LOAD_IN).check("load_in", load_in)
     Accepted(least=1).check("batch_size", batch_size)
     Accepted(least=1).check("max_length", max_length)
     # Before the work, which would be lost.
@@ -182,6 +210,7 @@ def evaluate(
         precision=precision,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        load_in=load_in,
     )
     if output is not None:
         text = json.dumps(as_json(model, files, result), indent=2) + "\n"
@@ -360,6 +389,7 @@ def landscape(
         "lora_alpha",
         "lora_dropout",
         "lora_target",
+        "load_in",
         "trust_remote_code",
         "precision",
     ]
@@ -383,14 +413,35 @@ def run() -> None:
     """Runs the command line; user errors end in one line and status 2."""
     from sap_fast.data import DataError
 
+    arguments = sys.argv[1:]
+    console.quiet = not ranks.is_first()
     show_warnings()
     try:
-        refuse_gone_options(sys.argv[1:])
-        app()
+        if not ranks.has_work(arguments):
+            return
+        note = ranks.note(arguments)
+        if note is not None:
+            console.print(note)
+        refuse_gone_options(arguments)
+        if ranks.is_first():
+            app()
+        _quietly(app)
     except (UserError, DataError) as error:
         _fail(str(error))
     except OSError as error:  # of an output: no such folder, not writable, a full disk
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _quietly(command: typer.Typer) -> NoReturn:
+    """Runs a command without a word about how it is used, which the first rank says."""
+    try:
+        status = command(standalone_mode=False)
+    except Exception as error:
+        # What is wrong with the arguments; of click's own class, or of typer's copy of it.
+        if not hasattr(error, "format_message"):
+            raise
+        status = getattr(error, "exit_code", 2)
+    sys.exit(status or 0)
 
 
 def _fail(message: str) -> NoReturn:

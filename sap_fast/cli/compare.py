@@ -183,8 +183,14 @@ def _evaluate(
         if saved["model"] == model and saved["files"] == vars(files):
             return saved["result"]
     console.print(f"Evaluating {name}")
-    # Every model is measured in fp32, whatever precision it was trained in.
-    result = evaluate(model, files, trust_remote_code=settings.trust_remote_code)
+    # Every model is measured in fp32, whatever precision it was trained in, but on the weights that
+    # its adapter was trained on.
+    result = evaluate(
+        model,
+        files,
+        trust_remote_code=settings.trust_remote_code,
+        load_in=settings.load_in,
+    )
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(as_json(model, files, result), indent=2), encoding="utf-8")
@@ -211,6 +217,7 @@ def _info(
         "learning rate": f"{settings.learning_rate:g}",
         "seed": str(settings.seed),
         "precision": settings.precision,
+        "base": "as it is stored" if settings.load_in is None else f"in {settings.load_in}",
         "safety direction": "taken "
         + ("at every step" if every == 1 else f"every {every} steps")
         + f", blended in by the rule {settings.rule}",

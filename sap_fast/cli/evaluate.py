@@ -80,6 +80,7 @@ def evaluate(
     precision: str = "fp32",
     batch_size: int = 16,
     trust_remote_code: bool = False,
+    load_in: str | None = None,
 ) -> EvaluationResult:
     """Measures a model on files, with progress bars.
 
@@ -89,6 +90,7 @@ def evaluate(
         precision: fp32, bf16-mixed (as fp32 here: nothing is trained) or bf16.
         batch_size: sequences per batch.
         trust_remote_code: run Python code that comes with the model.
+        load_in: how to quantize its weights, as for `load_model`.
 
     Raises:
         UserError: if the model cannot be loaded.
@@ -96,7 +98,9 @@ def evaluate(
     """
     # Files first: a mistake in them shows before a large model is loaded.
     harmful, harmless = files.requests()
-    loaded, tokenizer = load_model(model, precision, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load_model(
+        model, precision, trust_remote_code=trust_remote_code, load_in=load_in
+    )
     task_rows = load_task_dataset(files.task, tokenizer, files.max_length) if files.task else None
     return evaluate_model(
         loaded,

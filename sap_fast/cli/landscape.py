@@ -149,6 +149,8 @@ class _Ground:
         model, tokenizer = load_model(
             name, "fp32", trust_remote_code=self.settings.trust_remote_code
         )
+        if getattr(model, "is_quantized", False):
+            raise UserError(f"--model {name}: its weights are quantized and cannot be moved")
         if hasattr(model, "peft_config"):
             model = cast(Any, model).merge_and_unload()
         return model.requires_grad_(False), tokenizer

@@ -21,6 +21,9 @@ _SAFETY, _PROBE = "Safety direction (blend and sap)", "Probe (sap)"
 #: γ of `--optimizer blend`, with the level held: the study's choice (docs/study.md).
 BLENDING_WEIGHT = 0.3
 
+#: How bitsandbytes may store the weights of a frozen base.
+LOAD_IN = ("4bit", "8bit")
+
 #: The largest seed that transformers takes; no count needs more either.
 _LARGEST = 2**32 - 1
 
@@ -122,7 +125,16 @@ class FinetuneSettings:
         0.1, _MODEL, "Dropout on the LoRA adapter's input.", least=0, most=1
     )
     lora_target: str = _option(
-        "auto", _MODEL, "Layers to adapt, such as q_proj,v_proj; auto: PEFT's choice."
+        "auto",
+        _MODEL,
+        "Layers to adapt, such as q_proj,v_proj; all-linear; auto: PEFT's choice.",
+    )
+    load_in: str | None = _option(
+        None,
+        _MODEL,
+        "Quantize the frozen weights under the adapter with bitsandbytes, for less memory. 4bit: "
+        "NF4 with double quantization; 8bit: LLM.int8. By default they are left as they are.",
+        choices=LOAD_IN,
     )
     trust_remote_code: bool = _option(False, _MODEL, TRUST_HELP)
     precision: str = _option(
@@ -313,8 +325,10 @@ class FinetuneSettings:
             "checkpointing": self.checkpointing,
         }
 
-    def lora_targets(self) -> list[str] | None:
-        """Returns the layers to adapt, None for PEFT's choice."""
+    def lora_targets(self) -> list[str] | str | None:
+        """Returns the layers to adapt: names, `"all-linear"`, or None for PEFT's choice."""
+        if self.lora_target == "all-linear":
+            return self.lora_target
         return None if self.lora_target == "auto" else self.lora_target.split(",")
 
     def _layers(self) -> str | list[int]:
@@ -352,6 +366,24 @@ def refuse_gone_options(arguments: Iterable[str]) -> None:
         option = argument.partition("=")[0]
         if option in GONE:
             raise UserError(f"{option} is gone: {GONE[option]}")
+
+
+#: Options that take several values in one word.
+_LISTS = {"--lora-target": "q_proj,v_proj", "--probe-layers": "4,5,6"}
+
+
+def refuse_repetition(options: Iterable[str]) -> None:
+    """Checks that no option is given twice.
+
+    Raises:
+        UserError: One is.
+    """
+    given: set[str] = set()
+    for option in options:
+        if option in given:
+            several = f", with several values as in {_LISTS[option]}" if option in _LISTS else ""
+            raise UserError(f"{option} is given twice: expected it once{several}")
+        given.add(option)
 
 
 def flag(name: str) -> str:

@@ -9,13 +9,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from sap_fast.cli import ranks
 from sap_fast.cli.console import UserError
 
 
 @contextmanager
 def removed_on_failure(folder: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
     """Removes what a failed run made: `folder` and the folders around it, unless `keep()`."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not path.exists() and ranks.is_first()]
     try:
         yield
     except BaseException:

@@ -193,3 +193,28 @@ def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch.setattr("sap_fast.cli.find_spec", lambda name: None if name == "peft" else True)
     with pytest.raises(SystemExit, match=r"needs peft: pip install 'sap-fast\[train\]'"):
         main()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_given_twice_is_an_error_that_names_it(
+    terminal: Terminal, tmp_path: Path, command: str
+) -> None:
+    given = [*terminal.command(command, tmp_path / "out"), "--model", "another"]
+    assert terminal.refusal(*given) == "Error: --model is given twice: expected it once"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--full", "--full"], "--full is given twice: expected it once"),
+        (["--full", "--no-full"], "--full is given twice"),
+        (["--seed=1", "--seed", "1"], "--seed is given twice"),
+        (["--lora-target", "q_proj", "--lora-target", "v_proj"], "as in q_proj,v_proj"),
+        (["--probe-layers", "1", "--probe-layers", "2"], "as in 4,5,6"),
+    ],
+)
+def test_an_option_given_twice_in_other_words_is_one_too(
+    terminal: Terminal, tmp_path: Path, more: list[str], words: str
+) -> None:
+    command = terminal.finetuning(tmp_path / "out")
+    assert words in terminal.refusal(*command, *more)
