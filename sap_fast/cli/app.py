@@ -56,9 +56,9 @@ Model = Annotated[str, typer.Option(help="Folder or hub name of a model, or a PE
 Harmful = Annotated[
     str | None,
     typer.Option(
-        help="Requests that should be refused: .jsonl, .json or .parquet with prompt (or text), or "
-        ".txt with one per line; builtin: those that come with sap-fast, the default where neither "
-        "--harmful nor --harmless is given; none: do not ask.",
+        help="Requests that should be refused: .jsonl, .json, .csv or .parquet with prompt (or "
+        "text), or .txt with one per line; builtin: those that come with sap-fast, the default "
+        "where neither --harmful nor --harmless is given; none: do not ask.",
         rich_help_panel="Evaluation",
     ),
 ]
@@ -105,9 +105,9 @@ def pairs(
     requests: Annotated[
         str,
         typer.Option(
-            help="Requests that the model should refuse: .jsonl, .json or .parquet with prompt (or "
-            "text), or .txt with one per line; builtin: the training half of those that come with "
-            "sap-fast."
+            help="Requests that the model should refuse: .jsonl, .json, .csv or .parquet with "
+            "prompt (or text), or .txt with one per line; builtin: the training half of those that "
+            "come with sap-fast."
         ),
     ] = "builtin",
     not_refused: Annotated[
@@ -307,7 +307,7 @@ def landscape(
     harmful: Annotated[
         str,
         typer.Option(
-            help="Requests that should be refused: .jsonl, .json or .parquet with prompt (or "
+            help="Requests that should be refused: .jsonl, .json, .csv or .parquet with prompt (or "
             "text), or .txt with one per line; builtin: those that come with sap-fast."
         ),
     ] = "builtin",

@@ -100,8 +100,9 @@ class FinetuneSettings:
     task: str = _option(
         "",
         _DATA,
-        "Task rows, .jsonl, .json or .parquet: messages; or prompt and completion; or instruction, "
-        "input, output.",
+        "Task rows, .jsonl, .json, .csv or .parquet, or a dataset, org/name:split or folder:split: "
+        "messages; or prompt and completion; or instruction, input, output. Several with commas "
+        "between them and weights: a.jsonl,b.jsonl=0.5 takes half of b's rows.",
     )
     output: str = _option("", _RUN, "Folder to write; appears only when the run is complete.")
     safety: str | None = _option(
