@@ -93,7 +93,8 @@ def rounding_table(settings: FinetuneSettings) -> Table:
     batches = SafetyCollator(padding_token_id(tokenizer))([encoded])
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    computed = torch.bfloat16 if settings.precision != "fp32" else torch.float32
+    # Without autocast a weight is multiplied in the dtype that it is stored in.
+    computed = torch.bfloat16 if settings.precision == "bf16-mixed" else None
     moved = {
         answer: {name: tensor.to(trained[0].device) for name, tensor in batch.items()}
         for answer, batch in batches.items()
@@ -111,7 +112,7 @@ def rounding_table(settings: FinetuneSettings) -> Table:
         "applied",
         "survives",
         title=f"Perturbation of {len(touched)} tensors of {settings.model}, stored in "
-        f"{touched[0].dtype}, computed in {computed}",
+        f"{touched[0].dtype}, multiplied in {computed or touched[0].dtype}",
         caption="What survives can still drown in the rounding of activations: rho=auto measures "
         "that, on your own batch.",
     )
