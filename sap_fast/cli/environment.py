@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from sap_fast import __version__
+
 PACKAGES = (
-    *("sap-fast", "torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets"),
+    *("torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets"),
     *("bitsandbytes", "torchao"),
 )
 
@@ -20,6 +22,7 @@ def environment() -> dict[str, str]:
         "device": device_name(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
+        "sap-fast": __version__,
     }
     for package in PACKAGES:
         try:

@@ -50,16 +50,8 @@ def load_model(
             chat; for `load_in` without bitsandbytes.
     """
     from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
+    from transformers import AutoModelForCausalLM
 
-    from sap_fast.data import encode_chat
-
-    # Their bars and notes would tear the command's own progress display: bitsandbytes repeats at
-    # every product that 8-bit ones are computed in fp16.
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     options: dict[str, Any] = {"dtype": WEIGHT_DTYPES[precision]}
     if load_in is not None:
         options["quantization_config"] = _quantization(load_in, precision)
@@ -74,26 +66,58 @@ def load_model(
             raise UserError(
                 f"--model {name}: has no adapter_model.safetensors; nothing else is read"
             )
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model: Any = loader.from_pretrained(
             name, use_safetensors=True, trust_remote_code=trust_remote_code, **options
         )
-    # A damaged folder makes transformers, PEFT and safetensors raise errors of many types, and the
-    # tokenizers library a bare Exception; what is wrong is the folder in every case.
+    # A damaged folder makes transformers, PEFT and safetensors raise errors of many types; what is
+    # wrong is the folder in every case.
     except Exception as error:
-        # transformers names its own argument.
-        if "trust_remote_code" in str(error):
-            why = "it comes with Python code of its own, which runs only with --trust-remote-code"
-        else:
-            why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"--model {name}: cannot be loaded: {why}") from error
+        raise _cannot_be_loaded(name, error) from error
+    return model.to(default_device()), tokenizer
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model or adapter.
+
+    Args:
+        name: a folder, or a name on the hub that transformers is configured for.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        UserError: if it cannot be loaded, or cannot encode a chat.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from sap_fast.data import encode_chat
+
+    # Their bars and notes would tear the command's own progress display: bitsandbytes repeats at
+    # every product that 8-bit ones are computed in fp16.
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    # The tokenizers library raises a bare Exception.
+    except Exception as error:
+        raise _cannot_be_loaded(name, error) from error
     try:
         roles = ("user", "assistant")
         encode_chat(tokenizer, [{"role": role, "content": "Hello"} for role in roles])
     except ValueError as error:
         raise UserError(f"--model {name}: the tokenizer cannot be used: {error}") from error
-    return model.to(default_device()), tokenizer
+    return tokenizer
+
+
+def _cannot_be_loaded(name: str, error: Exception) -> UserError:
+    # transformers names its own argument.
+    if "trust_remote_code" in str(error):
+        why = "it comes with Python code of its own, which runs only with --trust-remote-code"
+    else:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+    return UserError(f"--model {name}: cannot be loaded: {why}")
 
 
 def _quantization(load_in: str, precision: str) -> Any:

@@ -108,7 +108,8 @@ class FinetuneSettings:
         None,
         _DATA,
         "Safety rows, like --task: prompt, chosen (the safe answer), rejected (the harmful one; an "
-        "opening suffices with rejected_is_opening: true).",
+        "opening suffices with rejected_is_opening: true); builtin: made for this model, of the "
+        "requests that come with sap-fast.",
     )
     optimizer: str = _option(
         "blend",
@@ -365,6 +366,24 @@ def refuse_gone_options(arguments: Iterable[str]) -> None:
         option = argument.partition("=")[0]
         if option in GONE:
             raise UserError(f"{option} is gone: {GONE[option]}")
+
+
+#: Options that take several values in one word.
+_LISTS = {"--lora-target": "q_proj,v_proj", "--probe-layers": "4,5,6"}
+
+
+def refuse_repetition(options: Iterable[str]) -> None:
+    """Checks that no option is given twice.
+
+    Raises:
+        UserError: One is.
+    """
+    given: set[str] = set()
+    for option in options:
+        if option in given:
+            several = f", with several values as in {_LISTS[option]}" if option in _LISTS else ""
+            raise UserError(f"{option} is given twice: expected it once{several}")
+        given.add(option)
 
 
 def flag(name: str) -> str:

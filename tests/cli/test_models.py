@@ -108,12 +108,14 @@ def test_a_bad_model_is_one_line_and_leaves_nothing(
         assert line.startswith(f"Error: --model {model}: ") and message in line
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare", "doctor", "landscape"])
+@pytest.mark.parametrize(
+    "command", ["finetune", "pairs", "evaluate", "compare", "doctor", "landscape"]
+)
 def test_a_model_that_is_not_there_is_one_line(
     terminal: Terminal, tmp_path: Path, command: str
 ) -> None:
     more = ["--model", "no/such/folder"]
-    line = terminal.refusal(*terminal.command(command, tmp_path / "out", *more))
+    line = terminal.refusal(*terminal.command(command, tmp_path / "out.jsonl", *more))
     assert "--model no/such/folder: cannot be loaded" in line
 
 
@@ -139,6 +141,7 @@ def test_an_adapter_is_read_from_safetensors_only(terminal: Terminal, tmp_path: 
     content = weights.read_bytes()
     weights.unlink()
     arguments = ["evaluate", "--model", str(adapter), "--task", terminal.files["task"]]
+    arguments += ["--harmful", "none"]
     assert "has no adapter_model.safetensors" in terminal.refusal(*arguments)
     weights.write_bytes(content[:-100])
     assert f"--model {adapter}: cannot be loaded" in terminal.refusal(*arguments)
