@@ -94,3 +94,16 @@ for _name, _schema in SCHEMAS.items():
 def overload(name: str, backend: str) -> torch._ops.OpOverload:
     """Return the operator that runs operation `name` on `backend`."""
     return getattr(getattr(torch.ops.sap_fast, name), backend)
+
+
+#: Positions of the lists that each operation writes.
+WRITTEN_LISTS = {
+    name: tuple(
+        position
+        for position, argument in enumerate(overload(name, "reference")._schema.arguments)
+        if argument.alias_info is not None
+        and argument.alias_info.is_write
+        and isinstance(argument.type, torch.ListType)
+    )
+    for name in SCHEMAS
+}
