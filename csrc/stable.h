@@ -352,8 +352,8 @@ inline void copy(const Tensor& to, const Tensor& from) {
   ask(aoti_torch_copy_(to.handle(), from.handle(), 0), "copy a tensor");
 }
 
-// Counts the version of one tensor up: a copy onto itself moves nothing, and autograd counts it.
-// Where many tensors are written, native.py counts, at a twentieth of the price.
+// Counts the version of one tensor up: a copy onto itself moves nothing, and autograd counts it,
+// unless a dispatch mode of Python keeps it away; then native.py counts, as it does for lists.
 inline void count_version(const Tensor& written) {
   const bool enabled = aoti_torch_grad_mode_is_enabled();
   aoti_torch_grad_mode_set_enabled(false);

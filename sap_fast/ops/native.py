@@ -13,11 +13,11 @@ import importlib.util
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sap_fast.ops import schema
@@ -111,21 +111,36 @@ _UNSUPPORTED = "NotImplementedError: "
 def run(name: str, operator: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
     """Run an operator of the extension, and do what PyTorch's stable ABI cannot.
 
-    The versions of the lists that it wrote are counted up, so that autograd and the recovery from
-    errors see it; what its kernels do not support is a NotImplementedError.
+    The versions of what it wrote are counted up, so that autograd and the recovery from errors see
+    it; what its kernels do not support is a NotImplementedError.
     """
-    written = schema.WRITTEN_LISTS[name]
-    with interrupts_deferred() if written else nullcontext():
-        try:
-            result = operator(*arguments, **options)
-        except RuntimeError as error:
-            said = str(error)
-            if not said.startswith(_UNSUPPORTED):
-                raise
-            raise NotImplementedError(said.removeprefix(_UNSUPPORTED)) from None
+    written = schema.WRITTEN[name]
+    if not written:
+        return _call(operator, arguments, options)
+    if isinstance(arguments[written[0]], Tensor):
+        # Its kernel counts by itself, so that it does so in compiled graphs too, but is not heard
+        # under a TorchDispatchMode.
+        (tensor,) = (arguments[position] for position in written)
+        before = None if tensor.is_inference() else tensor._version
+        result = _call(operator, arguments, options)
+        if before is not None and tensor._version == before:
+            increment_version(tensor)
+        return result
+    with interrupts_deferred():
+        result = _call(operator, arguments, options)
         for position in written:
             increment_version(arguments[position])
     return result
+
+
+def _call(operator: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    try:
+        return operator(*arguments, **options)
+    except RuntimeError as error:
+        said = str(error)
+        if not said.startswith(_UNSUPPORTED):
+            raise
+        raise NotImplementedError(said.removeprefix(_UNSUPPORTED)) from None
 
 
 # ---- where it runs ----

@@ -96,14 +96,12 @@ def overload(name: str, backend: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.sap_fast, name), backend)
 
 
-#: Positions of the lists that each operation writes.
-WRITTEN_LISTS = {
+#: Positions of what each operation writes: lists of tensors, or one tensor.
+WRITTEN = {
     name: tuple(
         position
         for position, argument in enumerate(overload(name, "reference")._schema.arguments)
-        if argument.alias_info is not None
-        and argument.alias_info.is_write
-        and isinstance(argument.type, torch.ListType)
+        if argument.alias_info is not None and argument.alias_info.is_write
     )
     for name in SCHEMAS
 }

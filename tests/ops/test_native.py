@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sap_fast import ops
 from sap_fast.ops import native
@@ -153,6 +154,29 @@ def test_an_interrupt_waits_until_the_versions_are_counted(monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         ops.reflect_(params, buffers, backend="native")
     assert params[0].tolist() == [3.0] * 3 and params[0]._version == 1
+
+
+class Passing(TorchDispatchMode):
+    """Runs every operation below autograd, and changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_versions_are_counted_once_under_a_dispatch_mode_and_in_inference_mode() -> None:
+    if native.extension is None:
+        pytest.skip(native.problem or "")
+    buffer, gradient = torch.zeros(4), torch.ones(2, 4)
+    params = [torch.ones(3)]
+    with Passing():
+        ops.call("probe_project_", "native", buffer, gradient, 1.0)
+        ops.reflect_(params, [torch.ones(3)], backend="native")
+    assert buffer._version == 1 and params[0]._version == 1
+    with torch.inference_mode():
+        buffer, params = torch.zeros(4), [torch.ones(3)]
+        ops.call("probe_project_", "native", buffer, gradient, 1.0)
+        ops.reflect_(params, [torch.zeros(3)], backend="native")
+        assert buffer.tolist() == [2.0] * 4 and params[0].tolist() == [-1.0] * 3
 
 
 def test_other_errors_are_no_word_of_what_is_not_supported() -> None:
