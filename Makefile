@@ -68,7 +68,7 @@ test-slow: install
 
 # The oldest versions of all but torch, beside the kernels that `make install` compiled for it.
 OLDEST := build/oldest
-OLDEST_TESTS := tests/integrations tests/losses tests/cli tests/examples tests/model/test_probes.py \
+OLDEST_TESTS := tests/integrations tests/losses tests/cli tests/model/test_probes.py \
 	tests/model/test_layers.py tests/test_compatibility.py tests/test_configuration.py
 
 $(OLDEST)/.installed: pyproject.toml requirements/oldest.txt

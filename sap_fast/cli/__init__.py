@@ -8,7 +8,17 @@ from importlib.util import find_spec
 from sap_fast.compatibility import require
 
 #: What the commands need beyond the package's own dependencies.
-_NEEDED = ("typer", "rich", "transformers", "peft", "accelerate", "pyarrow", "matplotlib", "jinja2")
+_NEEDED = (
+    "typer",
+    "rich",
+    "transformers",
+    "peft",
+    "accelerate",
+    "pyarrow",
+    "matplotlib",
+    "jinja2",
+    "yaml",
+)
 
 
 def main() -> None:

@@ -21,6 +21,9 @@ _SAFETY, _PROBE = "Safety direction (blend and sap)", "Probe (sap)"
 #: γ of `--optimizer blend`, with the level held: the study's choice (docs/study.md).
 BLENDING_WEIGHT = 0.3
 
+#: How bitsandbytes may store the weights of a frozen base.
+LOAD_IN = ("4bit", "8bit")
+
 #: The largest seed that transformers takes; no count needs more either.
 _LARGEST = 2**32 - 1
 
@@ -97,15 +100,17 @@ class FinetuneSettings:
     task: str = _option(
         "",
         _DATA,
-        "Task rows, .jsonl, .json or .parquet: messages; or prompt and completion; or instruction, "
-        "input, output.",
+        "Task rows, .jsonl, .json, .csv or .parquet, or a dataset, org/name:split or folder:split: "
+        "messages; or prompt and completion; or instruction, input, output. Several with commas "
+        "between them and weights: a.jsonl,b.jsonl=0.5 takes half of b's rows.",
     )
     output: str = _option("", _RUN, "Folder to write; appears only when the run is complete.")
     safety: str | None = _option(
         None,
         _DATA,
         "Safety rows, like --task: prompt, chosen (the safe answer), rejected (the harmful one; an "
-        "opening suffices with rejected_is_opening: true).",
+        "opening suffices with rejected_is_opening: true); builtin: made for this model, of the "
+        "requests that come with sap-fast.",
     )
     optimizer: str = _option(
         "blend",
@@ -121,7 +126,16 @@ class FinetuneSettings:
         0.1, _MODEL, "Dropout on the LoRA adapter's input.", least=0, most=1
     )
     lora_target: str = _option(
-        "auto", _MODEL, "Layers to adapt, such as q_proj,v_proj; auto: PEFT's choice."
+        "auto",
+        _MODEL,
+        "Layers to adapt, such as q_proj,v_proj; all-linear; auto: PEFT's choice.",
+    )
+    load_in: str | None = _option(
+        None,
+        _MODEL,
+        "Quantize the frozen weights under the adapter with bitsandbytes, for less memory. 4bit: "
+        "NF4 with double quantization; 8bit: LLM.int8. By default they are left as they are.",
+        choices=LOAD_IN,
     )
     trust_remote_code: bool = _option(False, _MODEL, TRUST_HELP)
     precision: str = _option(
@@ -312,8 +326,10 @@ class FinetuneSettings:
             "checkpointing": self.checkpointing,
         }
 
-    def lora_targets(self) -> list[str] | None:
-        """Returns the layers to adapt, None for PEFT's choice."""
+    def lora_targets(self) -> list[str] | str | None:
+        """Returns the layers to adapt: names, `"all-linear"`, or None for PEFT's choice."""
+        if self.lora_target == "all-linear":
+            return self.lora_target
         return None if self.lora_target == "auto" else self.lora_target.split(",")
 
     def _layers(self) -> str | list[int]:
@@ -353,6 +369,24 @@ def refuse_gone_options(arguments: Iterable[str]) -> None:
             raise UserError(f"{option} is gone: {GONE[option]}")
 
 
+#: Options that take several values in one word.
+_LISTS = {"--lora-target": "q_proj,v_proj", "--probe-layers": "4,5,6"}
+
+
+def refuse_repetition(options: Iterable[str]) -> None:
+    """Checks that no option is given twice.
+
+    Raises:
+        UserError: One is.
+    """
+    given: set[str] = set()
+    for option in options:
+        if option in given:
+            several = f", with several values as in {_LISTS[option]}" if option in _LISTS else ""
+            raise UserError(f"{option} is given twice: expected it once{several}")
+        given.add(option)
+
+
 def flag(name: str) -> str:
     """Returns the command line's name of a setting."""
     return "--" + name.replace("_", "-")
@@ -381,7 +415,10 @@ def with_settings(
         for item in fields:
             option = typer.Option(
                 ... if item.default == "" else item.default,
-                flag(item.name),
+                # A switch that a config turns on can be turned off on the command line.
+                f"{flag(item.name)}/--no-{flag(item.name)[2:]}"
+                if hints[item.name] is bool
+                else flag(item.name),
                 help=item.metadata["help"],
                 rich_help_panel=item.metadata["panel"],
             )

@@ -348,8 +348,9 @@ class SAPTrainerMixin(_Base):
             finally:
                 self.current_gradient_accumulation_steps = len(window)
 
-        # What a log wants to know about this step costs a buffer; other steps go without.
-        passes.measures_lean = self._measures_lean()
+        # A figure for the log, which costs a pass over the weights; other steps go without.
+        passes.measures_rounding = self._logs_after_this_step()
+        passes.keeps_direction = self._keeps_direction()
         optimizer.inner_passes(
             task, lambda: self._backward_of_safety(model, passes.direction.taken), window
         )
@@ -369,9 +370,9 @@ class SAPTrainerMixin(_Base):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _measures_lean(self) -> bool:
-        """Say whether the step keeps its direction to its end; see `SafetyPasses.measures_lean`."""
-        return self._logs_after_this_step()
+    def _keeps_direction(self) -> bool:
+        """Say whether the step keeps its direction to its end, for a method that looks at it."""
+        return False
 
     @contextmanager
     def _figures_set_aside(self) -> Iterator[None]:
