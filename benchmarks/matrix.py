@@ -162,6 +162,11 @@ def source_tree(folder: Path) -> Path:
     return folder
 
 
+def is_of_a_commit(folder: Path) -> bool:
+    """Say whether a folder is there and holds what its name says: nothing changed since then."""
+    return folder.exists() and not folder.name.endswith("-dirty")
+
+
 def wheels() -> Path:
     """Return the folder with the wheels that environments take the package from.
 
@@ -171,7 +176,9 @@ def wheels() -> Path:
     given = os.environ.get("SAP_FAST_WHEELS")
     if given:
         return Path(given).resolve()
-    folder = FOLDER / "wheels"
+    folder = FOLDER / f"wheels-{commit()}"
+    if is_of_a_commit(folder):
+        return folder
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder)]
     surroundings = os.environ | {"SAP_FAST_BUILD": "0"}
@@ -186,7 +193,9 @@ def wheels() -> Path:
 
 def copy_of_tests() -> Path:
     """Copy what runs in the environments, without sap_fast."""
-    folder = FOLDER / "tests"
+    folder = FOLDER / f"tests-{commit()}"
+    if is_of_a_commit(folder):
+        return folder
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("tests", "examples", "benchmarks", "requirements"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
@@ -313,9 +322,9 @@ def table(rows: list[Row]) -> str:
         of_stack = {row["check"]: row for row in rows if row["stack"] == name}
         first = next(iter(of_stack.values()))
         runs = [mark(of_stack, kind) for kind in ("Trainer", "TRL")]
-        versions = [first[package].partition("+")[0] for package in PACKAGES]
+        versions = [first.get(package, "").partition("+")[0] for package in PACKAGES]
         lines.append(
-            f"| {name} | {' | '.join(versions)} | {first['backend']} | {' | '.join(runs)} | "
+            f"| {name} | {' | '.join(versions)} | {first.get('backend', '')} | {' | '.join(runs)} | "
             f"{counted([of_stack[check] for check in TESTS if check in of_stack])} |"
         )
     return "\n".join(lines) + "\n"
