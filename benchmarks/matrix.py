@@ -298,6 +298,7 @@ def run_stack(name: str, packages: Path, copy: Path, again: bool) -> None:
     except (Broken, subprocess.CalledProcessError) as error:
         write(name, SET_UP, {"result": "failed", "why": str(error)}, {})
         return
+    write(name, SET_UP, {"result": "passed", "why": ""}, versions)
     for check, row in checks(made, known):
         write(name, check, row, versions)
 
@@ -323,10 +324,9 @@ def table(rows: list[Row]) -> str:
         first = next(iter(of_stack.values()))
         runs = [mark(of_stack, kind) for kind in ("Trainer", "TRL")]
         versions = [first.get(package, "").partition("+")[0] for package in PACKAGES]
-        lines.append(
-            f"| {name} | {' | '.join(versions)} | {first.get('backend', '')} | {' | '.join(runs)} | "
-            f"{counted([of_stack[check] for check in TESTS if check in of_stack])} |"
-        )
+        tests = counted([of_stack[check] for check in TESTS if check in of_stack])
+        cells = [name, *versions, first.get("backend", ""), *runs, tests]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
