@@ -17,6 +17,7 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,9 +129,10 @@ class Environment(NamedTuple):
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """Return what a failed program said last."""
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else f"exit status {done.returncode}"
+    """Return what a failed program said last, of its errors if it said any."""
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|ERROR)\b", line)]
+    return [f"exit status {done.returncode}", *lines, *errors][-1][:300]
 
 
 def interpreter(version: str) -> str:
