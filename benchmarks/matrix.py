@@ -324,7 +324,8 @@ def table(rows: list[Row]) -> str:
         runs = [mark(of_stack, kind) for kind in ("Trainer", "TRL")]
         versions = [first.get(package, "").partition("+")[0] for package in PACKAGES]
         lines.append(
-            f"| {name} | {' | '.join(versions)} | {first.get('backend', '')} | {' | '.join(runs)} | "
+            f"| {name} | {' | '.join(versions)} | {first.get('backend', '')} "
+            f"| {' | '.join(runs)} | "
             f"{counted([of_stack[check] for check in TESTS if check in of_stack])} |"
         )
     return "\n".join(lines) + "\n"
