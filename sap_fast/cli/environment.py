@@ -10,7 +10,10 @@ import torch
 
 from sap_fast import __version__
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets")
+PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets"),
+    *("bitsandbytes", "torchao"),
+)
 
 
 def environment() -> dict[str, str]:

@@ -14,8 +14,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +24,11 @@ from sap_fast.cli import ranks
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
 from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
+from sap_fast.cli.pairs import ask_for_pairs
 from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
 from sap_fast.data import (
+    BUILTIN,
     SafetyCollator,
     TaskCollator,
     load_safety_dataset,
@@ -65,7 +66,7 @@ def _finetune(settings: FinetuneSettings, output: Path) -> None:
     work, checkpoint = ranks.on_first(lambda: _resume(settings, output))
     with removed_on_failure(work, keep=lambda: any(work.glob("checkpoints/checkpoint-*"))):
         ranks.on_first(lambda: work.mkdir(parents=True, exist_ok=True))
-        trainer, tokenizer = ranks.on_every(lambda: prepare(settings, work))
+        trainer, tokenizer = prepare(settings, work)
         _train(settings, work, trainer, tokenizer, checkpoint)
         ranks.on_first(lambda: work.rename(output))
 
@@ -86,8 +87,8 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
     """
     if settings.optimizer != "adamw" and settings.safety is None:
         raise UserError(
-            f"--safety is missing: --optimizer {settings.optimizer} needs preference rows; see "
-            "sap-fast finetune --help"
+            f"--safety is missing: --optimizer {settings.optimizer} needs preference rows; "
+            f"--safety {BUILTIN} makes them of the requests that come with sap-fast"
         )
     if settings.optimizer == "blend" and settings.blending_weight == 0:
         raise UserError("--safety-weight 0: --optimizer blend needs a number > 0, such as 0.3")
@@ -96,35 +97,31 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
             f"--rule {settings.rule}: --optimizer sap blends nothing in; give a --safety-weight "
             "> 0 too, such as 0.3"
         )
-    set_seed(settings.seed)  # for the first values of the adapter
-    model, tokenizer = load_trained_model(settings)
-    task_rows = load_task_dataset(settings.task, tokenizer, settings.max_length)
-    safety_rows = None
-    if settings.optimizer != "adamw":
-        assert settings.safety is not None
-        safety_rows = load_safety_dataset(settings.safety, tokenizer, settings.max_length)
-    try:
-        trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
-        trainer.create_optimizer()
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return trainer, tokenizer
 
+    def load() -> tuple[torch.nn.Module, PreTrainedTokenizerBase, list[Any]]:
+        set_seed(settings.seed)  # for the first values of the adapter
+        model, tokenizer = load_trained_model(settings)
+        return model, tokenizer, load_task_dataset(settings.task, tokenizer, settings.max_length)
 
-@contextmanager
-def removed_on_failure(folder: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
-    """Removes what a failed run made: `folder` and the folders around it, unless `keep()`."""
-    made = [path for path in (folder, *folder.parents) if not path.exists() and ranks.is_first()]
-    try:
-        yield
-    except BaseException:
-        if made and not keep():
-            shutil.rmtree(folder, ignore_errors=True)
-            for around in made[1:]:
-                # Another run may have begun in it meanwhile.
-                with suppress(OSError):
-                    around.rmdir()
-        raise
+    def build() -> Trainer:
+        safety_rows = None
+        if safety is not None:
+            safety_rows = load_safety_dataset(safety, tokenizer, settings.max_length)
+        try:
+            trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
+            trainer.create_optimizer()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return trainer
+
+    # Where one rank fails, none may wait for it: one after the other, each on all ranks.
+    model, tokenizer, task_rows = ranks.on_every(load)
+    safety = None if settings.optimizer == "adamw" else settings.safety
+    if safety == BUILTIN:
+        pairs = work / "safety-pairs.jsonl"
+        ranks.on_first(lambda: ask_for_pairs(pairs, model, tokenizer))
+        safety = str(pairs)
+    return ranks.on_every(build), tokenizer
 
 
 def _train(
@@ -163,15 +160,27 @@ def load_trained_model(
     """Loads the model with the parameters that `settings` train: all, or an adapter's.
 
     Raises:
-        UserError: if the model cannot be loaded, or is an adapter and `full` is set.
+        UserError: if the model cannot be loaded; if `full` is set and it is an adapter, or its
+            weights are quantized.
     """
+    if settings.full and settings.load_in is not None:
+        raise UserError(
+            f"--load-in {settings.load_in}: quantized weights cannot be trained; leave --full out, "
+            "to train an adapter on them"
+        )
     model, tokenizer = load_model(
         settings.model,
         settings.precision,
         trainable=True,
         trust_remote_code=settings.trust_remote_code,
+        load_in=settings.load_in,
     )
     is_adapter = hasattr(model, "peft_config")
+    if settings.full and getattr(model, "is_quantized", False):
+        raise UserError(
+            f"--full: the weights of {settings.model} are quantized and cannot be trained; leave "
+            "--full out, to train an adapter on them"
+        )
     if settings.full and is_adapter:
         raise UserError(
             f"--full: {settings.model} is an adapter, which is trained as it is; leave --full out, "
@@ -186,42 +195,6 @@ def load_trained_model(
             targets=settings.lora_targets(),
         )
     return model, tokenizer
-
-
-def settings_of(record: Path) -> dict[str, Any]:
-    """Returns the settings in a `run.json`.
-
-    Raises:
-        UserError: if there are none.
-    """
-    try:
-        return dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
-    except (ValueError, TypeError, LookupError) as error:
-        raise UserError(
-            f"{record} is damaged; remove the folder {record.parent} to start over"
-        ) from error
-
-
-def refuse_other_settings(work: Path, now: dict[str, Any]) -> None:
-    """Checks that what is unfinished in a folder was begun with the settings of now.
-
-    Args:
-        work: Folder with a `run.json`.
-        now: Settings by name; `output` may differ.
-
-    Raises:
-        UserError: The settings differ, or those of another version are saved.
-    """
-    begun = settings_of(work / "run.json")
-    over = "remove that folder to start over"
-    if begun.keys() != now.keys():
-        raise UserError(f"{work} was begun with another version of sap-fast; {over}")
-    changed = [name for name in now if name != "output" and begun[name] != now[name]]
-    if changed:
-        what = ", ".join(f"{name}: {begun[name]} then, {now[name]} now" for name in changed)
-        raise UserError(
-            f"{work} was begun with other settings ({what}); give the same to go on, or {over}"
-        )
 
 
 def _resume(settings: FinetuneSettings, output: Path) -> tuple[Path, str | None]:

@@ -21,6 +21,9 @@ _SAFETY, _PROBE = "Safety direction (blend and sap)", "Probe (sap)"
 #: γ of `--optimizer blend`, with the level held: the study's choice (docs/study.md).
 BLENDING_WEIGHT = 0.3
 
+#: How bitsandbytes may store the weights of a frozen base.
+LOAD_IN = ("4bit", "8bit")
+
 #: The largest seed that transformers takes; no count needs more either.
 _LARGEST = 2**32 - 1
 
@@ -105,7 +108,8 @@ class FinetuneSettings:
         None,
         _DATA,
         "Safety rows, like --task: prompt, chosen (the safe answer), rejected (the harmful one; an "
-        "opening suffices with rejected_is_opening: true).",
+        "opening suffices with rejected_is_opening: true); builtin: made for this model, of the "
+        "requests that come with sap-fast.",
     )
     optimizer: str = _option(
         "blend",
@@ -121,7 +125,16 @@ class FinetuneSettings:
         0.1, _MODEL, "Dropout on the LoRA adapter's input.", least=0, most=1
     )
     lora_target: str = _option(
-        "auto", _MODEL, "Layers to adapt, such as q_proj,v_proj; auto: PEFT's choice."
+        "auto",
+        _MODEL,
+        "Layers to adapt, such as q_proj,v_proj; all-linear; auto: PEFT's choice.",
+    )
+    load_in: str | None = _option(
+        None,
+        _MODEL,
+        "Quantize the frozen weights under the adapter with bitsandbytes, for less memory. 4bit: "
+        "NF4 with double quantization; 8bit: LLM.int8. By default they are left as they are.",
+        choices=LOAD_IN,
     )
     trust_remote_code: bool = _option(False, _MODEL, TRUST_HELP)
     precision: str = _option(
@@ -312,8 +325,10 @@ class FinetuneSettings:
             "checkpointing": self.checkpointing,
         }
 
-    def lora_targets(self) -> list[str] | None:
-        """Returns the layers to adapt, None for PEFT's choice."""
+    def lora_targets(self) -> list[str] | str | None:
+        """Returns the layers to adapt: names, `"all-linear"`, or None for PEFT's choice."""
+        if self.lora_target == "all-linear":
+            return self.lora_target
         return None if self.lora_target == "auto" else self.lora_target.split(",")
 
     def _layers(self) -> str | list[int]:

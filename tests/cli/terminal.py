@@ -74,6 +74,12 @@ class Terminal:
                 *("evaluate", "--model", str(self.chat_model), "--output", str(output)),
                 *("--task", self.files["task"], *evaluated),
             ],
+            "pairs": [
+                *("pairs", "--model", str(self.chat_model), "--output", str(output)),
+                *("--requests", self.files["harmful"]),
+            ],
+            "inspect": ["inspect", "--model", str(self.chat_model), "--task", self.files["task"]],
+            "merge": ["merge", "--model", str(self.chat_model), "--output", str(output)],
             "doctor": ["doctor", "--model", str(self.chat_model)],
             "landscape": [
                 *("landscape", "--model", str(self.chat_model), "--output", str(output)),

@@ -31,6 +31,7 @@ BAD_FILES: dict[str, tuple[bytes | None, list[str]]] = {
         *(("finetune", "--task"), ("finetune", "--safety"), ("evaluate", "--task")),
         *(("evaluate", "--harmful"), ("evaluate", "--harmless"), ("compare", "--task")),
         *(("compare", "--safety"), ("compare", "--harmless"), ("compare", "--held-out")),
+        *(("pairs", "--requests"), ("inspect", "--task")),
         *(("landscape", "--harmful"), ("landscape", "--task"), ("landscape", "--safety")),
     ],
 )
@@ -43,7 +44,8 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(
         path.write_bytes(content)
     if option == "--safety" and damage == "wrong columns":
         words = ["row 3", "'prompt'"]
-    line = terminal.refusal(*terminal.command(command, tmp_path / "out", option, str(path)))
+    output = tmp_path / ("out.jsonl" if command == "pairs" else "out")
+    line = terminal.refusal(*terminal.command(command, output, option, str(path)))
     assert str(path) in line and all(word in line for word in words)
 
 
@@ -145,7 +147,9 @@ def test_an_unfinished_run_of_another_version_is_one_line(
     assert f"{work} was begun with another version of sap-fast; remove that folder" in line
 
 
-COMMANDS = ("finetune", "evaluate", "compare", "doctor", "landscape")
+COMMANDS = (
+    *("finetune", "pairs", "inspect", "evaluate", "compare", "merge", "doctor", "landscape"),
+)
 
 
 @pytest.mark.parametrize("option", GONE)

@@ -53,7 +53,7 @@ def break_off(rank: int, where: str) -> None:
         def fail(*_: Any) -> None:
             raise RuntimeError("no memory left here")
 
-        finetune_module.prepare = fail  # type: ignore[assignment]
+        finetune_module.load_trained_model = fail  # type: ignore[assignment]
 
 
 def on_all(tmp_path: Path, command: list[str], breaks: str | None = None) -> list[Any]:

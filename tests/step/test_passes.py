@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, SafetyPasses
+from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, SafetyPasses, joint_loss, task_loss
 from sap_fast.model.layers import find_decoder_layers
 from sap_fast.step.guards import Perturbation
 from sap_fast.step.passes import Stage
@@ -38,6 +39,7 @@ from tests.tiny import (
     spread,
     step_by_passes,
     task,
+    tiny_llama,
     weights,
 )
 
@@ -868,6 +870,58 @@ def test_a_step_waits_for_the_device_only_where_a_level_decides_on_passes(
     with Waits() as mode:
         _ = optimizer.metrics
     assert mode.count > 0
+
+
+class Copies(TorchFunctionMode):
+    """Counts copies to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func is Tensor.cpu
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("probe", [{"rho": 1e-3}, None], ids=str)
+def test_a_step_of_a_model_of_transformers_waits_only_to_find_what_is_scored(
+    probe: dict[str, Any] | None, padded: bool, attention: str
+) -> None:
+    model = tiny_llama(attention=attention)
+    batches = [random_batch(4, seed=seed) for seed in range(3)]
+    if not padded:
+        for batch in batches:
+            batch["attention_mask"].fill_(1)
+    if probe is None:
+        optimizer = BlendedAdamW(model.parameters(), lr=1e-3)
+    else:
+        optimizer = FusedSAP(model.parameters(), ProbeSet(model, **probe), lr=1e-3)
+
+    def run(loss: Callable[..., Tensor], *given: Any) -> Tensor:
+        value = loss(model, *given)
+        value.backward()
+        return value.detach()
+
+    closures = (lambda part: run(task_loss, part), lambda: run(joint_loss, *batches[1:]))
+    optimizer.step(*closures, batches[0])  # finds out what the model is like
+    # What transformers asks of a mask, or of positions, in every forward is theirs.
+    theirs: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: theirs.append(waits.count))
+    model.model.register_forward_hook(lambda *_: setattr(waits, "count", theirs.pop()))
+    batches = [{key: value.clone() for key, value in batch.items()} for batch in batches]
+    counts = []
+    for _ in range(2):
+        with Waits() as waits, Copies() as copies:
+            optimizer.step(*closures, batches[0])
+        counts.append((waits.count, copies.count))
+    # The batch and the pairs, once each, whatever the number of passes.
+    assert counts[0][1] == 2
+    assert counts[1] == (0, 0)
 
 
 @pytest.mark.parametrize("lora", [True, False])
