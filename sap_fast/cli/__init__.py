@@ -6,7 +6,17 @@ import sys
 from importlib.util import find_spec
 
 #: What the commands need beyond the package's own dependencies.
-_NEEDED = ("typer", "rich", "transformers", "peft", "accelerate", "pyarrow", "matplotlib", "jinja2")
+_NEEDED = (
+    "typer",
+    "rich",
+    "transformers",
+    "peft",
+    "accelerate",
+    "pyarrow",
+    "matplotlib",
+    "jinja2",
+    "yaml",
+)
 
 
 def main() -> None:

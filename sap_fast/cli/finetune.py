@@ -32,7 +32,7 @@ from sap_fast.data import (
     SafetyCollator,
     TaskCollator,
     load_safety_dataset,
-    load_task_dataset,
+    load_task_sources,
     padding_token_id,
 )
 from sap_fast.integrations.trainer import SAPTrainer, last_complete_checkpoint
@@ -101,7 +101,10 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
     def load() -> tuple[torch.nn.Module, PreTrainedTokenizerBase, list[Any]]:
         set_seed(settings.seed)  # for the first values of the adapter
         model, tokenizer = load_trained_model(settings)
-        return model, tokenizer, load_task_dataset(settings.task, tokenizer, settings.max_length)
+        task_rows = load_task_sources(
+            settings.task, tokenizer, settings.max_length, seed=settings.seed
+        )
+        return model, tokenizer, task_rows
 
     def build() -> Trainer:
         safety_rows = None

@@ -180,16 +180,13 @@ def write_stock_pairs(output: Path) -> None:
 
 def write_rows(output: Path, rows: list[dict[str, Any]]) -> None:
     """Writes a file of rows as JSONL; it appears only when it is complete."""
-    # Every rank of a run may write the same rows at the same time.
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}")
+    unfinished = output.with_name(f".{output.name}.unfinished")
     unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(unfinished, output)
 
 
 def _unfinished(output: Path) -> Path:
-    # Ranks of one run ask each for itself: the answers are the same.
-    rank = os.environ.get("RANK", "0")
-    return output.with_name(output.name + ".unfinished" + f"-{rank}" * (rank != "0"))
+    return output.with_name(output.name + ".unfinished")
 
 
 def _answers(

@@ -100,8 +100,9 @@ class FinetuneSettings:
     task: str = _option(
         "",
         _DATA,
-        "Task rows, .jsonl, .json or .parquet: messages; or prompt and completion; or instruction, "
-        "input, output.",
+        "Task rows, .jsonl, .json, .csv or .parquet, or a dataset, org/name:split or folder:split: "
+        "messages; or prompt and completion; or instruction, input, output. Several with commas "
+        "between them and weights: a.jsonl,b.jsonl=0.5 takes half of b's rows.",
     )
     output: str = _option("", _RUN, "Folder to write; appears only when the run is complete.")
     safety: str | None = _option(
@@ -414,7 +415,10 @@ def with_settings(
         for item in fields:
             option = typer.Option(
                 ... if item.default == "" else item.default,
-                flag(item.name),
+                # A switch that a config turns on can be turned off on the command line.
+                f"{flag(item.name)}/--no-{flag(item.name)[2:]}"
+                if hints[item.name] is bool
+                else flag(item.name),
                 help=item.metadata["help"],
                 rich_help_panel=item.metadata["panel"],
             )

@@ -177,7 +177,8 @@ def options_shown(help_: str) -> set[str]:
 def test_help_teaches_every_setting(terminal: Terminal) -> None:
     terminal.monkeypatch.setenv("COLUMNS", "200")
     every = {flag(name) for name in FinetuneSettings.__dataclass_fields__}
-    assert options_shown(terminal.help("finetune")) == every | {"--help"}
+    common = {"--config", "--print-config", "--help"}
+    assert options_shown(terminal.help("finetune")) == every | common
     assert options_shown(terminal.help("compare")) >= every - {"--optimizer"}
     assert "--optimizer" not in options_shown(terminal.help("compare"))
     for command in COMMANDS:
