@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -392,6 +393,15 @@ class SAPTrainerMixin(_Base):
         step = self.state.global_step + 1
         first = self.args.logging_first_step and step == 1
         return first or step % max(1, int(self.state.logging_steps)) == 0
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the random state of this rank, and wait for that of the others.
+
+        The state of the trainer is written after it, and says that a checkpoint is complete.
+        """
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:
+            dist.barrier()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the last SAP step to logs of the training loss."""
