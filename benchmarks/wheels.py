@@ -34,67 +34,8 @@ from benchmarks.provenance import ROOT, write_rows
 WORK = ROOT / "build" / "wheels"
 OUT = ROOT / "dist"
 
-#: What an environment with nothing but torch and a wheel runs: every operation, twice.
-CHECK = """
-import hashlib, json, platform
-import torch
-from sap_fast import ops
-from sap_fast.ops import native
-
-def numbers(size, seed, dtype=torch.float32):
-    # Bits that depend on nothing: no generator.
-    steps = torch.arange(size, dtype=torch.int64) * 7919 + seed * 104729
-    return ((steps % 2003).double() / 1001.5 - 1).to(dtype)
-
-def lists(seed):
-    kinds = (torch.float32, torch.bfloat16, torch.float16)
-    return [numbers(size, seed + size, kind) for size in (1, 63, 4097, 50000) for kind in kinds]
-
-def run(backend):
-    found = []
-    params, buffers = lists(1), lists(2)
-    scale = torch.tensor(0.3)
-    found += [ops.sum_squares(params, backend=backend), ops.dot(params, buffers, backend=backend)]
-    for name, *arguments in (["perturb_swap_", scale], ["reflect_"], ["restore_swap_", -1 / scale]):
-        getattr(ops, name)(params, buffers, *arguments, backend=backend)
-        found += [tensor.clone() for tensor in params + buffers]
-    moments = [tensor.float().abs() for tensor in lists(3)]
-    squares = [tensor.float().square() for tensor in lists(4)]
-    steps = [torch.tensor(3.0) for _ in params]
-    ops.adamw_blend_(
-        params, lists(5), moments, squares, steps, buffers, lr=1e-3, beta1=0.9, beta2=0.999,
-        eps=1e-8, weight_decay=0.01, blend=scale, gradient_scale=scale, backend=backend,
-    )
-    found += [*params, *moments, *squares, *steps]
-    hidden = numbers(6 * 577, 6, torch.bfloat16).view(2, 3, 577)
-    found.append(ops.call("probe_add", backend, hidden, numbers(577, 7)))
-    buffer = torch.zeros(577)
-    ops.call("probe_project_", backend, buffer, hidden, -1.0)
-    assert buffer._version == 1
-    layers, one = [numbers(577, 8), numbers(577, 9)], torch.tensor(1.0)
-    ops.probe_rule_(
-        layers, "normalized", 0.5, perturbation_norm=one, radii=[one, one], backend=backend
-    )
-    return [*found, buffer, *layers]
-
-reason = native.why_not("cpu")
-assert reason is None, reason
-ours, theirs = run("native"), run("reference")
-for left, right in zip(ours, theirs, strict=True):
-    torch.testing.assert_close(left, right)
-digest = hashlib.sha256()
-for tensor in ours:
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy(force=True).tobytes())
-information = native.extension.build_info()
-print(json.dumps({
-    "python": platform.python_version(),
-    "built with torch": information["torch"],
-    "runs with torch": torch.__version__,
-    "kernels": native.extension.cpu_capability(),
-    "operations": len(ops.OPERATIONS),
-    "bits": digest.hexdigest()[:12],
-}))
-"""
+#: What runs there; it is a program of its own, so that it can be run without this package's tools.
+CHECK = ROOT / "benchmarks" / "wheel_check.py"
 
 
 def run(*command: str | Path, **variables: str) -> str:
@@ -161,7 +102,7 @@ def check(wheel: Path, torch_version: str, python: str) -> dict[str, Any]:
     pip = [interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall"]
     run(*pip, wheel)
     # -I: neither this folder nor PYTHONPATH can stand in for the installation.
-    return json.loads(run(interpreter, "-I", "-c", CHECK).splitlines()[-1])
+    return json.loads(run(interpreter, "-I", CHECK).splitlines()[-1])
 
 
 def row(wheel: Path, **found: Any) -> dict[str, Any]:
