@@ -13,7 +13,7 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow test-oldest test-cpus matrix sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity clean
+.PHONY: help demo study test test-slow test-oldest test-cpus matrix sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity wheels hub clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -41,6 +41,9 @@ help:
 	@echo "make docs       build the site of docs/ into build/site"
 	@echo "make lint       ruff, mypy, the import contract, clang-format;  make format  applies their fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
+	@echo "make wheels     wheels with CPU kernels, one per Python, run beside another torch than theirs"
+	@echo "                (WHEELS='--python python3.12 --torch 2.10.0', '--help' for the rest)"
+	@echo "make hub        the Triton kernels in the layout of the kernel hub, in hub/build"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
 
 install: $(VENV)/.installed
@@ -161,6 +164,12 @@ format: install
 
 fidelity: install
 	$(BIN)/python -m benchmarks.fidelity
+
+wheels: install
+	$(BIN)/python -m benchmarks.wheels $(WHEELS)
+
+hub: install
+	$(BIN)/python -m hub.build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
