@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sap_fast.compatibility import create_optimizer, require
+from sap_fast.compatibility import checkpoint_without_reentry, create_optimizer, require
 from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
@@ -214,6 +214,7 @@ class SAPTrainerMixin(_Base):
         self._window: list[Any] = []
         self._window_position = 0
         super().__init__(*args, **kwargs)
+        checkpoint_without_reentry(self.args)
         if self.optimizer is None:
             self._refuse_other_optimizers()
         elif self._probe or self._sap_options:

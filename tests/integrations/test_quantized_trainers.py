@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+pytest.importorskip("torchao")
+
 from torchao.quantization import quantize_
 from transformers import Trainer
 

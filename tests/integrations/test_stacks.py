@@ -152,7 +152,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "clipping": {"max_grad_norm": 0.05},
     "bf16": {"bf16": True},
-    "checkpointing": checkpointing_arguments(True),
+    # As users turn it on, who say no more.
+    "checkpointing": {name: on for name, on in checkpointing_arguments(True).items() if on is True},
     "compile": {"torch_compile": True, "torch_compile_backend": "eager"} | OF_ONE_LENGTH,
     # Of as many rows, the first 24 drawn are sorted together.
     "by_length": by_length() | {"rows": TASK_ROWS * 4},
