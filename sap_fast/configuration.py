@@ -33,6 +33,19 @@ def text_setting(model: nn.Module, name: str) -> Any:
     return getattr(text_config(model), name, None)
 
 
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Raises where a model has an encoder, which reads the prompt apart from the answer.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    if text_setting(model, "is_encoder_decoder"):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, whose prompt and answer are no one "
+            "sequence; expected a causal language model"
+        )
+
+
 class VirtualTokens(NamedTuple):
     """How many virtual tokens a model puts before every row."""
 

@@ -100,7 +100,7 @@ def rounding_table(settings: FinetuneSettings) -> Table:
     contrastive_loss(model, moved["chosen"], moved["rejected"]).backward()
     touched = [parameter for parameter in trained if parameter.grad is not None]
     directions = [parameter.grad for parameter in touched if parameter.grad is not None]
-    # Without autocast parameters compute in their own dtype: adapters on a bf16 model are in fp32.
+    # Without autocast a weight is multiplied in its own dtype: adapters on a bf16 model in fp32.
     computed = torch.bfloat16 if settings.precision == "bf16-mixed" else touched[0].dtype
     with torch.no_grad():
         norm = ops.sum_squares(trained).sqrt()
@@ -112,7 +112,7 @@ def rounding_table(settings: FinetuneSettings) -> Table:
         "applied",
         "survives",
         title=f"Perturbation of {len(touched)} tensors of {settings.model}, stored in "
-        f"{touched[0].dtype}, computed in {computed}"
+        f"{touched[0].dtype}, multiplied in {computed}"
         + (f", on weights in {settings.load_in} that stay" if settings.load_in else ""),
         caption="What survives can still drown in the rounding of activations: rho=auto measures "
         "that, on your own batch.",

@@ -240,10 +240,10 @@ def test_doctor_says_which_rho_survives_on_a_4_bit_base(terminal: Terminal) -> N
     assert terminal.run(*model, "--precision", "bf16") == 0
     shown = " ".join(terminal.shown.split())
     # Adapters are in fp32 and compute in it, on a base that is not perturbed.
-    assert "torch.float32, computed in torch.float32, on weights in 4bit that stay" in shown
+    assert "torch.float32, multiplied in torch.float32, on weights in 4bit that stay" in shown
     assert "lost to rounding" not in shown
     assert terminal.run(*model, "--precision", "bf16-mixed") == 0
-    assert "torch.float32, computed in torch.bfloat16" in " ".join(terminal.shown.split())
+    assert "torch.float32, multiplied in torch.bfloat16" in " ".join(terminal.shown.split())
 
 
 ROOT = Path(__file__).parents[2]
