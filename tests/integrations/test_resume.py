@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sap_fast import SAPTrainer
-from sap_fast.integrations.trainer import last_complete_checkpoint
+from sap_fast.integrations.checkpoints import last_complete_checkpoint
 from tests.tiny import assert_same_bits, weights
 from tests.trainers import arguments, model, trainer_of
 
