@@ -14,6 +14,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from sap_fast.cli import ranks
+from sap_fast.cli.config import with_config
 from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import (
     BLENDING_WEIGHT,
@@ -55,9 +56,9 @@ Model = Annotated[str, typer.Option(help="Folder or hub name of a model, or a PE
 Harmful = Annotated[
     str | None,
     typer.Option(
-        help="Requests that should be refused: .jsonl, .json or .parquet with prompt (or text), or "
-        ".txt with one per line; builtin: those that come with sap-fast, the default where neither "
-        "--harmful nor --harmless is given; none: do not ask.",
+        help="Requests that should be refused: .jsonl, .json, .csv or .parquet with prompt (or "
+        "text), or .txt with one per line; builtin: those that come with sap-fast, the default "
+        "where neither --harmful nor --harmless is given; none: do not ask.",
         rich_help_panel="Evaluation",
     ),
 ]
@@ -75,6 +76,7 @@ LoadIn = Annotated[
 
 
 @app.command()
+@with_config
 @with_settings()
 def finetune(settings: FinetuneSettings) -> None:
     """Fine-tune a chat model and keep it safe: a LoRA adapter, or with --full every parameter.
@@ -96,15 +98,16 @@ def finetune(settings: FinetuneSettings) -> None:
 
 
 @app.command()
+@with_config
 def pairs(
     model: Model,
     output: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
     requests: Annotated[
         str,
         typer.Option(
-            help="Requests that the model should refuse: .jsonl, .json or .parquet with prompt (or "
-            "text), or .txt with one per line; builtin: the training half of those that come with "
-            "sap-fast."
+            help="Requests that the model should refuse: .jsonl, .json, .csv or .parquet with "
+            "prompt (or text), or .txt with one per line; builtin: the training half of those that "
+            "come with sap-fast."
         ),
     ] = "builtin",
     not_refused: Annotated[
@@ -145,6 +148,7 @@ def pairs(
 
 
 @app.command()
+@with_config
 def inspect(
     model: Model,
     task: Annotated[str, typer.Option(help="Task rows, as for finetune.")],
@@ -167,6 +171,7 @@ def inspect(
 
 
 @app.command()
+@with_config
 def evaluate(
     model: Model,
     task: Annotated[str | None, typer.Option(help="Task rows to measure the loss on.")] = None,
@@ -214,6 +219,7 @@ def evaluate(
 
 
 @app.command()
+@with_config
 @with_settings(without=["optimizer"])
 def compare(
     settings: FinetuneSettings,
@@ -253,6 +259,7 @@ def compare(
 
 
 @app.command()
+@with_config
 def merge(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder to write; appears only when complete.")],
@@ -293,13 +300,14 @@ def merge(
 
 
 @app.command()
+@with_config
 def landscape(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder for landscape.csv and landscape.html.")],
     harmful: Annotated[
         str,
         typer.Option(
-            help="Requests that should be refused: .jsonl, .json or .parquet with prompt (or "
+            help="Requests that should be refused: .jsonl, .json, .csv or .parquet with prompt (or "
             "text), or .txt with one per line; builtin: those that come with sap-fast."
         ),
     ] = "builtin",
@@ -373,6 +381,7 @@ def landscape(
 
 
 @app.command()
+@with_config
 @with_settings(
     [
         "full",

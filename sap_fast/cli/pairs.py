@@ -109,10 +109,16 @@ def pairs(settings: PairsSettings) -> PairsCount:
         )
 
 
-def requests_to_train_on(requests: str) -> list[Request]:
-    """Returns the requests of a file, or the training half of those that come with the package."""
+def requests_to_train_on(requests: str, *, without: Sequence[Request] = ()) -> list[Request]:
+    """Returns the requests of a file, or the training half of those that come with the package.
+
+    Args:
+        requests: the file, or "builtin".
+        without: built-in requests to leave out.
+    """
     if requests == BUILTIN:
-        return [Request(each.prompt) for each in builtin_requests("training", "harmful")]
+        half = [Request(each.prompt) for each in builtin_requests("training", "harmful")]
+        return [request for request in half if request not in without]
     return load_requests(requests)
 
 
@@ -166,10 +172,17 @@ def write_pairs(
     return count
 
 
-def ask_for_pairs(output: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the pairs of the built-in requests, unless they are there already."""
+def ask_for_pairs(
+    output: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    without: Sequence[Request] = (),
+) -> None:
+    """Writes the pairs of the built-in requests, but for some, unless they are there already."""
     if not output.exists():
-        write_pairs(output, requests_to_train_on(BUILTIN), model, tokenizer)
+        requests = requests_to_train_on(BUILTIN, without=without)
+        write_pairs(output, requests, model, tokenizer)
 
 
 def write_stock_pairs(output: Path) -> None:
@@ -180,16 +193,13 @@ def write_stock_pairs(output: Path) -> None:
 
 def write_rows(output: Path, rows: list[dict[str, Any]]) -> None:
     """Writes a file of rows as JSONL; it appears only when it is complete."""
-    # Every rank of a run may write the same rows at the same time.
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}")
+    unfinished = output.with_name(f".{output.name}.unfinished")
     unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(unfinished, output)
 
 
 def _unfinished(output: Path) -> Path:
-    # Ranks of one run ask each for itself: the answers are the same.
-    rank = os.environ.get("RANK", "0")
-    return output.with_name(output.name + ".unfinished" + f"-{rank}" * (rank != "0"))
+    return output.with_name(output.name + ".unfinished")
 
 
 def _answers(

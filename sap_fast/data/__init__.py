@@ -19,6 +19,7 @@ from sap_fast.data.encoding import (
 from sap_fast.data.files import DataError, read_rows
 from sap_fast.data.pairs import OPENINGS, REFUSALS, build_safety_pair
 from sap_fast.data.requests import Request, load_requests
+from sap_fast.data.sources import load_task_sources
 from sap_fast.data.turns import ChatTemplateError
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "load_requests",
     "load_safety_dataset",
     "load_task_dataset",
+    "load_task_sources",
     "padding_token_id",
     "read_rows",
 ]

@@ -63,7 +63,7 @@ def load_task_dataset(
     docs/refused.md.
 
     Args:
-        path: A `.jsonl`, `.json` or `.parquet` file.
+        path: A `.jsonl`, `.json`, `.csv` or `.parquet` file, or a dataset; see `read_rows`.
         tokenizer: The model's tokenizer; see `encode_turns`.
         max_length: Number of tokens to keep from the beginning of a row; None keeps all.
 
@@ -181,7 +181,7 @@ def load_safety_dataset(
     how many and the first; see docs/refused.md.
 
     Args:
-        path: A `.jsonl`, `.json` or `.parquet` file.
+        path: A `.jsonl`, `.json`, `.csv` or `.parquet` file, or a dataset; see `read_rows`.
         tokenizer: The model's tokenizer; see `encode_turns`.
         max_length: Number of tokens to keep from the beginning of a row; None keeps all.
 

@@ -98,7 +98,11 @@ def test_a_bad_parquet_file_is_one_line(terminal: Terminal, tmp_path: Path) -> N
         ),
         ("landscape", ["--batch-size", "0"], "--batch-size 0: expected a number ≥ 1"),
         ("landscape", ["--base", "."], "--base .: cannot be loaded"),
-        ("doctor", ["--precision", "fp8"], "--precision fp8: expected fp32 or bf16-mixed or bf16"),
+        (
+            "doctor",
+            ["--precision", "fp8"],
+            "--precision fp8: expected auto or fp32 or bf16-mixed or bf16",
+        ),
         ("doctor", ["--lora-target", "w_q"], "--lora-target w_q: does not fit the model"),
     ],
 )
@@ -177,7 +181,8 @@ def options_shown(help_: str) -> set[str]:
 def test_help_teaches_every_setting(terminal: Terminal) -> None:
     terminal.monkeypatch.setenv("COLUMNS", "200")
     every = {flag(name) for name in FinetuneSettings.__dataclass_fields__}
-    assert options_shown(terminal.help("finetune")) == every | {"--help"}
+    common = {"--config", "--print-config", "--help"}
+    assert options_shown(terminal.help("finetune")) == every | common
     assert options_shown(terminal.help("compare")) >= every - {"--optimizer"}
     assert "--optimizer" not in options_shown(terminal.help("compare"))
     for command in COMMANDS:
@@ -206,8 +211,8 @@ def test_an_option_given_twice_is_an_error_that_names_it(
     ("more", "words"),
     [
         (["--full", "--full"], "--full is given twice: expected it once"),
-        (["--full", "--no-full"], "--full is given twice"),
         (["--seed=1", "--seed", "1"], "--seed is given twice"),
+        (["--task", "b.jsonl"], "--task is given twice: expected it once, several values as in a"),
         (["--lora-target", "q_proj", "--lora-target", "v_proj"], "as in q_proj,v_proj"),
         (["--probe-layers", "1", "--probe-layers", "2"], "as in 4,5,6"),
     ],

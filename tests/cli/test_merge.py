@@ -90,9 +90,10 @@ def test_what_cannot_be_merged_is_one_line(
         (["--dtype", "fp8"], "--dtype fp8: expected fp32 or bf16 or fp16"),
         (["--aligned-share", "2"], "--aligned-share 2.0: expected a number ≤ 1"),
         (["--base", "b"], "--base b:"),
-        (["--model", "no/such"], "--model no/such: cannot be loaded"),
     ):
         assert message in terminal.refusal(*arguments, *more)
+    line = terminal.refusal("merge", "--model", "no/such", "--output", str(tmp_path / "out"))
+    assert "--model no/such: cannot be loaded" in line
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10**9}))
     assert "--dtype fp16: model." in terminal.refusal(*arguments, "--dtype", "fp16")

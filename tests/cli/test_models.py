@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from sap_fast.cli import models as models_module
 from sap_fast.cli.console import console
 from sap_fast.cli.finetune import load_trained_model
-from sap_fast.cli.models import load_model
+from sap_fast.cli.models import load_model, resolved_precision
 from sap_fast.cli.settings import FinetuneSettings
 from tests.cli.terminal import Terminal
 
@@ -240,10 +240,10 @@ def test_doctor_says_which_rho_survives_on_a_4_bit_base(terminal: Terminal) -> N
     assert terminal.run(*model, "--precision", "bf16") == 0
     shown = " ".join(terminal.shown.split())
     # Adapters are in fp32 and compute in it, on a base that is not perturbed.
-    assert "torch.float32, computed in torch.float32, on weights in 4bit that stay" in shown
+    assert "torch.float32, multiplied in torch.float32, on weights in 4bit that stay" in shown
     assert "lost to rounding" not in shown
     assert terminal.run(*model, "--precision", "bf16-mixed") == 0
-    assert "torch.float32, computed in torch.bfloat16" in " ".join(terminal.shown.split())
+    assert "torch.float32, multiplied in torch.bfloat16" in " ".join(terminal.shown.split())
 
 
 ROOT = Path(__file__).parents[2]
@@ -278,3 +278,25 @@ def test_nothing_is_unpickled_and_no_remote_code_runs_unasked() -> None:
     assert models > 0
     assert inspect.signature(load_model).parameters["trust_remote_code"].default is False
     assert FinetuneSettings.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "expected"),
+    [
+        *(("cpu", True, "fp32"), ("mps", True, "fp32"), ("cuda", True, "bf16-mixed")),
+        *(("cuda", False, "fp32"), ("xpu", False, "bf16-mixed")),
+    ],
+)
+def test_auto_is_mixed_where_the_accelerator_has_bf16(
+    monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, expected: str
+) -> None:
+    monkeypatch.setattr("sap_fast.cli.models.default_device", lambda: torch.device(device))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
+    assert resolved_precision("auto") == expected
+    assert resolved_precision("bf16") == "bf16"
+
+
+def test_attention_is_that_which_is_asked_for(chat_model: Path) -> None:
+    for attention in ("eager", "sdpa"):
+        model: Any = load_model(str(chat_model), "fp32", attention=attention)[0]
+        assert model.config._attn_implementation == attention

@@ -51,8 +51,7 @@ def test_pairs_hold_the_models_refusals_and_stock_ones(terminal: Terminal, tmp_p
     assert not list(tmp_path.glob("*.unfinished*"))
 
     dropped = tmp_path / "dropped.jsonl"
-    more = ["--output", str(dropped), "--not-refused", "drop"]
-    assert terminal.run(*arguments, *more) == 0
+    assert terminal.run(*terminal.command("pairs", dropped, "--not-refused", "drop")) == 0
     assert rows_of(dropped) == [expected[index] for index in own]
     assert "exists already" in terminal.refusal(*arguments)
 
@@ -84,7 +83,7 @@ def test_interrupted_asking_goes_on_where_it_stopped(terminal: Terminal, tmp_pat
     assert "Going on after 2 of 3 requests" in terminal.shown
     assert model.asked == REQUESTS[2:]
     straight = tmp_path / "straight.jsonl"
-    assert terminal.run(*arguments, "--output", str(straight)) == 0
+    assert terminal.run(*terminal.command("pairs", straight, "--batch-size", "1")) == 0
     assert output.read_text() == straight.read_text()
     assert not list(tmp_path.glob("*.unfinished*"))
 

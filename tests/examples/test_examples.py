@@ -39,7 +39,10 @@ def assert_says_its_losses(shown: str) -> None:
     ("script", "more"),
     [
         *((script, []) for script in SCRIPTS if script not in ON_RANKS),
-        *((EXAMPLES / name, ["--blend"]) for name in ("plain_loop.py", "trainer_lora.py")),
+        *(
+            (EXAMPLES / f"{name}.py", ["--blend"])
+            for name in ("plain_loop", "trainer_lora", "trl_sft")
+        ),
         *(
             (EXAMPLES / "any_optimizer.py", ["--optimizer", name])
             for name in ("bitsandbytes", "paged", "torchao", "schedulefree")

