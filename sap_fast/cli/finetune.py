@@ -41,7 +41,8 @@ from sap_fast.data import (
     load_task_sources,
     padding_token_id,
 )
-from sap_fast.integrations.trainer import SAPTrainer, last_complete_checkpoint
+from sap_fast.integrations.checkpoints import last_complete_checkpoint
+from sap_fast.integrations.trainer import SAPTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
