@@ -15,7 +15,7 @@ from sap_fast.cli.finetune import load_trained_model
 from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat, padding_token_id
 from sap_fast.losses import contrastive_loss
-from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, why_not
+from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, native, why_not
 from sap_fast.step.calibration import RHO_GRID
 from sap_fast.step.guards import Perturbation
 
@@ -28,6 +28,8 @@ def environment_table() -> Table:
     table = Table("what", "found", title="Environment")
     for name, value in environment().items():
         table.add_row(name, value)
+    table.add_row("CPU kernels", describe("native", "cpu"))
+    table.add_row("CUDA kernels", native.cuda_problem or native.describe("cuda"))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         table.add_row("accelerator", "none")
