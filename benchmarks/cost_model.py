@@ -27,6 +27,10 @@ from sap_fast.model.layers import LAYER_RANGES
 
 Pass = Literal["safety", "probe", "task"]
 
+#: Bytes per weight of a quantized linear layer: NF4 with a constant of one byte for 64 weights, and
+#: one of four bytes for 256 of those (double quantization); LLM.int8 without its constant per row.
+STORED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -62,6 +66,8 @@ class Job:
         dtype: `"fp32"`; `"bf16"`: autocast, and bf16 weights below LoRA.
         flash_backward: attention's backward computes the scores again, as fused kernels do.
         device: `"cpu"` or `"cuda"`, on which the chunks of the logits have other sizes.
+        base: a key of `STORED_BYTES`: how the linear layers below LoRA are quantized; None: they
+            are not.
     """
 
     model: Shape
@@ -78,6 +84,7 @@ class Job:
     dtype: str = "fp32"
     flash_backward: bool = True
     device: str = "cpu"
+    base: str | None = None
 
     @property
     def trained(self) -> int:
@@ -120,6 +127,22 @@ class Job:
     def compute_bytes(self) -> int:
         """Of an element of what linear modules read and write."""
         return 2 if self.dtype == "bf16" else 4
+
+    @property
+    def loaded_bytes(self) -> float:
+        """Of the loaded model: its weights, and adapters in fp32."""
+        model = self.model
+        linear = model.layers * model.layer_weights
+        stored = self.weight_bytes if self.base is None else STORED_BYTES[self.base]
+        adapters = 4 * self.trained if self.lora is not None else 0
+        return stored * linear + self.weight_bytes * (model.parameters - linear) + adapters
+
+    @property
+    def dequantized_bytes(self) -> int:
+        """Of the largest quantized weight as it is computed with: one is there at a time."""
+        if self.base is None:
+            return 0
+        return self.compute_bytes * max(map(math.prod, self.model.projections.values()))
 
     @property
     def casts_weights(self) -> bool:
@@ -226,6 +249,10 @@ def pass_bytes(job: Job, kind: Pass) -> float:
     total += weights * (model.layers + recomputed + layers)
     if job.casts_weights:
         total += model.layers * model.layer_weights * (4 + compute)
+    if job.base is not None:
+        # Dequantized for each use: read as they are stored, and written.
+        uses = model.layers + recomputed + layers
+        total += uses * model.layer_weights * (STORED_BYTES[job.base] + compute)
     if job.lora is None and not frozen:
         total += 4 * model.layers * model.layer_weights  # their gradients
     return total + _head_bytes(job, kind)
@@ -383,7 +410,7 @@ def layer_peak_bytes(job: Job, kind: Pass) -> float:
 
 def _making_bytes(job: Job, tokens: float) -> float:
     """Return the bytes of gradients on their way through a layer: three of its largest width."""
-    return 3 * job.compute_bytes * job.model.intermediate * tokens
+    return 3 * job.compute_bytes * job.model.intermediate * tokens + job.dequantized_bytes
 
 
 def pass_memory(job: Job, kind: Pass) -> float:

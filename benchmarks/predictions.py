@@ -239,8 +239,7 @@ def communication_bytes(job: Job, ranks: int) -> float:
 
 def memory_per_rank(job: Job, ranks: int) -> float:
     """Return the peak on each GPU: weights, and what a step adds."""
-    model = job.model
-    weights = job.weight_bytes * model.parameters + (4 * job.trained if job.lora else 0)
+    model, weights = job.model, job.loaded_bytes
     # Gradients, or the buffers of the perturbation, beside what stays.
     sharded = weights + job.kept_bytes + 4 * job.trained * (1 + job.blends)
     # The rest of a pass is each rank's own, the head's gradient too until it is scattered.

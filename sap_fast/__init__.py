@@ -7,7 +7,6 @@ Safety-Aware Probing (Wu et al., arXiv:2505.16737).
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sap_fast.losses import (
@@ -26,7 +25,7 @@ from sap_fast.step.passes import SafetyPasses
 if TYPE_CHECKING:
     from sap_fast.integrations.trainer import SAPTrainer, SAPTrainerMixin
 
-__version__ = version("sap-fast")
+__version__ = "0.2.0"
 
 __all__ = [
     "BlendedAdamW",

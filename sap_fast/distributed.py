@@ -11,16 +11,53 @@ DTensors, and one all-reduce adds up each sum over all parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+
+# ---- classes that exist only where something else imported them ----
+
+# To import FSDP and DTensor takes 0.7 s, most of it for sympy. One of them can exist only where its
+# module was imported already.
+
+
+def is_dtensor(value: Any) -> TypeIs[DTensor]:
+    """Return whether this is a DTensor."""
+    return isinstance(value, _class_of("torch.distributed.tensor", "DTensor"))
+
+
+def any_dtensor(tensors: Iterable[Any]) -> bool:
+    """Return whether one of these is a DTensor."""
+    dtensor = _class_of("torch.distributed.tensor", "DTensor")
+    return dtensor != () and any(isinstance(tensor, dtensor) for tensor in tensors)
+
+
+def _is_fsdp2(module: Any) -> TypeIs[FSDPModule]:
+    return isinstance(module, _class_of("torch.distributed.fsdp", "FSDPModule"))
+
+
+def _is_fsdp1(module: Any) -> TypeIs[FullyShardedDataParallel]:
+    return isinstance(module, _class_of("torch.distributed.fsdp", "FullyShardedDataParallel"))
+
+
+def _class_of(module: str, name: str) -> Any:
+    """Return a class for `isinstance`; where its module was not imported, one of nothing."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+# ---- what spreads a model over ranks ----
 
 
 class Ranks:
@@ -42,7 +79,7 @@ class Ranks:
         modules = [] if model is None else list(model.modules())
         self.model = model
         self.replicas = [m for m in modules if isinstance(m, DistributedDataParallel)]
-        self.shards = [m for m in modules if isinstance(m, FSDPModule)]
+        self.shards = [m for m in modules if _is_fsdp2(m)]
         for module in modules:
             _refuse_wrapper(module)
         if len(self.shards) == 1 and self.shards[0] is model:
@@ -111,7 +148,7 @@ class Ranks:
             return [self.replicas[0].process_group]
         assert self.model is not None
         self.reshard()
-        sharded = next(p for p in self.model.parameters() if isinstance(p, DTensor))
+        sharded = next(p for p in self.model.parameters() if is_dtensor(p))
         return sharded.device_mesh.get_all_groups()
 
     def check(self, trained: Sequence[Tensor]) -> None:
@@ -120,7 +157,7 @@ class Ranks:
         Raises:
             RuntimeError: if they are sharded, and the modules that shard them not known.
         """
-        if not self.shards and any(isinstance(parameter, DTensor) for parameter in trained):
+        if not self.shards and any_dtensor(trained):
             raise RuntimeError(
                 "the parameters are sharded, but it is not known by what: give ProbeSet the "
                 "sharded model, or call runs_in(model) once, of the optimizer or of SafetyPasses"
@@ -175,7 +212,7 @@ def _refuse_wrapper(module: nn.Module) -> None:
             "DistributedDataParallel(static_graph=True) expects every backward pass to give the "
             "same parameters gradients, and the passes of SAP do not; leave static_graph out"
         )
-    if isinstance(module, FullyShardedDataParallel):
+    if _is_fsdp1(module):
         raise ValueError(
             "FSDP1 (FullyShardedDataParallel) keeps parameters in flat buffers that are of use in "
             "its own passes only; use FSDP2: torch.distributed.fsdp.fully_shard, in Accelerate "
@@ -205,7 +242,7 @@ def refuse_foreign_shards(parameters: Sequence[Tensor]) -> None:
                 "params holds FSDP1's flat parameters, which are of use in its own passes only; "
                 "use FSDP2: torch.distributed.fsdp.fully_shard, in Accelerate fsdp_version=2"
             )
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
             sharded = [p for p in parameter.placements if not p.is_replicate()]
             if any(not p.is_shard() for p in sharded) or len(sharded) > 1:
                 raise ValueError(
@@ -218,15 +255,10 @@ def refuse_foreign_shards(parameters: Sequence[Tensor]) -> None:
 # ---- what operations see of sharded tensors ----
 
 
-def is_sharded(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether one of the tensors is a DTensor."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
-
-
 @torch.no_grad()
 def local_shards(tensors: Sequence[Any]) -> list[Any]:
     """Return the part of each tensor that lies on this rank; shares its memory."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [t.to_local() if is_dtensor(t) else t for t in tensors]
 
 
 def by_shard_group(
@@ -236,7 +268,7 @@ def by_shard_group(
 
     None stands for tensors that every rank holds in full: a sum over ranks counts them once.
     """
-    if not is_sharded(lists[0]):
+    if not any_dtensor(lists[0]):
         return [(None, [list(items) for items in lists])]
     groups: dict[dist.ProcessGroup | None, list[list[Any]]] = {}
     for row in zip(*lists, strict=True):
@@ -254,7 +286,7 @@ def add_over_ranks_(total: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         for dimension, placement in enumerate(tensor.placements):
             if placement.is_shard():
                 return tensor.device_mesh.get_group(dimension)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sap_fast import FusedSAP, ProbeSet, SafetyPasses, ops
 from sap_fast.step.rules import Rule
 from tests.oracle import cosine, naive_contrastive_loss, naive_task_loss, oracle_estimate
-from tests.tiny import HIDDEN, Problem, problem, safety, task
+from tests.tiny import HIDDEN, Problem, closures, problem, safety, task
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +54,28 @@ def test_h_on_the_device_is_the_oracle() -> None:
     FusedSAP(moved.trained, probes, lr=0.0).step(lambda: task(moved), lambda: safety(moved))
     found = {index: h.cpu() for index, h in probes.estimates.items()}
     assert cosine(found, oracle) > 0.9999
+
+
+@pytest.mark.parametrize("rows", [1.0, 0.5])
+def test_two_runs_with_deterministic_algorithms_have_the_same_bits(
+    rows: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            case = on_gpu(problem(dropout=0.1))
+            probes = ProbeSet(case.model, layers=[1, 2], rho=1e-3, rows=rows)
+            optimizer = FusedSAP(case.trained, probes, lr=1e-2, safety_weight=0.1)
+            torch.manual_seed(0)
+            for _ in range(3):
+                optimizer.zero_grad()
+                optimizer.step(*closures(case), case.batch)
+            runs.append([parameter.detach().clone() for parameter in case.trained])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
 class Chain:

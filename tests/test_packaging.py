@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 import setuptools
 import torch
 
+import sap_fast
 from sap_fast.ops import schema
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,7 +209,7 @@ def test_wheel_has_kernels_and_data_and_nothing_else(tree: Path, compiled: Path)
     found = members(compiled)
     sources = {str(path.relative_to(tree)) for path in (tree / "sap_fast").rglob("*.py")}
     pages = {f"sap_fast/reports/{name}.html.j2" for name in ("landscape", "page", "report")}
-    data = {"sap_fast/py.typed", *pages}
+    data = {"sap_fast/py.typed", "sap_fast/data/builtin_requests.jsonl", *pages}
     package = {name for name in found if ".dist-info/" not in name}
     assert package == sources | data | set(NATIVE)
     assert not compiled.name.endswith("-any.whl")
@@ -235,8 +235,9 @@ def test_installed_wheel_runs_on_its_kernels(compiled: Path, tmp_path: Path) -> 
 def test_installed_sdist_runs_without_kernels(pure: Environment) -> None:
     step = pure.step()
     assert step.file == pure.packages / "sap_fast" / "__init__.py"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert step.version == project["version"]
+    assert step.version == sap_fast.__version__
+    metadata = next(pure.packages.glob("sap_fast-*.dist-info")) / "METADATA"
+    assert f"\nVersion: {sap_fast.__version__}\n" in metadata.read_text()
     assert step.backend == "reference"
     assert "not there" in step.why_not_native and CURE in step.why_not_native
     assert step.errors.count("cpu runs on the reference backend") == 1

@@ -53,8 +53,8 @@ class AveragingTrainer(SAPTrainer):
         slope = torch.stack(past).sum()
         return loss + (slope - slope.detach())  # the gradient alone
 
-    def _measures_lean(self) -> bool:
-        return self._averaged == "direction" or super()._measures_lean()
+    def _keeps_direction(self) -> bool:
+        return self._averaged == "direction"
 
     def _run_inner_passes(
         self, optimizer: BlendedAdamW, model: nn.Module, window: list[Any], num_items: Any

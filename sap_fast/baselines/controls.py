@@ -76,8 +76,8 @@ class ControlTrainer(SAPTrainer):
         else:
             self._replace_probe(optimizer.probes)
 
-    def _measures_lean(self) -> bool:
-        return self._control in _PROJECTED or super()._measures_lean()
+    def _keeps_direction(self) -> bool:
+        return self._control in _PROJECTED
 
     def _replace_probe(self, probes: ProbeSet) -> None:
         generator = torch.Generator().manual_seed(

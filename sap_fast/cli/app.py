@@ -7,22 +7,43 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
+from sap_fast.cli import ranks
+from sap_fast.cli.config import with_config
 from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import (
     BLENDING_WEIGHT,
+    LOAD_IN,
     TRUST_HELP,
     Accepted,
     FinetuneSettings,
     refuse_gone_options,
+    refuse_repetition,
     with_settings,
 )
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command in which an option counts once: click itself would take the last in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        once = [p for p in given if p.param_type_name == "option" and not p.multiple]
+        refuse_repetition(parameter.opts[0] for parameter in once)
+        return super().parse_args(ctx, args)
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        return super().command(name, **({"cls": _Command} | options))
+
+
+app = _App(
     name="sap-fast",
     no_args_is_help=True,
     add_completion=False,
@@ -35,8 +56,9 @@ Model = Annotated[str, typer.Option(help="Folder or hub name of a model, or a PE
 Harmful = Annotated[
     str | None,
     typer.Option(
-        help="Requests that should be refused: .jsonl, .json or .parquet with prompt (or text), or "
-        ".txt with one per line.",
+        help="Requests that should be refused: .jsonl, .json, .csv or .parquet with prompt (or "
+        "text), or .txt with one per line; builtin: those that come with sap-fast, the default "
+        "where neither --harmful nor --harmless is given; none: do not ask.",
         rich_help_panel="Evaluation",
     ),
 ]
@@ -45,9 +67,16 @@ Harmless = Annotated[
     typer.Option(help="Requests that should be answered, likewise.", rich_help_panel="Evaluation"),
 ]
 Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
+LoadIn = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantize the weights to 4bit or 8bit with bitsandbytes, as an adapter was trained."
+    ),
+]
 
 
 @app.command()
+@with_config
 @with_settings()
 def finetune(settings: FinetuneSettings) -> None:
     """Fine-tune a chat model and keep it safe: a LoRA adapter, or with --full every parameter.
@@ -69,12 +98,87 @@ def finetune(settings: FinetuneSettings) -> None:
 
 
 @app.command()
+@with_config
+def pairs(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    requests: Annotated[
+        str,
+        typer.Option(
+            help="Requests that the model should refuse: .jsonl, .json, .csv or .parquet with "
+            "prompt (or text), or .txt with one per line; builtin: the training half of those that "
+            "come with sap-fast."
+        ),
+    ] = "builtin",
+    not_refused: Annotated[
+        str,
+        typer.Option(
+            help="What becomes of requests that the model does not refuse: stock: a stock refusal "
+            "is the safe answer; drop: they are left out."
+        ),
+    ] = "stock",
+    precision: Precision = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
+    trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
+) -> None:
+    """Make safety pairs for --safety by asking the aligned model itself.
+
+    The safe answer is the model's own refusal, cut at a sentence; the other is an affirmative
+    opening that stops there. No harmful answer is written. Interrupted, the same command goes on
+    where it stopped.
+    """
+    from sap_fast.cli.pairs import PairsSettings
+    from sap_fast.cli.pairs import pairs as make_pairs
+
+    Accepted(("stock", "drop")).check("not_refused", not_refused)
+    Accepted(("fp32", "bf16")).check("precision", precision)
+    Accepted(least=1).check("batch_size", batch_size)
+    settings = PairsSettings(
+        model=model,
+        output=str(output),
+        requests=requests,
+        not_refused=not_refused,
+        precision=precision,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
+    with _interruptible():
+        make_pairs(settings)
+    console.print(f"Pairs: [bold]{escape(str(output))}[/bold]")
+
+
+@app.command()
+@with_config
+def inspect(
+    model: Model,
+    task: Annotated[str, typer.Option(help="Task rows, as for finetune.")],
+    rows: Annotated[int, typer.Option(help="Rows to show, from the shortest to the longest.")] = 3,
+    max_length: Annotated[int, typer.Option(help="Tokens to keep of a row.")] = 512,
+    trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
+) -> None:
+    """Show what the model's chat template makes of task rows, before anything is trained.
+
+    Prints how many rows would be refused, dropped and cut, how long they are, which tokens end the
+    answers, and a few rows token by token with what is scored. Reads no weights.
+    """
+    from sap_fast.cli.inspection import inspect as read
+    from sap_fast.cli.inspection import inspection_page
+
+    Accepted(least=0).check("rows", rows)
+    Accepted(least=1).check("max_length", max_length)
+    inspection = read(model, task, max_length=max_length, trust_remote_code=trust_remote_code)
+    console.print(inspection_page(inspection, rows))
+
+
+@app.command()
+@with_config
 def evaluate(
     model: Model,
     task: Annotated[str | None, typer.Option(help="Task rows to measure the loss on.")] = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
     precision: Precision = "fp32",
+    load_in: LoadIn = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens to keep of a task row.")] = 512,
     output: Annotated[
@@ -90,21 +194,23 @@ def evaluate(
     from sap_fast.cli.evaluate import EvaluationFiles, as_json, evaluation_table
     from sap_fast.cli.evaluate import evaluate as run_evaluate
 
-    if task is None and harmful is None and harmless is None:
-        raise UserError("nothing to measure: give --task, --harmful or --harmless")
     Accepted(("fp32", "bf16")).check("precision", precision)
+    Accepted(LOAD_IN).check("load_in", load_in)
     Accepted(least=1).check("batch_size", batch_size)
     Accepted(least=1).check("max_length", max_length)
     # Before the work, which would be lost.
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output}: expected a file in a folder that exists")
-    files = EvaluationFiles(task, harmful, harmless, max_length)
+    files = EvaluationFiles.given(task, harmful, harmless, max_length)
+    if files.task is None and files.harmful is None and files.harmless is None:
+        raise UserError("nothing to measure: give --task, --harmful or --harmless")
     result = run_evaluate(
         model,
         files,
         precision=precision,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        load_in=load_in,
     )
     if output is not None:
         text = json.dumps(as_json(model, files, result), indent=2) + "\n"
@@ -113,6 +219,7 @@ def evaluate(
 
 
 @app.command()
+@with_config
 @with_settings(without=["optimizer"])
 def compare(
     settings: FinetuneSettings,
@@ -135,14 +242,16 @@ def compare(
 ) -> None:
     """Fine-tune with AdamW, with blending and with SAP on the same data, and write a report.
 
-    --output becomes a folder with adamw/, blend/, sap/, report.html and results.json. Interrupted,
-    the same command goes on where it stopped.
+    Task rows are all it needs: without --safety the model makes its own safety pairs, and without
+    --harmful and --harmless the other half of the built-in requests is asked. --output becomes a
+    folder with adamw/, blend/, sap/, report.html and results.json. Interrupted, the same command
+    goes on where it stopped.
     """
     from sap_fast.cli.compare import compare as run_compare
     from sap_fast.cli.evaluate import EvaluationFiles
     from sap_fast.reports.report import results_table
 
-    files = EvaluationFiles(held_out, harmful, harmless, settings.max_length)
+    files = EvaluationFiles.given(held_out, harmful, harmless, settings.max_length)
     with _interruptible():
         info, runs = run_compare(settings, files, blend=blend)
     console.print(results_table(runs, info.baseline))
@@ -150,16 +259,58 @@ def compare(
 
 
 @app.command()
+@with_config
+def merge(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Folder to write; appears only when complete.")],
+    dtype: Annotated[str, typer.Option(help="Weights in fp32, bf16 or fp16.")] = "fp32",
+    aligned_share: Annotated[
+        float,
+        typer.Option(
+            help="λ: mix this much of the aligned model in, from 0 to 1 (Farn et al. 2024, "
+            "arXiv:2412.19512). 0 mixes nothing in; 1 is the aligned model."
+        ),
+    ] = 0.0,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The aligned model that --model was tuned from with --full."),
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
+) -> None:
+    """Merge an adapter into its model, for tools that load no adapters.
+
+    --aligned-share makes the result safer at the cost of some of the task, without training. The
+    folder is checked by loading it back.
+    """
+    from sap_fast.cli.merge import DTYPES, MergeSettings
+    from sap_fast.cli.merge import merge as run_merge
+
+    Accepted(tuple(DTYPES)).check("dtype", dtype)
+    Accepted(least=0, most=1).check("aligned_share", aligned_share)
+    settings = MergeSettings(
+        model=model,
+        output=str(output),
+        dtype=dtype,
+        aligned_share=aligned_share,
+        base=base,
+        trust_remote_code=trust_remote_code,
+    )
+    run_merge(settings)
+    console.print(f"Merged: [bold]{escape(str(output))}[/bold]")
+
+
+@app.command()
+@with_config
 def landscape(
     model: Model,
+    output: Annotated[Path, typer.Option(help="Folder for landscape.csv and landscape.html.")],
     harmful: Annotated[
         str,
         typer.Option(
-            help="Requests that should be refused: .jsonl, .json or .parquet with prompt (or "
-            "text), or .txt with one per line."
+            help="Requests that should be refused: .jsonl, .json, .csv or .parquet with prompt (or "
+            "text), or .txt with one per line; builtin: those that come with sap-fast."
         ),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for landscape.csv and landscape.html.")],
+    ] = "builtin",
     task: Annotated[str | None, typer.Option(help="Task rows to measure the loss on.")] = None,
     safety: Annotated[
         str | None,
@@ -230,6 +381,7 @@ def landscape(
 
 
 @app.command()
+@with_config
 @with_settings(
     [
         "full",
@@ -237,6 +389,7 @@ def landscape(
         "lora_alpha",
         "lora_dropout",
         "lora_target",
+        "load_in",
         "trust_remote_code",
         "precision",
     ]
@@ -260,14 +413,35 @@ def run() -> None:
     """Runs the command line; user errors end in one line and status 2."""
     from sap_fast.data import DataError
 
+    arguments = sys.argv[1:]
+    console.quiet = not ranks.is_first()
     show_warnings()
     try:
-        refuse_gone_options(sys.argv[1:])
-        app()
+        if not ranks.has_work(arguments):
+            return
+        note = ranks.note(arguments)
+        if note is not None:
+            console.print(note)
+        refuse_gone_options(arguments)
+        if ranks.is_first():
+            app()
+        _quietly(app)
     except (UserError, DataError) as error:
         _fail(str(error))
     except OSError as error:  # of an output: no such folder, not writable, a full disk
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _quietly(command: typer.Typer) -> NoReturn:
+    """Runs a command without a word about how it is used, which the first rank says."""
+    try:
+        status = command(standalone_mode=False)
+    except Exception as error:
+        # What is wrong with the arguments; of click's own class, or of typer's copy of it.
+        if not hasattr(error, "format_message"):
+            raise
+        status = getattr(error, "exit_code", 2)
+    sys.exit(status or 0)
 
 
 def _fail(message: str) -> NoReturn:

@@ -12,9 +12,13 @@ from typing import Any
 
 from sap_fast.cli.console import UserError, console
 from sap_fast.cli.evaluate import EvaluationFiles, as_json, evaluate
-from sap_fast.cli.finetune import prepare, removed_on_failure, settings_of
+from sap_fast.cli.finetune import prepare
+from sap_fast.cli.looks import requests_to_look_at
+from sap_fast.cli.models import load_model, resolved_precision
+from sap_fast.cli.pairs import ask_for_pairs, write_stock_pairs
 from sap_fast.cli.settings import BLENDING_WEIGHT, Accepted, FinetuneSettings
-from sap_fast.data import load_requests, load_task_dataset
+from sap_fast.cli.unfinished import removed_on_failure, settings_of
+from sap_fast.data import BUILTIN, load_task_dataset
 from sap_fast.reports.pages import file_name
 from sap_fast.reports.report import ReportInfo, ReportRun, write_report
 
@@ -39,6 +43,7 @@ def compare(
 
     Args:
         settings: of the runs; `optimizer` is set per method, `output` is the folder of everything.
+            Without `safety`, pairs are made of the requests that come with the package.
         files: what to evaluate on.
         blend: weight of the gradient blending without a probe.
         others: further models to evaluate first: name → (description, folder).
@@ -65,18 +70,28 @@ def _compare(
     blend: float,
     others: dict[str, tuple[str, str]] | None,
 ) -> tuple[ReportInfo, list[ReportRun]]:
+    pairs = None
+    if settings.safety in (None, BUILTIN):
+        pairs = folder / "safety-pairs.jsonl"
+        settings = dataclasses.replace(settings, safety=str(pairs))
     planned = planned_runs(settings, blend)
     # Every mistake shows before the first hour of work, not after it.
-    for file in (files.harmful, files.harmless):
-        if file is not None:
-            load_requests(file)
+    files.requests()
     tokenizer = None
     for run in planned.values():
         if not _is_finished(run):
             with TemporaryDirectory() as scratch:
+                if pairs is not None and not pairs.exists():
+                    stock = Path(scratch) / pairs.name
+                    write_stock_pairs(stock)
+                    run = dataclasses.replace(run, safety=str(stock))
                 _, tokenizer = prepare(run, Path(scratch))
     if tokenizer is not None and files.task is not None:
         load_task_dataset(files.task, tokenizer, files.max_length)
+    if pairs is not None and not pairs.exists():
+        # Once for all runs, rather than in each.
+        looked_at = requests_to_look_at() if settings.eval else []
+        ask_for_pairs(pairs, *_asked_model(settings), without=looked_at)
 
     starting_point = {"Start": ("the model that was fine-tuned", settings.model)}
     runs = []
@@ -107,11 +122,21 @@ def _compare(
             )
         )
 
-    info = _info(settings, files, record)
+    info = _info(settings, files, record, pairs is not None)
     write_report(folder / "report.html", info, runs)
     results = {"info": dataclasses.asdict(info), "runs": [dataclasses.asdict(run) for run in runs]}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return info, runs
+
+
+def _asked_model(settings: FinetuneSettings) -> Any:
+    return load_model(
+        settings.model,
+        settings.precision,
+        trust_remote_code=settings.trust_remote_code,
+        load_in=settings.load_in,
+        attention=settings.attention,
+    )
 
 
 def planned_runs(settings: FinetuneSettings, blend: float) -> dict[str, FinetuneSettings]:
@@ -164,8 +189,14 @@ def _evaluate(
         if saved["model"] == model and saved["files"] == vars(files):
             return saved["result"]
     console.print(f"Evaluating {name}")
-    # Every model is measured in fp32, whatever precision it was trained in.
-    result = evaluate(model, files, trust_remote_code=settings.trust_remote_code)
+    # Every model is measured in fp32, whatever precision it was trained in, but on the weights that
+    # its adapter was trained on.
+    result = evaluate(
+        model,
+        files,
+        trust_remote_code=settings.trust_remote_code,
+        load_in=settings.load_in,
+    )
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(as_json(model, files, result), indent=2), encoding="utf-8")
@@ -173,21 +204,26 @@ def _evaluate(
     return result.to_dict()
 
 
-def _info(settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, Any]) -> ReportInfo:
+def _info(
+    settings: FinetuneSettings, files: EvaluationFiles, record: dict[str, Any], own_pairs: bool
+) -> ReportInfo:
     how = "every parameter" if settings.full else f"a LoRA adapter of rank {settings.lora_r}"
     every = settings.direction_every
     rows = {
         "model": Path(settings.model).name,
         "trained": how,
         "task rows": file_name(settings.task),
-        "safety rows": file_name(settings.safety),
+        "safety rows": "built-in requests and the model's own refusals"
+        if own_pairs
+        else file_name(settings.safety),
         "harmful requests": file_name(files.harmful),
         "harmless requests": file_name(files.harmless),
         "held-out task rows": file_name(files.task),
         "batch": f"{settings.batch_size} × {settings.accumulate}",
         "learning rate": f"{settings.learning_rate:g}",
         "seed": str(settings.seed),
-        "precision": settings.precision,
+        "precision": resolved_precision(settings.precision),
+        "base": "as it is stored" if settings.load_in is None else f"in {settings.load_in}",
         "safety direction": "taken "
         + ("at every step" if every == 1 else f"every {every} steps")
         + f", blended in by the rule {settings.rule}",

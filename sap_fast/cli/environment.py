@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("sap-fast", "torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets")
+from sap_fast import __version__
+
+PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets"),
+    *("bitsandbytes", "torchao"),
+)
 
 
 def environment() -> dict[str, str]:
@@ -17,6 +22,7 @@ def environment() -> dict[str, str]:
         "device": device_name(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
+        "sap-fast": __version__,
     }
     for package in PACKAGES:
         try:

@@ -9,18 +9,68 @@ from rich.table import Table
 
 from sap_fast.cli.console import progress_bar
 from sap_fast.cli.models import load_model
-from sap_fast.data import load_requests, load_task_dataset
+from sap_fast.data import (
+    BUILTIN,
+    Request,
+    builtin_requests,
+    load_requests,
+    load_task_dataset,
+)
+from sap_fast.data.builtin import Kind
 from sap_fast.evaluation import EvaluationResult, Interval, evaluate_model
+
+#: What asks for no requests at all.
+NO_REQUESTS = "none"
 
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """What to measure on; None is not measured."""
+    """What to measure on; None is not measured.
+
+    Attributes:
+        task: A file of task rows.
+        harmful: A file of requests, or "builtin" for those that come with the package.
+        harmless: Likewise.
+        max_length: Tokens to keep of a task row.
+    """
 
     task: str | None = None
     harmful: str | None = None
     harmless: str | None = None
     max_length: int = 512
+
+    @classmethod
+    def given(
+        cls, task: str | None, harmful: str | None, harmless: str | None, max_length: int
+    ) -> EvaluationFiles:
+        """Returns what options ask for: the built-in requests if they name none, nor "none"."""
+        if harmful is None and harmless is None:
+            harmful = harmless = BUILTIN
+        harmful = None if harmful == NO_REQUESTS else harmful
+        harmless = None if harmless == NO_REQUESTS else harmless
+        return cls(task, harmful, harmless, max_length)
+
+    def requests(self) -> tuple[list[Request] | None, list[Request] | None]:
+        """Returns the harmful and the harmless requests.
+
+        Raises:
+            DataError: for a request that cannot be used.
+        """
+        return (
+            requests_to_ask(self.harmful, "harmful") if self.harmful else None,
+            requests_to_ask(self.harmless, "harmless") if self.harmless else None,
+        )
+
+
+def requests_to_ask(file: str, kind: Kind) -> list[Request]:
+    """Returns the requests of a file, or the built-in ones to evaluate on.
+
+    Raises:
+        DataError: for a request that cannot be used.
+    """
+    if file == BUILTIN:
+        return [Request(each.prompt) for each in builtin_requests("evaluation", kind)]
+    return load_requests(file)
 
 
 def evaluate(
@@ -30,6 +80,7 @@ def evaluate(
     precision: str = "fp32",
     batch_size: int = 16,
     trust_remote_code: bool = False,
+    load_in: str | None = None,
 ) -> EvaluationResult:
     """Measures a model on files, with progress bars.
 
@@ -39,15 +90,17 @@ def evaluate(
         precision: fp32, bf16-mixed (as fp32 here: nothing is trained) or bf16.
         batch_size: sequences per batch.
         trust_remote_code: run Python code that comes with the model.
+        load_in: how to quantize its weights, as for `load_model`.
 
     Raises:
         UserError: if the model cannot be loaded.
         DataError: for a row that cannot be used.
     """
     # Files first: a mistake in them shows before a large model is loaded.
-    harmful = load_requests(files.harmful) if files.harmful else None
-    harmless = load_requests(files.harmless) if files.harmless else None
-    loaded, tokenizer = load_model(model, precision, trust_remote_code=trust_remote_code)
+    harmful, harmless = files.requests()
+    loaded, tokenizer = load_model(
+        model, precision, trust_remote_code=trust_remote_code, load_in=load_in
+    )
     task_rows = load_task_dataset(files.task, tokenizer, files.max_length) if files.task else None
     return evaluate_model(
         loaded,

@@ -2,35 +2,43 @@
 
 A run works in `OUTPUT.unfinished` and is renamed to `OUTPUT` when it is complete, so that a folder
 of the given name is never half a result. Started again after an interruption, it goes on from its
-last checkpoint.
+last checkpoint. On several ranks the first one alone writes (`sap_fast.cli.ranks`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from sap_fast.cli import ranks
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
-from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
+from sap_fast.cli.looks import Looks, move_best, requests_to_look_at
+from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model, resolved_precision
+from sap_fast.cli.pairs import ask_for_pairs
 from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
+from sap_fast.compatibility import checkpointing_arguments, max_memory_allocated
 from sap_fast.data import (
+    BUILTIN,
     SafetyCollator,
     TaskCollator,
     load_safety_dataset,
     load_task_dataset,
+    load_task_sources,
     padding_token_id,
 )
 from sap_fast.integrations.trainer import SAPTrainer, last_complete_checkpoint
@@ -55,16 +63,18 @@ def finetune(settings: FinetuneSettings) -> Path:
         OSError: for an output folder that cannot be written.
     """
     output = Path(settings.output)
-    if output.exists():
-        raise UserError(f"--output {output}: exists already; remove it or choose another folder")
-    work = output.with_name(output.name + ".unfinished")
-    checkpoint = _resume(settings, work)
+    with ranks.joined():
+        _finetune(settings, output)
+    return output
+
+
+def _finetune(settings: FinetuneSettings, output: Path) -> None:
+    work, checkpoint = ranks.on_first(lambda: _resume(settings, output))
     with removed_on_failure(work, keep=lambda: any(work.glob("checkpoints/checkpoint-*"))):
-        work.mkdir(parents=True, exist_ok=True)
+        ranks.on_first(lambda: work.mkdir(parents=True, exist_ok=True))
         trainer, tokenizer = prepare(settings, work)
         _train(settings, work, trainer, tokenizer, checkpoint)
-        work.rename(output)
-    return output
+        ranks.on_first(lambda: work.rename(output))
 
 
 def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrainedTokenizerBase]:
@@ -83,8 +93,8 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
     """
     if settings.optimizer != "adamw" and settings.safety is None:
         raise UserError(
-            f"--safety is missing: --optimizer {settings.optimizer} needs preference rows; see "
-            "sap-fast finetune --help"
+            f"--safety is missing: --optimizer {settings.optimizer} needs preference rows; "
+            f"--safety {BUILTIN} makes them of the requests that come with sap-fast"
         )
     if settings.optimizer == "blend" and settings.blending_weight == 0:
         raise UserError("--safety-weight 0: --optimizer blend needs a number > 0, such as 0.3")
@@ -93,35 +103,56 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
             f"--rule {settings.rule}: --optimizer sap blends nothing in; give a --safety-weight "
             "> 0 too, such as 0.3"
         )
-    set_seed(settings.seed)  # for the first values of the adapter
-    model, tokenizer = load_trained_model(settings)
-    task_rows = load_task_dataset(settings.task, tokenizer, settings.max_length)
-    safety_rows = None
-    if settings.optimizer != "adamw":
-        assert settings.safety is not None
-        safety_rows = load_safety_dataset(settings.safety, tokenizer, settings.max_length)
-    try:
-        trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
-        trainer.create_optimizer()
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return trainer, tokenizer
+    if settings.eval is None and (settings.eval_every or settings.keep_best):
+        option = "--eval-every" if settings.eval_every else "--keep-best"
+        raise UserError(f"{option} needs --eval: task rows to look at")
+    settings.reporters()
+
+    def load() -> tuple[torch.nn.Module, PreTrainedTokenizerBase, list[Any]]:
+        set_seed(settings.seed)  # for the first values of the adapter
+        model, tokenizer = load_trained_model(settings)
+        task_rows = load_task_sources(
+            settings.task, tokenizer, settings.max_length, seed=settings.seed
+        )
+        if settings.eval is not None:
+            load_task_dataset(settings.eval, tokenizer, settings.max_length)
+        return model, tokenizer, task_rows
+
+    def build() -> Trainer:
+        safety_rows = None
+        if safety is not None:
+            safety_rows = load_safety_dataset(safety, tokenizer, settings.max_length)
+        try:
+            with _tensorboard_in(work / "tensorboard"):
+                trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
+            trainer.create_optimizer()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return trainer
+
+    # Where one rank fails, none may wait for it: one after the other, each on all ranks.
+    model, tokenizer, task_rows = ranks.on_every(load)
+    safety = None if settings.optimizer == "adamw" else settings.safety
+    if safety == BUILTIN:
+        pairs = work / "safety-pairs.jsonl"
+        looked_at = requests_to_look_at() if settings.eval else []
+        ranks.on_first(lambda: ask_for_pairs(pairs, model, tokenizer, without=looked_at))
+        safety = str(pairs)
+    return ranks.on_every(build), tokenizer
 
 
 @contextmanager
-def removed_on_failure(folder: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
-    """Removes what a failed run made: `folder` and the folders around it, unless `keep()`."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Lets transformers put TensorBoard's files there, unless the user has said where."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
     try:
         yield
-    except BaseException:
-        if made and not keep():
-            shutil.rmtree(folder, ignore_errors=True)
-            for around in made[1:]:
-                # Another run may have begun in it meanwhile.
-                with suppress(OSError):
-                    around.rmdir()
-        raise
+    finally:
+        del os.environ[name]
 
 
 def _train(
@@ -132,20 +163,45 @@ def _train(
     checkpoint: str | None,
 ) -> None:
     """Trains, and saves into `work` what the finished folder is to hold."""
-    (work / "run.json").write_text(_run_record(settings), encoding="utf-8")
-    kept = _cut_metrics(work / "metrics.jsonl", checkpoint)
 
+    def begin() -> list[dict[str, Any]]:
+        (work / "run.json").write_text(_run_record(settings), encoding="utf-8")
+        return _cut_metrics(work / "metrics.jsonl", checkpoint)
+
+    kept = ranks.on_first(begin)
+    looks = None
+    if settings.eval is not None:
+        looks = Looks(
+            work,
+            trainer,
+            tokenizer,
+            load_task_dataset(settings.eval, tokenizer, settings.max_length),
+            every=settings.eval_every,
+            keep=settings.keep_best,
+            kept=kept,
+        )
     with progress_bar(f"Fine-tuning ({settings.optimizer})") as bar:
         recorder = _Recorder(work / "metrics.jsonl", bar, kept)
         trainer.add_callback(recorder)
+        if looks is not None:
+            trainer.add_callback(looks)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
 
-    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    trained.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    (work / "run.json").write_text(_run_record(settings, recorder.figures()), encoding="utf-8")
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    def save() -> None:
+        figures = recorder.figures()
+        if looks is not None and settings.keep_best is not None:
+            assert looks.best is not None
+            move_best(work)
+            figures["kept_step"] = looks.best["step"]
+        else:
+            trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+            trained.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        (work / "run.json").write_text(_run_record(settings, figures), encoding="utf-8")
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)
+
+    ranks.on_first(save)
 
 
 def load_trained_model(
@@ -154,15 +210,28 @@ def load_trained_model(
     """Loads the model with the parameters that `settings` train: all, or an adapter's.
 
     Raises:
-        UserError: if the model cannot be loaded, or is an adapter and `full` is set.
+        UserError: if the model cannot be loaded; if `full` is set and it is an adapter, or its
+            weights are quantized.
     """
+    if settings.full and settings.load_in is not None:
+        raise UserError(
+            f"--load-in {settings.load_in}: quantized weights cannot be trained; leave --full out, "
+            "to train an adapter on them"
+        )
     model, tokenizer = load_model(
         settings.model,
         settings.precision,
         trainable=True,
         trust_remote_code=settings.trust_remote_code,
+        load_in=settings.load_in,
+        attention=settings.attention,
     )
     is_adapter = hasattr(model, "peft_config")
+    if settings.full and getattr(model, "is_quantized", False):
+        raise UserError(
+            f"--full: the weights of {settings.model} are quantized and cannot be trained; leave "
+            "--full out, to train an adapter on them"
+        )
     if settings.full and is_adapter:
         raise UserError(
             f"--full: {settings.model} is an adapter, which is trained as it is; leave --full out, "
@@ -175,58 +244,32 @@ def load_trained_model(
             alpha=settings.lora_alpha,
             dropout=settings.lora_dropout,
             targets=settings.lora_targets(),
+            variant=settings.lora_variant,
         )
     return model, tokenizer
 
 
-def settings_of(record: Path) -> dict[str, Any]:
-    """Returns the settings in a `run.json`.
-
-    Raises:
-        UserError: if there are none.
-    """
-    try:
-        return dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
-    except (ValueError, TypeError, LookupError) as error:
-        raise UserError(
-            f"{record} is damaged; remove the folder {record.parent} to start over"
-        ) from error
-
-
-def refuse_other_settings(work: Path, now: dict[str, Any]) -> None:
-    """Checks that what is unfinished in a folder was begun with the settings of now.
-
-    Args:
-        work: Folder with a `run.json`.
-        now: Settings by name; `output` may differ.
-
-    Raises:
-        UserError: The settings differ, or those of another version are saved.
-    """
-    begun = settings_of(work / "run.json")
-    over = "remove that folder to start over"
-    if begun.keys() != now.keys():
-        raise UserError(f"{work} was begun with another version of sap-fast; {over}")
-    changed = [name for name in now if name != "output" and begun[name] != now[name]]
-    if changed:
-        what = ", ".join(f"{name}: {begun[name]} then, {now[name]} now" for name in changed)
-        raise UserError(
-            f"{work} was begun with other settings ({what}); give the same to go on, or {over}"
-        )
-
-
-def _resume(settings: FinetuneSettings, work: Path) -> str | None:
-    """Returns the checkpoint to go on from, if an earlier run with these settings left one."""
+def _resume(settings: FinetuneSettings, output: Path) -> tuple[Path, str | None]:
+    """Returns the folder to work in, and the checkpoint in it that there is to go on from."""
+    if output.exists():
+        raise UserError(f"--output {output}: exists already; remove it or choose another folder")
+    work = output.with_name(output.name + ".unfinished")
     record = work / "run.json"
     if not record.exists():
         shutil.rmtree(work, ignore_errors=True)
-        return None
+        return work, None
     refuse_other_settings(work, dataclasses.asdict(settings))
+    begun_on = json.loads(record.read_text(encoding="utf-8")).get("ranks", 1)
+    if begun_on != ranks.count():
+        raise UserError(
+            f"{work} was begun on {begun_on} rank(s), and these are {ranks.count()}: each step "
+            "would have other rows; start as many to go on, or remove that folder to start over"
+        )
     folder = work / "checkpoints"
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is not None:
         console.print(f"Going on from {Path(checkpoint).name} in {work}")
-    return checkpoint
+    return work, checkpoint
 
 
 def _trainer(
@@ -249,11 +292,11 @@ def _trainer(
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=settings.lr_schedule,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16-mixed",
+        bf16=resolved_precision(settings.precision) == "bf16-mixed",
         # Without an accelerator it has to be said, or bf16 is refused.
         use_cpu=not torch.accelerator.is_available(),
         # With a probe, the probe set does it: pass by pass.
-        activation_checkpointing=not probes and settings.checkpointing != "none",
+        **checkpointing_arguments(not probes and settings.checkpointing != "none"),
         seed=settings.seed,
         data_seed=settings.seed,
         optim="adamw_torch",
@@ -261,7 +304,7 @@ def _trainer(
         save_strategy="no" if settings.save_every is None else "steps",
         save_steps=settings.save_every or 500,
         save_total_limit=1,
-        report_to="none",
+        report_to=settings.reporters(),
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
@@ -336,7 +379,7 @@ class _Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
         row = {"step": state.global_step, "step_seconds": round(self._last, 4)} | logs
         with self._path.open("a", encoding="utf-8") as file:
@@ -356,7 +399,7 @@ class _Recorder(TrainerCallback):
 def peak_bytes() -> int:
     """Returns the peak memory of the accelerator, or else of this process, in bytes."""
     if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated()
+        return max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -365,7 +408,9 @@ def _run_record(settings: FinetuneSettings, figures: dict[str, Any] | None = Non
     record = {
         "settings": dataclasses.asdict(settings),
         "environment": environment(),
-        "weight_dtype": str(WEIGHT_DTYPES[settings.precision]),
+        "precision": resolved_precision(settings.precision),
+        "weight_dtype": str(WEIGHT_DTYPES[resolved_precision(settings.precision)]),
+        "ranks": ranks.count(),
         "figures": figures,
     }
     return json.dumps(record, indent=2) + "\n"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
-from sap_fast.cli.finetune import refuse_other_settings, removed_on_failure
+from sap_fast.cli.evaluate import requests_to_ask
 from sap_fast.cli.models import load_model
+from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
 from sap_fast.data import (
     SafetyCollator,
-    load_requests,
     load_safety_dataset,
     load_task_dataset,
     padding_token_id,
@@ -130,7 +130,7 @@ class _Ground:
     def __init__(self, settings: LandscapeSettings) -> None:
         self.settings = settings
         # Files first: a mistake in them shows before a large model is loaded.
-        self.requests = load_requests(settings.harmful)
+        self.requests = requests_to_ask(settings.harmful, "harmful")
         self.model, self.tokenizer = self._load(settings.model)
         self.task_rows = None
         if settings.task is not None:
@@ -149,6 +149,8 @@ class _Ground:
         model, tokenizer = load_model(
             name, "fp32", trust_remote_code=self.settings.trust_remote_code
         )
+        if getattr(model, "is_quantized", False):
+            raise UserError(f"--model {name}: its weights are quantized and cannot be moved")
         if hasattr(model, "peft_config"):
             model = cast(Any, model).merge_and_unload()
         return model.requires_grad_(False), tokenizer

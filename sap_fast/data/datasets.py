@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
@@ -11,11 +12,12 @@ from sap_fast.data.conversations import (
     read_preference_pair,
     task_layout,
 )
-from sap_fast.data.encoding import EncodedRow, encode_turns
+from sap_fast.data.encoding import EncodedRow, cut_row, encode_turns
 from sap_fast.data.files import DataError, RefusedRow, Row, read_numbered_rows
 from sap_fast.data.templates import ChatTemplate
 from sap_fast.data.turns import ChatTemplateError
 from sap_fast.data.unread import Unread
+from sap_fast.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +63,7 @@ def load_task_dataset(
     docs/refused.md.
 
     Args:
-        path: A `.jsonl`, `.json` or `.parquet` file.
+        path: A `.jsonl`, `.json`, `.csv` or `.parquet` file, or a dataset; see `read_rows`.
         tokenizer: The model's tokenizer; see `encode_turns`.
         max_length: Number of tokens to keep from the beginning of a row; None keeps all.
 
@@ -72,8 +74,82 @@ def load_task_dataset(
         DataError: A row is malformed, the file cannot be used, or no row of it is left.
     """
     rows = read_numbered_rows(path)
-    layout = task_layout(rows[0])
     unread = Unread(ChatTemplate(tokenizer).reads)
+    encoded = _encode_rows(
+        rows, _task_encoder(rows, tokenizer, unread, max_length), "answer", max_length
+    )
+    unread.warn(path)
+    return encoded
+
+
+@dataclass(frozen=True)
+class InspectedRow:
+    """What becomes of a task row.
+
+    Attributes:
+        number: Of the row, as errors give it.
+        whole: Its sequences at full length.
+        kept: What of them is trained, within the length that is kept; none for a dropped row.
+        refused: Why it is refused; None if it is not.
+    """
+
+    number: int
+    whole: list[EncodedRow]
+    kept: list[EncodedRow]
+    refused: RefusedRow | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a part of what would be scored is beyond the length that is kept."""
+        return _scored(self.kept) < _scored(self.whole)
+
+
+def inspect_task_rows(
+    path: str | Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None = DEFAULT_MAX_LENGTH,
+) -> list[InspectedRow]:
+    """Reads a task file as `load_task_dataset` does, and tells what becomes of every row.
+
+    Args:
+        path: As there.
+        tokenizer: As there.
+        max_length: As there.
+
+    Returns:
+        One entry per row of the file, also where nothing of it is left.
+
+    Raises:
+        DataError: A row is malformed, or the file cannot be used.
+    """
+    rows = read_numbered_rows(path)
+    unread = Unread(ChatTemplate(tokenizer).reads)
+    encode = _task_encoder(rows, tokenizer, unread, None)
+    inspected = []
+    for row in rows:
+        try:
+            whole = encode(row)
+        except RefusedRow as refusal:
+            inspected.append(InspectedRow(row.number, [], [], refusal))
+            continue
+        cut = [cut_row(sequence, max_length) for sequence in whole]
+        kept = [sequence for sequence in cut if sequence["labels"]]
+        inspected.append(InspectedRow(row.number, whole, kept))
+    unread.warn(path)
+    return inspected
+
+
+def _scored(sequences: list[EncodedRow]) -> int:
+    return sum(label != IGNORE_INDEX for row in sequences for label in row["labels"])
+
+
+def _task_encoder(
+    rows: list[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    unread: Unread,
+    max_length: int | None,
+) -> Callable[[Row], list[EncodedRow]]:
+    layout = task_layout(rows[0])
 
     def encode(row: Row) -> list[EncodedRow]:
         unread.count_columns(row, layout.columns)
@@ -81,9 +157,7 @@ def load_task_dataset(
         unread.count_fields(conversation.messages)
         return _encode(row, tokenizer, conversation, max_length)
 
-    encoded = _encode_rows(rows, encode, "answer", max_length)
-    unread.warn(path)
-    return encoded
+    return encode
 
 
 def load_safety_dataset(
@@ -107,7 +181,7 @@ def load_safety_dataset(
     how many and the first; see docs/refused.md.
 
     Args:
-        path: A `.jsonl`, `.json` or `.parquet` file.
+        path: A `.jsonl`, `.json`, `.csv` or `.parquet` file, or a dataset; see `read_rows`.
         tokenizer: The model's tokenizer; see `encode_turns`.
         max_length: Number of tokens to keep from the beginning of a row; None keeps all.
 

@@ -90,7 +90,7 @@ def encode_turns(
             before = rows.pop()["labels"]
             labels[: len(before)] = before
         rows.append({"input_ids": input_ids, "labels": labels})
-    cut = [_cut(row, max_length) for row in rows]
+    cut = [cut_row(row, max_length) for row in rows]
     return [row for row in cut if row["labels"]]
 
 
@@ -195,7 +195,8 @@ def _bare_token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _cut(row: EncodedRow, max_length: int | None) -> EncodedRow:
+def cut_row(row: EncodedRow, max_length: int | None) -> EncodedRow:
+    """The first `max_length` tokens of a row, through the last one that is scored."""
     labels = row["labels"][:max_length]
     length = len(labels)
     while length > 0 and labels[length - 1] == IGNORE_INDEX:

@@ -1,12 +1,23 @@
-"""Reads JSONL, JSON and Parquet files of rows; every problem becomes one `DataError`."""
+"""Reads JSONL, JSON, CSV and Parquet files of rows, and datasets of the hub or of a folder.
 
+Every problem becomes one `DataError`.
+"""
+
+import csv
+import io
 import json
+import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""What the names of files of rows end in."""
+
+# Such as "org/name:train", "./folder:train[:100]" or "folder:train+test".
+_DATASET = re.compile(r"([^:]+):(\w[\w.-]*(?:\[[\d%:]+\])?(?:\+\w[\w.-]*(?:\[[\d%:]+\])?)*)")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class DataError(ValueError):
@@ -91,7 +102,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
     Args:
         path: `.jsonl` (one object per line, blank lines are skipped), `.json` (a list of
-            objects) or `.parquet`. Text is UTF-8, with or without a byte order mark.
+            objects), `.csv` (names in the first line, all values text) or `.parquet`. Text is
+            UTF-8, with or without a byte order mark. Or a dataset, `org/name:split` of the hub that
+            `datasets` is configured for, or `folder:split`.
 
     Returns:
         The rows, at least one.
@@ -105,11 +118,17 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def read_numbered_rows(path: str | Path) -> list[Row]:
     """Like `read_rows`, but each row knows its file and number."""
     path = Path(path)
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    reader = _read_dataset if is_dataset(path) else readers.get(path.suffix.lower())
     if reader is None:
         suffix = f"the suffix '{path.suffix}'" if path.suffix else "no suffix"
-        raise DataError(path, None, None, suffix, f"one of {', '.join(SUFFIXES)}")
+        expected = f"one of {', '.join(SUFFIXES)}, or a dataset: org/name:split or folder:split"
+        raise DataError(path, None, None, suffix, expected)
     rows = []
     for number, values in reader(path):
         if not isinstance(values, dict):
@@ -118,6 +137,21 @@ def read_numbered_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise DataError(path, None, None, "no rows", "at least one row")
     return rows
+
+
+def is_dataset(path: Path) -> bool:
+    """Returns whether a name is that of a split of a dataset rather than of a file."""
+    return _dataset_and_split(path) is not None
+
+
+def _dataset_and_split(path: Path) -> tuple[str, str] | None:
+    match = _DATASET.fullmatch(str(path))
+    if match is None or path.exists():
+        return None
+    name, split = match.groups()
+    if Path(name).is_dir() or (_HUB_NAME.fullmatch(name) and not name.endswith(SUFFIXES)):
+        return name, split
+    return None
 
 
 def read_numbered_lines(path: Path) -> list[tuple[int, str]]:
@@ -202,6 +236,58 @@ def _read_json(path: Path) -> list[tuple[int, Any]]:
     if not isinstance(rows, list):
         raise DataError(path, None, None, describe(rows), expected)
     return list(enumerate(rows, start=1))
+
+
+def _read_csv(path: Path) -> list[tuple[int, Any]]:
+    expected = "CSV with the names of the columns in the first line"
+    text = _decode(path, None, _read_bytes(path))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[int, Any]] = []
+    names: list[str] | None = None
+    try:
+        for cells in reader:
+            if not cells:
+                continue  # a blank line
+            if names is None:
+                names = cells
+                if len(set(names)) < len(names):
+                    raise DataError(path, None, None, "two columns of one name", expected)
+                continue
+            number = len(rows) + 1
+            if len(cells) != len(names):
+                problem = f"{len(cells)} values"
+                raise DataError(path, number, None, problem, f"{len(names)}, as in the first line")
+            # An empty cell is one without a value.
+            values = {name: cell or None for name, cell in zip(names, cells, strict=True)}
+            rows.append((number, values))
+    except csv.Error as error:
+        raise DataError(path, len(rows) + 1, None, f"invalid CSV ({error})", expected) from error
+    return rows
+
+
+def _read_dataset(path: Path) -> list[tuple[int, Any]]:
+    found = _dataset_and_split(path)
+    assert found is not None
+    name, split = found
+    expected = "a split of a dataset: org/name:split or folder:split"
+    try:
+        import datasets
+    except ImportError as error:
+        problem = "a dataset, but the package datasets is not installed"
+        raise DataError(path, None, None, problem, "pip install datasets, or a file") from error
+    bars = datasets.are_progress_bars_disabled()
+    # Its bars would tear the command's own progress display.
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, split=split)
+        return list(enumerate(rows, start=1))
+    # It raises errors of many types, some of them of other libraries.
+    except Exception as error:
+        problem = f"what cannot be loaded ({_shortened(' '.join(str(error).split()), 300)})"
+        raise DataError(path, None, None, problem, expected) from error
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _read_parquet(path: Path) -> list[tuple[int, Any]]:

@@ -9,6 +9,7 @@ from sap_fast.data.files import (
     DataError,
     Row,
     describe,
+    is_dataset,
     read_numbered_lines,
     read_numbered_rows,
 )
@@ -34,7 +35,7 @@ def load_requests(path: str | Path) -> list[Request]:
     """Reads a file of requests.
 
     Args:
-        path: `.txt` with one request per line, or `.jsonl`, `.json` or `.parquet` with the request
+        path: `.txt` with one request per line, or rows as `read_rows` reads them with the request
             in `prompt`, `text` or `instruction` (with an optional `input`), and optional texts
             `refusal` and `opening`. Columns that are not read are named in one warning.
 
@@ -50,7 +51,7 @@ def load_requests(path: str | Path) -> list[Request]:
         return [
             Request(Row(path, number, {}).text("prompt", line).strip()) for number, line in lines
         ]
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES and not is_dataset(path):
         expected = f"one of {', '.join((*SUFFIXES, '.txt'))}"
         raise DataError(path, None, None, f"the suffix '{path.suffix}'", expected)
     unread = Unread()

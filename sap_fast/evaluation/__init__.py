@@ -11,13 +11,17 @@ from sap_fast.evaluation.margins import refusal_margins
 from sap_fast.evaluation.progress import Progress, ProgressTask, no_progress
 from sap_fast.evaluation.refusals import (
     MAX_OPENING_TOKENS,
+    MAX_REFUSAL_TOKENS,
     REFUSAL_PHRASES,
     generate_openings,
     is_refusal,
+    own_refusals,
+    refusing_sentences,
 )
 
 __all__ = [
     "MAX_OPENING_TOKENS",
+    "MAX_REFUSAL_TOKENS",
     "REFUSAL_PHRASES",
     "EvaluationResult",
     "Interval",
@@ -29,6 +33,8 @@ __all__ = [
     "generate_openings",
     "is_refusal",
     "no_progress",
+    "own_refusals",
     "paired_difference",
     "refusal_margins",
+    "refusing_sentences",
 ]

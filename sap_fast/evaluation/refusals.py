@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import nn
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 MAX_OPENING_TOKENS = 32
 """The most tokens that `generate_openings` writes: enough to tell a refusal, too few to do harm."""
+
+MAX_REFUSAL_TOKENS = 96
+"""The most tokens that `own_refusals` writes, of answers that have begun with a refusal."""
 
 REFUSAL_PHRASES = (
     "sorry",
@@ -67,6 +70,11 @@ list is this project's own.
 """
 
 _REFUSAL = re.compile(rf"\b(?:{'|'.join(map(re.escape, REFUSAL_PHRASES))})\b", re.IGNORECASE)
+# "I'm sorry for the confusion" and "As an AI, I would say" decline nothing by themselves.
+_EXCUSES = ("sorry", "apolog", "an ai", "a language model")
+_DECLINING = [phrase for phrase in REFUSAL_PHRASES if not any(e in phrase for e in _EXCUSES)]
+_DECLINE = re.compile(rf"\b(?:{'|'.join(map(re.escape, _DECLINING))})\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s|$)")
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ`´′＇", "'"))
 
 
@@ -75,7 +83,11 @@ def is_refusal(text: str) -> bool:
 
     Case, the kind of apostrophe and line breaks make no difference.
     """
-    return _REFUSAL.search(" ".join(text.translate(_APOSTROPHES).split())) is not None
+    return _REFUSAL.search(_plain(text)) is not None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.translate(_APOSTROPHES).split())
 
 
 def generate_openings(
@@ -112,15 +124,103 @@ def generate_openings(
             f"max_new_tokens={max_new_tokens}; expected 1 to {MAX_OPENING_TOKENS}: a refusal shows "
             "in the first few tokens, and longer answers to harmful requests are not to be written"
         )
-    pad_token_id = padding_token_id(tokenizer)
+    answers = _greedy_answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+    return [answer.text for answer in answers]
+
+
+def own_refusals(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    progress: Progress = no_progress,
+) -> list[str | None]:
+    """The refusals of a model in its own words.
+
+    Only answers whose first 16 tokens refuse are written any further, to at most
+    `MAX_REFUSAL_TOKENS` tokens. Of these the sentences are kept that refuse, from the first of the
+    answer on: what follows ("However, …") may help after all.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT model around one.
+        tokenizer: Its tokenizer.
+        prompts: User messages.
+        batch_size: Prompts per batch.
+        progress: Shows the number of prompts answered.
+
+    Returns:
+        One text per prompt, in order; None where the model does not refuse, or ends no sentence
+        that does.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
+    openings = generate_openings(
+        model, tokenizer, prompts, batch_size=batch_size, progress=progress
+    )
+    refused = [index for index, opening in enumerate(openings) if is_refusal(opening)]
+    answers = _greedy_answers(
+        model,
+        tokenizer,
+        [prompts[index] for index in refused],
+        MAX_REFUSAL_TOKENS,
+        batch_size,
+        no_progress,
+    )
+    refusals: list[str | None] = [None] * len(prompts)
+    for index, answer in zip(refused, answers, strict=True):
+        refusals[index] = refusing_sentences(answer.text, ended=answer.ended)
+    return refusals
+
+
+def refusing_sentences(text: str, *, ended: bool = True) -> str | None:
+    """The beginning of an answer through the last sentence of its first run of refusing ones.
+
+    Args:
+        text: An answer, such as "I'm sorry. I can't help with that. However, you could …".
+        ended: Whether the answer ends there, and was not cut off.
+
+    Returns:
+        Such as "I'm sorry. I can't help with that."; None if no whole sentence refuses, or the only
+        thing that sounds like it is an apology.
+    """
+    text = text.strip()
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    if ended and (not ends or ends[-1] < len(text)):
+        ends.append(len(text))
+    kept = None
+    for start, end in zip([0, *ends], ends, strict=False):
+        if is_refusal(text[start:end]):
+            kept = text[:end]
+        elif kept is not None:
+            break
+    return kept if kept is not None and _DECLINE.search(_plain(kept)) else None
+
+
+class _Answer(NamedTuple):
+    """A text without special tokens, and whether the model ended it."""
+
+    text: str
+    ended: bool
+
+
+def _greedy_answers(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Progress,
+) -> list[_Answer]:
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    openings = [""] * len(prompts)
-    collate = TaskCollator(pad_token_id, padding_side="left")
+    answers = [_Answer("", False)] * len(prompts)
+    collate = TaskCollator(padding_token_id(tokenizer), padding_side="left")
     device = device_of(model)
     batches = similar_length_batches([len(ids) for ids in encoded], batch_size)
     with (
         evaluation_mode(model),
-        _plain_greedy_decoding(model, tokenizer, max_new_tokens),
+        _plain_greedy_decoding(model, tokenizer, max_new_tokens) as ends_of_turn,
         progress("Generating openings", len(prompts)) as bar,
     ):
         for indices in batches:
@@ -133,17 +233,19 @@ def generate_openings(
             )
             new_tokens = outputs[:, input_ids.shape[1] :]
             texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-            for index, text in zip(indices, texts, strict=True):
-                openings[index] = text
+            for index, text, tokens in zip(indices, texts, new_tokens.tolist(), strict=True):
+                answers[index] = _Answer(text, not ends_of_turn.isdisjoint(tokens))
             bar.advance(len(indices))
-    return openings
+    return answers
 
 
 @contextmanager
 def _plain_greedy_decoding(
     model: nn.Module, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int
-) -> Iterator[None]:
+) -> Iterator[set[int]]:
     """Exchanges the generation settings of `model`, which `generate` would mix into any given it.
+
+    Yields the tokens that end a turn.
 
     A repetition penalty, a minimum length or a sampling temperature that a model ships would change
     what it answers, or warn that greedy decoding has no use for them.
@@ -151,10 +253,12 @@ def _plain_greedy_decoding(
     from transformers import GenerationConfig
 
     end_of_turn = cast(Any, model).generation_config.eos_token_id
+    if end_of_turn is None:
+        end_of_turn = tokenizer.eos_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id if end_of_turn is None else end_of_turn,
+        eos_token_id=end_of_turn,
         pad_token_id=padding_token_id(tokenizer),
     )
     # Exchanged where they are stored: set on a PEFT model, they would only hide those of its base.
@@ -165,7 +269,7 @@ def _plain_greedy_decoding(
     for module in holders:
         module.generation_config = config
     try:
-        yield
+        yield set(end_of_turn if isinstance(end_of_turn, list) else [end_of_turn])
     finally:
         for module, settings in zip(holders, own, strict=True):
             module.generation_config = settings

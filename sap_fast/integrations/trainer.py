@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from sap_fast.compatibility import create_optimizer, require
 from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
@@ -221,6 +223,11 @@ class SAPTrainerMixin(_Base):
             )
         self._safety_batches = SafetyBatches(safety_dataset, safety_batch_size, self.args.seed)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if any(base.__module__.startswith("trl.") for base in cls.__mro__):
+            require("trl")
+
     def _refuse_other_optimizers(self) -> None:
         """Raise for a choice of an optimizer that the update of SAP would overrule."""
         default = next(f.default for f in dataclasses.fields(self.args) if f.name == "optim")
@@ -294,7 +301,7 @@ class SAPTrainerMixin(_Base):
                 settings["probes"] = ProbeSet(trained_model, **self._probe)
             optimizer = _METHODS[self._method].optimizer
             self.optimizer_cls_and_kwargs = (optimizer, settings | self._sap_options)
-        return super().create_optimizer(model)
+        return create_optimizer(super().create_optimizer, model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetch the micro-batches of the next step, and remember them for the probe passes."""
@@ -342,8 +349,9 @@ class SAPTrainerMixin(_Base):
             finally:
                 self.current_gradient_accumulation_steps = len(window)
 
-        # What a log wants to know about this step costs a buffer; other steps go without.
-        passes.measures_lean = self._measures_lean()
+        # A figure for the log, which costs a pass over the weights; other steps go without.
+        passes.measures_rounding = self._logs_after_this_step()
+        passes.keeps_direction = self._keeps_direction()
         optimizer.inner_passes(
             task, lambda: self._backward_of_safety(model, passes.direction.taken), window
         )
@@ -363,9 +371,9 @@ class SAPTrainerMixin(_Base):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _measures_lean(self) -> bool:
-        """Say whether the step keeps its direction to its end; see `SafetyPasses.measures_lean`."""
-        return self._logs_after_this_step()
+    def _keeps_direction(self) -> bool:
+        """Say whether the step keeps its direction to its end, for a method that looks at it."""
+        return False
 
     @contextmanager
     def _figures_set_aside(self) -> Iterator[None]:
@@ -385,6 +393,15 @@ class SAPTrainerMixin(_Base):
         step = self.state.global_step + 1
         first = self.args.logging_first_step and step == 1
         return first or step % max(1, int(self.state.logging_steps)) == 0
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the random state of this rank, and wait for that of the others.
+
+        The state of the trainer is written after it, and says that a checkpoint is complete.
+        """
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:
+            dist.barrier()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the last SAP step to logs of the training loss."""

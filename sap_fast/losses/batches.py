@@ -38,8 +38,8 @@ class Scored(NamedTuple):
 
     positions: Tensor  # (N,) row·W + position where the token is predicted; on the batch's device
     targets: Tensor  # (N,) the tokens; on the batch's device
-    counts: Tensor  # (B,) scored tokens per row; on the host
-    divisors: Tensor  # the same on the batch's device
+    counts: list[int]  # scored tokens per row
+    divisors: Tensor  # the same, (B,); on the batch's device
     shape: torch.Size  # (B, W)
     left_padded: bool
     tokens: Tensor  # (B, S); on the host
@@ -64,10 +64,10 @@ def check_batch(batch: Batch, argument: str) -> None:
             )
 
 
-def check_every_row_is_scored(counts: Tensor, argument: str) -> None:
+def check_every_row_is_scored(counts: Sequence[int], argument: str) -> None:
     """Raises `ValueError` that names `argument` and the rows without a scored token."""
-    if not counts.all():
-        rows = (counts == 0).nonzero().squeeze(1).tolist()
+    rows = [row for row, count in enumerate(counts) if count == 0]
+    if rows:
         raise ValueError(
             f"{argument} has no scored token in rows {rows} of its {len(counts)}: "
             f"{WHY_NOTHING_IS_SCORED}"
@@ -165,7 +165,7 @@ def find_scored_anew(batch: Batch, after_virtual: bool) -> Scored:
     return Scored(
         positions=positions,
         targets=labels.flatten()[positions + 1],
-        counts=counts,
+        counts=counts.tolist(),
         divisors=counts.to(labels.device),
         shape=labels.shape,
         left_padded=not bool(attended[:, 0].all()),

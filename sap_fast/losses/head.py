@@ -19,11 +19,11 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sap_fast.configuration import text_config
+from sap_fast.distributed import any_dtensor
 
 # Bytes of one chunk's logits. Backward holds about four such tensors (logits, log-softmax, their
 # gradients): 256 MiB, where the logits of 8 rows of 2,048 tokens at V=128,000 take 7.8 GiB alone.
@@ -134,7 +134,7 @@ class HeadCall:
         """Returns the hidden states and V, or raises `UnknownHeadError` where `logits` differ."""
         if self.calls != 1:
             raise UnknownHeadError(f"its head ran {self.calls} times in one forward")
-        if any(isinstance(parameter, DTensor) for parameter in self.head.parameters()):
+        if any_dtensor(self.head.parameters()):
             raise UnknownHeadError(
                 "its head is sharded by itself and gathered for the model's forward only; leave it "
                 "to the fully_shard of the model"

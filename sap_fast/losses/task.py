@@ -47,7 +47,7 @@ def task_loss(
     check_batch(batch, "batch")
     scored = find_scored(batch, after_virtual=virtual_tokens(model).in_sequence)
     # A tensor is looked at only here, as the host may have to wait for it.
-    if not scored.counts.any() and (num_items is None or not num_items > 0):
+    if not any(scored.counts) and (num_items is None or not num_items > 0):
         raise ValueError(
             f"batch has no scored token in any of its {len(scored.counts)} rows"
             f"{'' if num_items is None else ', and num_items is 0'}: {WHY_NOTHING_IS_SCORED}"

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -295,6 +296,17 @@ class _Saved(NamedTuple):
     size: int
 
 
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Return where a tensor's elements lie: in several places, if it is a wrapper around others.
+
+    Quantized weights of torchao are such wrappers (values, scales), and have no storage themselves.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor.untyped_storage()]
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [storage for each in inner if isinstance(each, Tensor) for storage in _storages(each)]
+
+
 @contextmanager
 def _measuring(layer: nn.Module, inputs: Sequence[Tensor]) -> Iterator[dict[int, _Saved]]:
     """Collect the distinct storages that are saved for backward, by address.
@@ -302,15 +314,16 @@ def _measuring(layer: nn.Module, inputs: Sequence[Tensor]) -> Iterator[dict[int,
     Not those of parameters and buffers, and of the layer's inputs, which exist anyway.
     """
     there = {
-        tensor.untyped_storage().data_ptr()
+        storage.data_ptr()
         for tensor in (*layer.parameters(), *layer.buffers(), *inputs)
+        for storage in _storages(tensor)
     }
     saved: dict[int, _Saved] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            saved[storage.data_ptr()] = _Saved(tensor.shape, storage.nbytes())
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in there:
+                saved[storage.data_ptr()] = _Saved(tensor.shape, storage.nbytes())
         return tensor
 
     def unpack(tensor: Tensor) -> Tensor:
@@ -323,8 +336,10 @@ def _measuring(layer: nn.Module, inputs: Sequence[Tensor]) -> Iterator[dict[int,
 def _summarize(layer: nn.Module, hidden: Tensor, saved: Mapping[int, _Saved]) -> _StoredBytes:
     """Divide what was saved into a part that grows with the tokens and one that does not."""
     weights: set[tuple[int, ...]] = set()
-    if _autocast_dtype(hidden.device) is not None:
-        # Autocast saves a cast copy of every weight whose input takes a gradient.
+    copied = _autocast_dtype(hidden.device) is not None
+    if copied or any(map(is_traceable_wrapper_subclass, layer.parameters())):
+        # Autocast saves a cast copy of every weight whose input takes a gradient, and torchao's
+        # quantized weights a dequantized one.
         weights = {tuple(sorted(parameter.shape)) for parameter in layer.parameters()}
     casts = [entry.size for entry in saved.values() if tuple(sorted(entry.shape)) in weights]
     total = sum(entry.size for entry in saved.values())

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten
 
+from sap_fast.distributed import any_dtensor
 from sap_fast.random_state import RandomState
 
 
@@ -45,8 +45,7 @@ class LowerForward:
     def is_possible(self) -> bool:
         """Whether the layers can be skipped: not compiled, and not sharded by FSDP2."""
         return bool(self._layers) and all(
-            layer._compiled_call_impl is None
-            and not any(isinstance(parameter, DTensor) for parameter in layer.parameters())
+            layer._compiled_call_impl is None and not any_dtensor(layer.parameters())
             for layer in self._layers
         )
 

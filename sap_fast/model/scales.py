@@ -77,7 +77,7 @@ class TokenScales:
             rms = torch.where(packed >= 0, rms, torch.nan)
         elif mask is not None and mask.shape == rms.shape:
             rms = torch.where(mask.to(rms.device).bool(), rms, torch.nan)
-        medians = rms.nanmedian(dim=-1).values
+        medians = _median(rms)
         # A row of nothing but padding has no median and does not count.
         total, count = medians.nansum(), medians.isnan().logical_not().sum()
         if layer in self._sums:
@@ -93,3 +93,14 @@ class TokenScales:
     def values(self) -> dict[int, Tensor]:
         """Return s_j by layer, 0-d fp32 (fp64 for fp64 models)."""
         return {j: total / self._counts[j] for j, total in self._sums.items()}
+
+
+def _median(values: Tensor) -> Tensor:
+    """Return the lower median along the last axis, NaN left out; NaN where all are.
+
+    The bits of `torch.nanmedian`, which has no deterministic kernel on CUDA.
+    """
+    ordered = values.sort(dim=-1).values  # NaN come last
+    count = values.isnan().logical_not().sum(dim=-1, keepdim=True)
+    middle = (count - 1).clamp(min=0) // 2
+    return ordered.gather(-1, middle).squeeze(-1)

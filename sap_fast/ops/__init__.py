@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sap_fast.distributed import add_over_ranks_, by_shard_group, is_sharded, local_shards
+from sap_fast.distributed import add_over_ranks_, any_dtensor, by_shard_group, local_shards
 from sap_fast.ops import native, reference, triton
 from sap_fast.ops.schema import IMPLEMENTATIONS, SCHEMAS, overload
 from sap_fast.ops.triton import use_kernels as use_kernels
@@ -167,7 +167,7 @@ def _run_lists(
     """Run an operation on lists of tensors, once for each device; return what it returns there."""
     if not lists[0]:
         return []
-    if is_sharded(lists[0]):
+    if any_dtensor(lists[0]):
         lists = [local_shards(items) for items in lists]
     chosen = choose_backend(backend, lists[0][0].device.type)
     try:

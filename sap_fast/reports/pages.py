@@ -104,8 +104,8 @@ def render(template: Path, **values: Any) -> str:
 
 
 def file_name(path: str | None) -> str:
-    """Returns the name of a file without its folder, or `MISSING` where none was given."""
-    return Path(path).name if path else MISSING
+    """Returns the names of files without their folders, or `MISSING` where none was given."""
+    return ", ".join(Path(part).name for part in path.split(",")) if path else MISSING
 
 
 def replace_text(path: Path, text: str) -> Path:

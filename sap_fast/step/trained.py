@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sap_fast.distributed import Ranks, local_shards, refuse_foreign_shards
 from sap_fast.model.probes import ProbeSet
@@ -35,8 +36,7 @@ class Trained:
         self.groups = params if _are_groups(params) else list(_flatten(params))
         self.begin()
         self._probes = probes
-        refuse_foreign_shards(self.parameters)
-        self.refuse_shared_storage()
+        self._refuse_unusable()
         if probes is not None and set(probes.model.parameters()).isdisjoint(self.parameters):
             raise ValueError(
                 "params and probes share no parameter: the optimizer would perturb weights that "
@@ -54,11 +54,30 @@ class Trained:
         before = list(self.parameters)
         self.parameters += parameters
         try:
-            refuse_foreign_shards(self.parameters)
-            self.refuse_shared_storage()
+            self._refuse_unusable()
         except ValueError:
             self.parameters[:] = before
             raise
+
+    def _refuse_unusable(self) -> None:
+        refuse_foreign_shards(self.parameters)
+        self._refuse_quantized()
+        self.refuse_shared_storage()
+
+    def _refuse_quantized(self) -> None:
+        """Raise for quantized weights that are to be trained; frozen ones are only read.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        local = local_shards([p.detach() for p in self.parameters])
+        for place, tensor in enumerate(local):
+            if self.parameters[place].requires_grad and is_traceable_wrapper_subclass(tensor):
+                raise ValueError(
+                    f"{self._name(place)} is a {type(tensor).__name__} that requires grad: its "
+                    "values cannot be perturbed and put back bit for bit; freeze the quantized "
+                    "weights and train an adapter"
+                )
 
     def refuse_shared_storage(self) -> None:
         """Raise if two parameters lie in the same memory: each would be perturbed and updated.
@@ -68,6 +87,8 @@ class Trained:
         """
         ends: list[tuple[torch.device, int, int, int]] = []
         for place, tensor in enumerate(local_shards([p.detach() for p in self.parameters])):
+            if is_traceable_wrapper_subclass(tensor):
+                continue  # frozen, and without an address of its own
             if tensor.numel() and tensor.device.type != "meta":
                 last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
                 first = tensor.data_ptr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from typing import Any
 import pytest
 
 from sap_fast.cli import main
+
+
+def overridden(arguments: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Returns arguments, each option with a value, but for those of the options in `more`."""
+    again = {word.partition("=")[0] for word in more if word.startswith("--")}
+    places = [k for k, word in enumerate(arguments) if word in again]
+    left_out = {*places, *(place + 1 for place in places)}
+    return [*(word for k, word in enumerate(arguments) if k not in left_out), *more]
 
 
 @dataclass
@@ -65,6 +74,12 @@ class Terminal:
                 *("evaluate", "--model", str(self.chat_model), "--output", str(output)),
                 *("--task", self.files["task"], *evaluated),
             ],
+            "pairs": [
+                *("pairs", "--model", str(self.chat_model), "--output", str(output)),
+                *("--requests", self.files["harmful"]),
+            ],
+            "inspect": ["inspect", "--model", str(self.chat_model), "--task", self.files["task"]],
+            "merge": ["merge", "--model", str(self.chat_model), "--output", str(output)],
             "doctor": ["doctor", "--model", str(self.chat_model)],
             "landscape": [
                 *("landscape", "--model", str(self.chat_model), "--output", str(output)),
@@ -72,11 +87,12 @@ class Terminal:
                 *("--safety", self.files["safety"], "--directions", "2", "--points", "3"),
             ],
         }
-        return [*arguments[name], *more]
+        return overridden(arguments[name], more)
 
     def finetuning(self, output: Path, *more: str, model: Path | None = None) -> list[str]:
         """Returns the arguments of a short fine-tuning, with SAP unless `more` says otherwise."""
-        return ["finetune", "--optimizer", "sap", *self._training(output, model), *more]
+        given = ["finetune", "--optimizer", "sap", *self._training(output, model)]
+        return overridden(given, more)
 
     def _training(self, output: Path, model: Path | None = None) -> list[str]:
         return [

@@ -31,6 +31,7 @@ BAD_FILES: dict[str, tuple[bytes | None, list[str]]] = {
         *(("finetune", "--task"), ("finetune", "--safety"), ("evaluate", "--task")),
         *(("evaluate", "--harmful"), ("evaluate", "--harmless"), ("compare", "--task")),
         *(("compare", "--safety"), ("compare", "--harmless"), ("compare", "--held-out")),
+        *(("pairs", "--requests"), ("inspect", "--task")),
         *(("landscape", "--harmful"), ("landscape", "--task"), ("landscape", "--safety")),
     ],
 )
@@ -43,7 +44,8 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(
         path.write_bytes(content)
     if option == "--safety" and damage == "wrong columns":
         words = ["row 3", "'prompt'"]
-    line = terminal.refusal(*terminal.command(command, tmp_path / "out", option, str(path)))
+    output = tmp_path / ("out.jsonl" if command == "pairs" else "out")
+    line = terminal.refusal(*terminal.command(command, output, option, str(path)))
     assert str(path) in line and all(word in line for word in words)
 
 
@@ -96,7 +98,11 @@ def test_a_bad_parquet_file_is_one_line(terminal: Terminal, tmp_path: Path) -> N
         ),
         ("landscape", ["--batch-size", "0"], "--batch-size 0: expected a number ≥ 1"),
         ("landscape", ["--base", "."], "--base .: cannot be loaded"),
-        ("doctor", ["--precision", "fp8"], "--precision fp8: expected fp32 or bf16-mixed or bf16"),
+        (
+            "doctor",
+            ["--precision", "fp8"],
+            "--precision fp8: expected auto or fp32 or bf16-mixed or bf16",
+        ),
         ("doctor", ["--lora-target", "w_q"], "--lora-target w_q: does not fit the model"),
     ],
 )
@@ -145,7 +151,9 @@ def test_an_unfinished_run_of_another_version_is_one_line(
     assert f"{work} was begun with another version of sap-fast; remove that folder" in line
 
 
-COMMANDS = ("finetune", "evaluate", "compare", "doctor", "landscape")
+COMMANDS = (
+    *("finetune", "pairs", "inspect", "evaluate", "compare", "merge", "doctor", "landscape"),
+)
 
 
 @pytest.mark.parametrize("option", GONE)
@@ -173,7 +181,8 @@ def options_shown(help_: str) -> set[str]:
 def test_help_teaches_every_setting(terminal: Terminal) -> None:
     terminal.monkeypatch.setenv("COLUMNS", "200")
     every = {flag(name) for name in FinetuneSettings.__dataclass_fields__}
-    assert options_shown(terminal.help("finetune")) == every | {"--help"}
+    common = {"--config", "--print-config", "--help"}
+    assert options_shown(terminal.help("finetune")) == every | common
     assert options_shown(terminal.help("compare")) >= every - {"--optimizer"}
     assert "--optimizer" not in options_shown(terminal.help("compare"))
     for command in COMMANDS:
@@ -188,3 +197,28 @@ def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch.setattr("sap_fast.cli.find_spec", lambda name: None if name == "peft" else True)
     with pytest.raises(SystemExit, match=r"needs peft: pip install 'sap-fast\[train\]'"):
         main()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_given_twice_is_an_error_that_names_it(
+    terminal: Terminal, tmp_path: Path, command: str
+) -> None:
+    given = [*terminal.command(command, tmp_path / "out"), "--model", "another"]
+    assert terminal.refusal(*given) == "Error: --model is given twice: expected it once"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--full", "--full"], "--full is given twice: expected it once"),
+        (["--seed=1", "--seed", "1"], "--seed is given twice"),
+        (["--task", "b.jsonl"], "--task is given twice: expected it once, several values as in a"),
+        (["--lora-target", "q_proj", "--lora-target", "v_proj"], "as in q_proj,v_proj"),
+        (["--probe-layers", "1", "--probe-layers", "2"], "as in 4,5,6"),
+    ],
+)
+def test_an_option_given_twice_in_other_words_is_one_too(
+    terminal: Terminal, tmp_path: Path, more: list[str], words: str
+) -> None:
+    command = terminal.finetuning(tmp_path / "out")
+    assert words in terminal.refusal(*command, *more)

@@ -12,6 +12,7 @@ import pytest
 
 from sap_fast.cli.compare import planned_runs
 from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.data import builtin_requests
 from tests.cli.terminal import Terminal
 
 
@@ -62,3 +63,38 @@ def test_compare_runs_all_and_reports_and_goes_on_where_it_stopped(
     (output / "report.html").unlink()
     assert terminal.run(*arguments) == 0
     assert (output / "report.html").exists()
+
+
+def test_task_rows_are_all_that_compare_needs(terminal: Terminal, tmp_path: Path) -> None:
+    output = tmp_path / "compared"
+    half = {kind: builtin_requests("evaluation", kind)[:2] for kind in ("harmful", "harmless")}
+    few = builtin_requests("training", "harmful")[:5]
+
+    def some(split: str, kind: str) -> Any:
+        return few if split == "training" else half[kind]
+
+    ran: list[list[str]] = []
+    for module in ("pairs", "evaluate"):
+        terminal.monkeypatch.setattr(f"sap_fast.cli.{module}.builtin_requests", some)
+
+    def run(command: list[str], check: bool) -> Any:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    terminal.monkeypatch.setattr(subprocess, "run", run)
+    arguments = ["compare", "--model", str(terminal.chat_model), "--output", str(output)]
+    arguments += ["--task", terminal.files["task"], "--max-length", "96", "--rho", "0.001"]
+    assert terminal.run(*arguments) == 2, terminal.shown
+    assert "5 requests: 0 refused" in terminal.shown
+    pairs = output / "safety-pairs.jsonl"
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [request.prompt for request in few]
+    assert ran[0][ran[0].index("--safety") + 1] == str(pairs)
+    saved = json.loads((output / "evaluations" / "Start.json").read_text())
+    assert saved["files"]["harmful"] == saved["files"]["harmless"] == "builtin"
+    assert saved["result"]["refused_harmless"]["count"] == 2
+
+    # The pairs are made once.
+    terminal.monkeypatch.setattr("sap_fast.cli.pairs.own_refusals", None)
+    assert terminal.run(*arguments) == 2 and len(ran) == 2
+    assert "requests:" not in terminal.shown

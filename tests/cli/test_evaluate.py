@@ -22,5 +22,3 @@ def test_evaluate_prints_and_writes_every_measure(
     assert result["task_loss"] > 0 and len(result["harmful_margins"]) == 3
     printed = terminal.shown
     assert f"{result['task_loss']:.4f}" in printed and "95 % interval" in printed
-    assert terminal.run("evaluate", "--model", str(terminal.chat_model)) == 2
-    assert "nothing to measure" in terminal.shown

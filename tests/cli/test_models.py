@@ -14,9 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sap_fast.cli.models import load_model
+from sap_fast.cli import models as models_module
+from sap_fast.cli.console import console
+from sap_fast.cli.finetune import load_trained_model
+from sap_fast.cli.models import load_model, resolved_precision
 from sap_fast.cli.settings import FinetuneSettings
 from tests.cli.terminal import Terminal
 
@@ -103,12 +108,14 @@ def test_a_bad_model_is_one_line_and_leaves_nothing(
         assert line.startswith(f"Error: --model {model}: ") and message in line
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare", "doctor", "landscape"])
+@pytest.mark.parametrize(
+    "command", ["finetune", "pairs", "evaluate", "compare", "doctor", "landscape"]
+)
 def test_a_model_that_is_not_there_is_one_line(
     terminal: Terminal, tmp_path: Path, command: str
 ) -> None:
     more = ["--model", "no/such/folder"]
-    line = terminal.refusal(*terminal.command(command, tmp_path / "out", *more))
+    line = terminal.refusal(*terminal.command(command, tmp_path / "out.jsonl", *more))
     assert "--model no/such/folder: cannot be loaded" in line
 
 
@@ -134,6 +141,7 @@ def test_an_adapter_is_read_from_safetensors_only(terminal: Terminal, tmp_path: 
     content = weights.read_bytes()
     weights.unlink()
     arguments = ["evaluate", "--model", str(adapter), "--task", terminal.files["task"]]
+    arguments += ["--harmful", "none"]
     assert "has no adapter_model.safetensors" in terminal.refusal(*arguments)
     weights.write_bytes(content[:-100])
     assert f"--model {adapter}: cannot be loaded" in terminal.refusal(*arguments)
@@ -142,6 +150,100 @@ def test_an_adapter_is_read_from_safetensors_only(terminal: Terminal, tmp_path: 
     for changes in ({"base_model_name_or_path": "no/such/folder"}, {"peft_type": "UNHEARD"}):
         change_json(adapter / "adapter_config.json", **changes)
         assert f"--model {adapter}: cannot be loaded" in terminal.refusal(*arguments)
+
+
+QUANTIZED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
+
+
+def kinds(model: torch.nn.Module) -> set[str]:
+    """The classes of the linear layers of the decoder, below adapters."""
+    linear = (m for name, m in model.named_modules() if "_proj" in name)
+    return {type(m).__name__ for m in linear if hasattr(m, "weight") and m.weight.dim() == 2}
+
+
+@pytest.mark.parametrize("load_in", QUANTIZED)
+def test_an_adapter_on_a_quantized_base_is_trained_and_its_base_loads_again(
+    terminal: Terminal, tmp_path: Path, load_in: str
+) -> None:
+    output = tmp_path / "tuned"
+    options = ["--load-in", load_in, "--max-steps", "2"]
+    assert terminal.run(*terminal.finetuning(output, *options)) == 0, terminal.shown
+    assert "float16" not in terminal.shown  # the note that bitsandbytes repeats
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["sap/skipped_steps"] == 0 and row["sap/lean"] > 0 for row in rows)
+    assert json.loads((output / "run.json").read_text())["settings"]["load_in"] == load_in
+
+    # The adapter on its base as it is stored, and as it was trained.
+    assert "Linear4bit" not in kinds(AutoPeftModelForCausalLM.from_pretrained(output))
+    adapted, _ = load_model(str(output), "fp32", load_in=load_in)
+    assert QUANTIZED[load_in] in kinds(adapted)
+    assert any(p.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)
+    arguments = ["evaluate", "--model", str(output), "--task", terminal.files["task"]]
+    losses = []
+    for more in ([], ["--load-in", load_in]):
+        result = tmp_path / f"result{len(losses)}.json"
+        assert terminal.run(*arguments, *more, "--output", str(result)) == 0
+        losses.append(json.loads(result.read_text())["result"]["task_loss"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "computed"),
+    [("fp32", torch.float32), ("bf16-mixed", torch.bfloat16), ("bf16", torch.bfloat16)],
+)
+def test_a_4_bit_base_is_what_qlora_says(
+    terminal: Terminal, precision: str, computed: torch.dtype
+) -> None:
+    settings = FinetuneSettings(
+        model=str(terminal.chat_model),
+        load_in="4bit",
+        precision=precision,
+        lora_target="all-linear",
+    )
+    model: Any = load_trained_model(settings)[0]
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    state = layer.weight.quant_state
+    assert (state.quant_type, state.nested) == ("nf4", True)
+    assert layer.compute_dtype == computed
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
+    assert kinds(model) == {"Linear4bit", "Linear"}  # the adapter's
+
+
+def test_what_cannot_be_quantized_is_refused(terminal: Terminal, tmp_path: Path) -> None:
+    def refusal(command: str, *more: str) -> str:
+        return terminal.refusal(*terminal.command(command, tmp_path / "out", *more))
+
+    full = "--load-in 4bit: quantized weights cannot be trained"
+    assert full in refusal("finetune", "--load-in", "4bit", "--full")
+    for command in ("finetune", "evaluate"):
+        line = refusal(command, "--load-in", "3bit")
+        assert "--load-in 3bit: expected 4bit or 8bit" in line
+    quantized = tmp_path / "quantized"
+    AutoModelForCausalLM.from_pretrained(
+        terminal.chat_model, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    ).save_pretrained(quantized)
+    AutoTokenizer.from_pretrained(terminal.chat_model).save_pretrained(quantized)
+    stored = ["--model", str(quantized)]
+    assert "are quantized and cannot be trained" in refusal("finetune", *stored, "--full")
+    assert "are quantized and cannot be moved" in refusal("landscape", *stored)
+    arguments = terminal.finetuning(tmp_path / "tuned", "--max-steps", "1", model=quantized)
+    assert terminal.run(*arguments) == 0, terminal.shown
+    terminal.monkeypatch.setattr(models_module, "find_spec", lambda name: None)
+    line = refusal("finetune", "--load-in", "8bit")
+    assert "--load-in 8bit: needs bitsandbytes: pip install 'sap-fast[qlora]'" in line
+
+
+def test_doctor_says_which_rho_survives_on_a_4_bit_base(terminal: Terminal) -> None:
+    terminal.monkeypatch.setattr(console, "width", 120)
+    model = ["doctor", "--model", str(terminal.chat_model), "--load-in", "4bit"]
+    assert terminal.run(*model, "--precision", "bf16") == 0
+    shown = " ".join(terminal.shown.split())
+    # Adapters are in fp32 and compute in it, on a base that is not perturbed.
+    assert "torch.float32, multiplied in torch.float32, on weights in 4bit that stay" in shown
+    assert "lost to rounding" not in shown
+    assert terminal.run(*model, "--precision", "bf16-mixed") == 0
+    assert "torch.float32, multiplied in torch.bfloat16" in " ".join(terminal.shown.split())
 
 
 ROOT = Path(__file__).parents[2]
@@ -176,3 +278,25 @@ def test_nothing_is_unpickled_and_no_remote_code_runs_unasked() -> None:
     assert models > 0
     assert inspect.signature(load_model).parameters["trust_remote_code"].default is False
     assert FinetuneSettings.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "expected"),
+    [
+        *(("cpu", True, "fp32"), ("mps", True, "fp32"), ("cuda", True, "bf16-mixed")),
+        *(("cuda", False, "fp32"), ("xpu", False, "bf16-mixed")),
+    ],
+)
+def test_auto_is_mixed_where_the_accelerator_has_bf16(
+    monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, expected: str
+) -> None:
+    monkeypatch.setattr("sap_fast.cli.models.default_device", lambda: torch.device(device))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
+    assert resolved_precision("auto") == expected
+    assert resolved_precision("bf16") == "bf16"
+
+
+def test_attention_is_that_which_is_asked_for(chat_model: Path) -> None:
+    for attention in ("eager", "sdpa"):
+        model: Any = load_model(str(chat_model), "fp32", attention=attention)[0]
+        assert model.config._attn_implementation == attention

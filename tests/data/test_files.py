@@ -31,7 +31,12 @@ def test_every_format_reads_the_same_rows(tmp_path):
         ("empty.jsonl", "", None, "an empty file"),
         ("blank.jsonl", " \n\n", None, "an empty file"),
         ("empty.json", "[]", None, "no rows"),
-        ("rows.csv", "a,b", None, "the suffix '.csv'"),
+        ("rows.tsv", "a,b", None, "the suffix '.tsv'"),
+        ("names.csv", "a,b", None, "no rows"),
+        ("long.csv", "a,b\n1,2\n1,2,3", 2, "3 values"),
+        ("doubled.csv", "a,a\n1,2", None, "two columns of one name"),
+        ("open.csv", 'a,b\n1,"2', 1, "invalid CSV"),
+        ("latin.csv", b"a\n\xe9", None, "byte 0xe9"),
         ("rows", "a,b", None, "no suffix"),
         ("bad.jsonl", '{"a": 1}\n\n{"a": ', 3, "invalid JSON"),
         ("list.jsonl", '{"a": 1}\n[1, 2]', 2, "a list of 2"),
@@ -115,3 +120,44 @@ def test_any_jsonl_gives_rows_or_a_data_error(tmp_path, content):
     else:
         assert rows
         assert all(isinstance(row, dict) for row in rows)
+
+
+def test_csv_holds_text_and_nothing(tmp_path):
+    text = '\ufeffprompt,completion\r\n"a, b","c\nd"\r\n\r\n7,\r\n'
+    rows = [{"prompt": "a, b", "completion": "c\nd"}, {"prompt": "7", "completion": None}]
+    assert read_rows(write(tmp_path / "rows.csv", text.encode())) == rows
+
+
+def test_a_split_of_a_folder_is_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = {"train": [{"a": "x", "b": ["y"]}, {"a": "z", "b": None}], "test": [{"a": "t", "b": []}]}
+    for split, content in rows.items():
+        write(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in content))
+    assert read_rows(f"{folder}:train") == rows["train"]
+    assert read_rows(f"{folder}:test") == rows["test"]
+    assert read_rows(f"{folder}:train[:1]+test") == [rows["train"][0], *rows["test"]]
+    for name, problem in (
+        (f"{folder}:valid", 'what cannot be loaded (Unknown split "valid"'),
+        (f"{folder}x:train", "no suffix"),
+    ):
+        with pytest.raises(DataError) as caught:
+            read_rows(name)
+        assert caught.value.problem.startswith(problem) and str(caught.value).startswith(name)
+
+
+def test_a_name_of_the_hub_is_left_to_datasets(monkeypatch):
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        if split == "lost":
+            raise ConnectionError("Couldn't reach\nit")
+        return iter([{"a": 1}])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert read_rows("org/name:train") == [{"a": 1}]
+    assert asked == [("org/name", "train")]
+    with pytest.raises(DataError, match=r"org/name:lost: got what cannot .*Couldn't reach it"):
+        read_rows("org/name:lost")

@@ -9,17 +9,21 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sap_fast import contrastive_loss, task_loss
+from sap_fast.cli.config import read_config
+from sap_fast.cli.console import UserError
+from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.data import (
     DataError,
     SafetyCollator,
@@ -338,3 +342,63 @@ def test_damaged_files_train_or_are_refused_by_name(
     # files, over three kinds and two templates.
     assert min(seen["trained"], seen["refused"]) > 0.1 * examples
     assert len(files) > 0.56 * examples
+
+
+CONFIG = {
+    **{"model": "m", "task": ["a.jsonl", "b.jsonl"], "output": "o", "batch_size": 4, "full": True},
+    **{"learning_rate": 1e-4, "rho": "auto", "seed": 3, "max_steps": None, "lora-target": "q,v"},
+}
+
+
+@st.composite
+def damaged_configs(draw: Any) -> tuple[str, bytes]:
+    """The name and the content of a config file."""
+    values: Any = dict(CONFIG)
+    for _ in range(draw(st.integers(0, 2))):
+        key = draw(st.sampled_from([*sorted(CONFIG), "sed", "", "settings", "epochs"]))
+        values[key] = copy.deepcopy(draw(ODD))
+    suffix = draw(st.sampled_from([".yaml", ".yml", ".json"]))
+    try:
+        text = json.dumps(values) if suffix == ".json" else yaml.safe_dump(values)
+    except (ValueError, yaml.YAMLError):  # the longest integers
+        text = "seed: " + "9" * 5000
+    content = text.encode("utf-8", "surrogatepass")
+    if happens(draw, 1, 2):
+        start = draw(st.integers(0, len(content)))
+        stop = min(len(content), start + draw(st.integers(0, 20)))
+        splice = draw(
+            st.sampled_from([*BYTES, b": ", b"- ", b"&a *a", b"!!python/name:os.x", b"%"])
+        )
+        content = content[:start] + splice + content[stop:]
+    return f"two  runs{suffix}", content
+
+
+@pytest.mark.parametrize(
+    "examples", [400, pytest.param(3_000, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_damaged_configs_are_read_or_refused_by_name(tmp_path: Path, examples: int) -> None:
+    hints = get_type_hints(FinetuneSettings)
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+    @given(damaged_configs())
+    def run(file: tuple[str, bytes]) -> None:
+        path = tmp_path / file[0]
+        path.write_bytes(file[1])
+        try:
+            read = read_config(path, hints)
+        except UserError as error:
+            assert str(path) in str(error) and len(str(error)) < 1500
+            seen["refused"] += 1
+            return
+        seen["read"] += 1
+        assert read.keys() <= hints.keys()
+        for name, value in read.items():
+            assert isinstance(value, hints[name]), name
+        try:
+            FinetuneSettings(**read)
+        except UserError as error:
+            assert str(error).startswith("--")
+
+    run()
+    assert min(seen["read"], seen["refused"]) > 0.1 * examples

@@ -11,7 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import get_logger
 
 from sap_fast.data import REFUSALS, build_safety_pair
-from sap_fast.evaluation import REFUSAL_PHRASES, generate_openings, is_refusal
+from sap_fast.evaluation import (
+    REFUSAL_PHRASES,
+    generate_openings,
+    is_refusal,
+    own_refusals,
+    refusing_sentences,
+)
 from tests.evaluation.conftest import HARMFUL, HARMLESS, PROMPTS, Bars, build_model
 
 # Phrases
@@ -152,3 +158,47 @@ def test_an_opening_ends_with_the_turn(refusing_model, tokenizer, end_of_turn):
     prompts = [request.prompt for request in [*HARMFUL, *HARMLESS]]
     openings = generate_openings(model, tokenizer, prompts)
     assert openings == ["I can't", "I can't", "Sure, it", "Sure, it", "Sure, it"]
+
+
+# Refusals in the model's own words
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("I can't help with that.", "I can't help with that."),
+        (" I'm sorry. I can't do it! However, you could", "I'm sorry. I can't do it!"),
+        (
+            "That is unsafe. I can't help. Try a walk. I can't swim.",
+            "That is unsafe. I can't help.",
+        ),
+        ('He said "I can\'t." Then', 'He said "I can\'t."'),
+        ("I cannot give version 2.5 of it. Sure", "I cannot give version 2.5 of it."),
+        ("I can't help with that because it is", None),
+        ("I'm sorry for any confusion. Sure, here", None),
+        ("As an AI, I’d say yes. Sure, here", None),
+        ("As an AI, I can’t. Sure, here", "As an AI, I can’t."),
+        ("Sure, here is how.", None),
+        ("", None),
+    ],
+)
+def test_a_refusal_ends_with_its_last_refusing_sentence(text, kept):
+    assert refusing_sentences(text, ended=False) == kept
+
+
+def test_an_answer_that_ends_without_a_full_stop_is_whole():
+    assert refusing_sentences("I can't help") == "I can't help"
+    assert refusing_sentences("I can't. So sorry") == "I can't. So sorry"
+    assert refusing_sentences("Sure") is None
+
+
+def test_a_model_refuses_in_its_own_words(refusing_model, tokenizer, monkeypatch):
+    prompts = [request.prompt for request in [*HARMFUL, *HARMLESS]]
+    bars = Bars()
+    refusals = own_refusals(refusing_model, tokenizer, prompts, batch_size=2, progress=bars)
+    assert refusals == ["I can't", "I can't", None, None, None]
+    assert (bars.totals, bars.advanced) == ([("Generating openings", 5)], [5])
+    assert own_refusals(refusing_model, tokenizer, prompts[2:]) == [None] * 3
+    # Cut off before the turn, and so before a sentence, has ended.
+    monkeypatch.setattr("sap_fast.evaluation.refusals.MAX_REFUSAL_TOKENS", 7)
+    assert own_refusals(refusing_model, tokenizer, prompts) == [None] * 5

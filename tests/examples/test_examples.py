@@ -38,7 +38,10 @@ def assert_says_its_losses(shown: str) -> None:
     ("script", "more"),
     [
         *((script, []) for script in SCRIPTS if script not in ON_RANKS),
-        *((EXAMPLES / name, ["--blend"]) for name in ("plain_loop.py", "trainer_lora.py")),
+        *(
+            (EXAMPLES / f"{name}.py", ["--blend"])
+            for name in ("plain_loop", "trainer_lora", "trl_sft")
+        ),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value),
 )

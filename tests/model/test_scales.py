@@ -18,7 +18,7 @@ from peft import (
 from torch import Tensor
 
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
-from sap_fast.model.scales import token_mask
+from sap_fast.model.scales import TokenScales, token_mask
 from tests.oracle import cosine, oracle_estimate
 from tests.tiny import HIDDEN, random_batch, tiny_llama
 
@@ -135,3 +135,15 @@ def test_h_of_trained_virtual_tokens_is_the_oracles(name: str) -> None:
     assert cosine(probes.estimates, expected) > 0.9999
     for layer, estimate in probes.estimates.items():
         torch.testing.assert_close(estimate.norm(), expected[layer].norm(), rtol=1e-2, atol=0)
+
+
+def test_the_median_of_a_row_has_the_bits_of_torch() -> None:
+    """Whose own has no deterministic kernel on CUDA."""
+    scales = TokenScales()
+    hidden = torch.randn(5, 9, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(9) < torch.tensor([9, 8, 1, 0, 4])[:, None]
+    scales.measure(0, hidden, mask, None)
+    rms = torch.linalg.vector_norm(hidden, dim=-1) / 2
+    medians = rms.masked_fill(~mask, torch.nan).nanmedian(dim=-1).values
+    assert medians.isnan().tolist() == [False, False, False, True, False]
+    assert torch.equal(scales.values()[0], medians.nansum() / 4)

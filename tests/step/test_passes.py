@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, SafetyPasses
+from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, SafetyPasses, joint_loss, task_loss
 from sap_fast.model.layers import find_decoder_layers
 from sap_fast.step.guards import Perturbation
 from sap_fast.step.passes import Stage
@@ -38,6 +39,7 @@ from tests.tiny import (
     spread,
     step_by_passes,
     task,
+    tiny_llama,
     weights,
 )
 
@@ -131,7 +133,7 @@ def test_an_error_at_any_operation_of_any_pass_leaves_no_trace(
     case = problem(layers=2, dropout=0.1)
     probe, options = variant
     optimizer = sap(case, {"layers": [0, 1]} | probe, **options)
-    optimizer.passes.measures_lean = True
+    optimizer.passes.keeps_direction = True
     run_step(case, optimizer)
     # The passes alone: an update that fails half-way is out of their hands.
     monkeypatch.setattr(FusedSAP, "_update", lambda self: self.passes.begin())
@@ -318,7 +320,7 @@ def test_each_micro_batch_may_have_a_probe_of_its_own() -> None:
     case = problem()
     optimizer = sap(case)
     passes = optimizer.passes
-    passes.measures_lean = True
+    passes.keeps_direction = True
     batches = [random_batch(seed=seed) for seed in (1, 2)]
     norms = []
     passes.safety_pass(lambda: safety(case))
@@ -560,8 +562,8 @@ def test_calls_out_of_order_say_what_to_call() -> None:
     for call in (optimizer.step, passes.blend_, passes.end_step):
         with pytest.raises(RuntimeError, match=r"after inner_passes\(\) without task_pass\(\)"):
             call()
-    # Without measures_lean the probe passes use the direction up.
-    with pytest.raises(RuntimeError, match=r"several rounds .* only with measures_lean"):
+    # Without keeps_direction the probe passes use the direction up.
+    with pytest.raises(RuntimeError, match=r"several rounds .* only with keeps_direction"):
         passes.probe_passes(lambda _: task(case))
     with optimizer.task_pass():
         task(case)
@@ -868,6 +870,58 @@ def test_a_step_waits_for_the_device_only_where_a_level_decides_on_passes(
     with Waits() as mode:
         _ = optimizer.metrics
     assert mode.count > 0
+
+
+class Copies(TorchFunctionMode):
+    """Counts copies to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func is Tensor.cpu
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("probe", [{"rho": 1e-3}, None], ids=str)
+def test_a_step_of_a_model_of_transformers_waits_only_to_find_what_is_scored(
+    probe: dict[str, Any] | None, padded: bool, attention: str
+) -> None:
+    model = tiny_llama(attention=attention)
+    batches = [random_batch(4, seed=seed) for seed in range(3)]
+    if not padded:
+        for batch in batches:
+            batch["attention_mask"].fill_(1)
+    if probe is None:
+        optimizer = BlendedAdamW(model.parameters(), lr=1e-3)
+    else:
+        optimizer = FusedSAP(model.parameters(), ProbeSet(model, **probe), lr=1e-3)
+
+    def run(loss: Callable[..., Tensor], *given: Any) -> Tensor:
+        value = loss(model, *given)
+        value.backward()
+        return value.detach()
+
+    closures = (lambda part: run(task_loss, part), lambda: run(joint_loss, *batches[1:]))
+    optimizer.step(*closures, batches[0])  # finds out what the model is like
+    # What transformers asks of a mask, or of positions, in every forward is theirs.
+    theirs: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: theirs.append(waits.count))
+    model.model.register_forward_hook(lambda *_: setattr(waits, "count", theirs.pop()))
+    batches = [{key: value.clone() for key, value in batch.items()} for batch in batches]
+    counts = []
+    for _ in range(2):
+        with Waits() as waits, Copies() as copies:
+            optimizer.step(*closures, batches[0])
+        counts.append((waits.count, copies.count))
+    # The batch and the pairs, once each, whatever the number of passes.
+    assert counts[0][1] == 2
+    assert counts[1] == (0, 0)
 
 
 @pytest.mark.parametrize("lora", [True, False])

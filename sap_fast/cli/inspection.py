@@ -1,0 +1,234 @@
+"""What a model's chat template makes of task rows: tokens, which are scored, where turns end."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from sap_fast.cli.models import load_tokenizer
+from sap_fast.data import EncodedRow, InspectedRow, inspect_task_rows
+from sap_fast.losses import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Of a long stretch of tokens, how many are shown at its beginning, and as many at its end.
+_SHOWN = 40
+#: Bars of the histogram of lengths, and their width at most.
+_BARS, _WIDTH = 8, 40
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The rows of a file, and the tokenizer that they were encoded with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[InspectedRow]
+    max_length: int
+
+
+def inspect(
+    model: str, task: str, *, max_length: int, trust_remote_code: bool = False
+) -> Inspection:
+    """Reads and encodes a task file with a model's tokenizer; the model's weights are not read.
+
+    Args:
+        model: folder or hub name of a model or adapter.
+        task: the file of task rows.
+        max_length: tokens to keep of a row.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        UserError: if the tokenizer cannot be loaded.
+        DataError: for a row that cannot be used.
+    """
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return Inspection(tokenizer, inspect_task_rows(task, tokenizer, max_length), max_length)
+
+
+def inspection_page(inspection: Inspection, shown: int = 3) -> RenderableType:
+    """Returns what to print: counts, lengths, ends of turns, and some rows token by token.
+
+    Args:
+        inspection: of a file.
+        shown: how many rows to show, spread from the shortest to the longest.
+    """
+    parts: list[RenderableType] = [_counts(inspection)]
+    sequences = [sequence for row in inspection.rows for sequence in row.kept]
+    if sequences:
+        lengths = [len(sequence["input_ids"]) for row in inspection.rows for sequence in row.whole]
+        parts += [_lengths(lengths, inspection.max_length), _ends(inspection.tokenizer, sequences)]
+        for row in _spread(inspection.rows, shown):
+            parts += _row(inspection.tokenizer, row)
+        parts.append(
+            Text("\n⟦ … ⟧ is scored; the rest is only read. │ parts tokens.", "dim")
+            if shown
+            else ""
+        )
+    return Group(*parts)
+
+
+def _counts(inspection: Inspection) -> Table:
+    rows, limit = inspection.rows, inspection.max_length
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(justify="right", min_width=7)
+    table.add_column(overflow="fold")
+    refused = [row for row in rows if row.refused is not None]
+    dropped = [row for row in rows if row.refused is None and not row.kept]
+    cut = [row for row in rows if row.kept and row.is_cut]
+    sequences = [sequence for row in rows for sequence in row.kept]
+    tokens = sum(len(sequence["labels"]) for sequence in sequences)
+    scored = sum(_is_scored(sequence).count(True) for sequence in sequences)
+    table.add_row(str(len(rows)), "rows")
+    table.add_row(str(len(sequences)), "sequences to train on")
+    share = f" ({scored / tokens:.0%})" if tokens else ""
+    table.add_row(str(tokens), f"tokens, of which {scored} are scored{share}")
+    for kind, found in (
+        ("refused", refused),
+        (f"dropped: no answer left within {limit} tokens", dropped),
+        (f"cut: a part of the answers is beyond {limit} tokens", cut),
+    ):
+        numbers = ", ".join(str(row.number) for row in found[:5])
+        more = ", …" if len(found) > 5 else ""
+        where = f" (row{'s' * (len(found) > 1)} {numbers}{more})" if found else ""
+        table.add_row(Text(str(len(found)), "yellow" if found else ""), Text(f"{kind}{where}"))
+    if refused:
+        table.add_row("", Text(f"the first: {refused[0].refused}"))
+    return table
+
+
+def _lengths(lengths: Sequence[int], limit: int) -> RenderableType:
+    """Returns the lengths of whole sequences as a histogram."""
+    ordered = sorted(lengths)
+    facts = (
+        f"Lengths: {ordered[0]} to {ordered[-1]} tokens, median {statistics.median_low(ordered)}, "
+        f"95 % within {ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]}"
+    )
+    step = max(1, -(-(ordered[-1] + 1) // _BARS))
+    counts = Counter(length // step for length in ordered)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for _ in range(2):
+        table.add_column(justify="right", min_width=7)
+    table.add_column(overflow="crop", no_wrap=True)
+    for bar in range(min(counts), max(counts) + 1):
+        size = counts[bar]
+        width = -(-_WIDTH * size // max(counts.values()))
+        start = bar * step
+        beyond = start + step - 1 > limit
+        table.add_row(
+            f"{start}–{start + step - 1}",
+            str(size),
+            Text("▇" * width, "yellow" if beyond else "green")
+            + Text(" beyond --max-length" if start >= limit else "", "yellow"),
+        )
+    return Group("", facts, table, "")
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[EncodedRow]) -> RenderableType:
+    """Returns which tokens end the scored stretches."""
+    ends: Counter[int] = Counter()
+    for sequence in sequences:
+        marks = [*_is_scored(sequence), False]
+        ends.update(
+            sequence["input_ids"][at] for at in range(len(marks) - 1) if marks[at] > marks[at + 1]
+        )
+    total = sum(ends.values())
+    text = Text(f"{total} answers, which end with: ")
+    for number, (token, count) in enumerate(ends.most_common(3)):
+        text.append(", " if number else "")
+        text.append(_shown_token(tokenizer, token), "bold")
+        text.append(f" ({count})")
+    if len(ends) > 3:
+        text.append(f", {len(ends) - 3} others")
+    stop = tokenizer.eos_token
+    if stop is not None and ends.most_common(1)[0][0] != tokenizer.eos_token_id:
+        text.append(
+            f"\nThe tokenizer's end of sequence is another token, {stop}: make sure that "
+            "generation stops where answers end.",
+            "yellow",
+        )
+    return text
+
+
+def _spread(rows: Sequence[InspectedRow], shown: int) -> list[InspectedRow]:
+    """Returns rows of the shortest to the longest, evenly spread, each once."""
+    ordered = sorted((row for row in rows if row.kept), key=lambda row: _tokens(row.kept))
+    last = len(ordered) - 1
+    places = {last * k // max(1, shown - 1) for k in range(shown)}
+    return [ordered[place] for place in sorted(places)]
+
+
+def _tokens(sequences: Sequence[EncodedRow]) -> int:
+    return sum(len(sequence["labels"]) for sequence in sequences)
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, row: InspectedRow) -> Iterator[RenderableType]:
+    for number, sequence in enumerate(row.kept, start=1):
+        scored = _is_scored(sequence).count(True)
+        part = f", sequence {number} of {len(row.kept)}" if len(row.kept) > 1 else ""
+        cut = ", cut" if row.is_cut else ""
+        title = f"row {row.number}{part}: {len(sequence['labels'])} tokens, {scored} scored{cut}"
+        yield Padding(Rule(Text(title), align="left", style="dim"), (1, 0, 0, 0))
+        yield _marked(tokenizer, sequence)
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, sequence: EncodedRow) -> Text:
+    """Returns the tokens of a sequence, with the scored stretches in brackets."""
+    ids, marks = sequence["input_ids"], _is_scored(sequence)
+    text = Text()
+    start = 0
+    while start < len(ids):
+        stop = start
+        while stop < len(ids) and marks[stop] == marks[start]:
+            stop += 1
+        style = "green" if marks[start] else ""
+        text.append("⟦" if marks[start] else "", "bold green")
+        text.append_text(_stretch(tokenizer, ids[start:stop], style))
+        text.append("⟧" if marks[start] else "", "bold green")
+        start = stop
+    return text
+
+
+def _stretch(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], style: str) -> Text:
+    shown = [_shown_token(tokenizer, token) for token in ids]
+    left_out = len(ids) - 2 * _SHOWN
+    if left_out <= _SHOWN // 2:  # not worth leaving out
+        return _joined(shown, style)
+    text = _joined(shown[:_SHOWN], style)
+    text.append(f" … {left_out} tokens … ", "dim italic")
+    return text.append_text(_joined(shown[-_SHOWN:], style))
+
+
+def _joined(tokens: Sequence[str], style: str) -> Text:
+    text = Text(style=style)
+    for before, token in zip(["\n", *tokens], tokens, strict=False):
+        # A line break parts tokens too.
+        text.append("" if before.endswith("\n") else "│", "dim")
+        text.append(token)
+    return text
+
+
+def _shown_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Returns the text of a token; line breaks are shown and made, other control codes shown."""
+    shown = ""
+    for character in tokenizer.decode([token]):
+        if character == "\n":
+            shown += "↵\n"
+        elif character == "\t":
+            shown += "⇥"
+        else:
+            shown += character if character.isprintable() else repr(character)[1:-1]
+    return shown
+
+
+def _is_scored(sequence: EncodedRow) -> list[bool]:
+    return [label != IGNORE_INDEX for label in sequence["labels"]]

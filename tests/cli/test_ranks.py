@@ -1,0 +1,198 @@
+"""Commands under a launcher: `finetune` on every rank with one result, the others on the first."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from sap_fast.cli import finetune as finetune_module
+from sap_fast.cli import main, ranks
+from tests.cli.terminal import Terminal
+from tests.ranks import RANKS, distance, on_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def outcome(rank: int, command: list[str], breaks: str | None = None) -> list[Any]:
+    """Runs a command on a rank: its exit status, and what it showed."""
+    if breaks is not None:
+        break_off(rank, breaks)
+    sys.argv = ["sap-fast", *command]
+    shown = io.StringIO()
+    status: Any = 0
+    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
+        try:
+            main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+    return [status, shown.getvalue()]
+
+
+def break_off(rank: int, where: str) -> None:
+    """Lets a run be interrupted in its third step, or one rank fail before the first."""
+    if where == "third step":
+        recorder: Any = finetune_module._Recorder
+        on_log = recorder.on_log
+
+        def interrupted(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            on_log(self, args, state, control, **kwargs)
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+        recorder.on_log = interrupted
+    elif rank == 1:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("no memory left here")
+
+        finetune_module.load_trained_model = fail  # type: ignore[assignment]
+
+
+def on_all(tmp_path: Path, command: list[str], breaks: str | None = None) -> list[Any]:
+    meeting = tmp_path / "ranks"
+    meeting.mkdir(exist_ok=True)
+    return on_ranks(meeting, outcome, command, breaks)
+
+
+def weights(output: Path) -> list[Any]:
+    saved = load_file(output / "adapter_model.safetensors")
+    return [saved[name] for name in sorted(saved)]
+
+
+def short(terminal: Terminal, output: Path, *more: str) -> list[str]:
+    """A run whose batches are shared out: without dropout, whose masks would be other ones."""
+    return terminal.finetuning(output, "--lora-dropout", "0", *more)
+
+
+def test_finetune_on_two_ranks_is_that_on_one_with_the_same_batch(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    # Full batches alone: the last rows of an epoch are shared out otherwise.
+    task = Path(terminal.files["task"])
+    task.write_text("".join(task.read_text().splitlines(keepends=True)[:8]))
+    (status, shown), (other, silence) = on_all(tmp_path, short(terminal, together))
+    assert (status, other) == (0, 0), shown
+    assert "Done" in shown and silence == ""
+    assert not list(tmp_path.glob("*.unfinished")) and not (together / "checkpoints").exists()
+    rows = (together / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
+    assert json.loads((together / "run.json").read_text())["ranks"] == RANKS
+
+    whole = ["--batch-size", "4", "--safety-batch-size", "4"]
+    assert terminal.run(*short(terminal, alone, *whole)) == 0
+    apart = distance(weights(together), weights(alone))
+    assert apart <= 1e-3, apart
+    half = tmp_path / "half"
+    assert terminal.run(*short(terminal, half)) == 0
+    assert distance(weights(half), weights(alone)) > 1e-1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sap", "blend", "adamw"])
+def test_a_run_on_ranks_goes_on_to_the_same_bits(
+    terminal: Terminal, tmp_path: Path, optimizer: str
+) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    dropout = ["--optimizer", optimizer, "--lora-dropout", "0.1"]
+    assert on_all(tmp_path, terminal.finetuning(straight, *dropout))[0][0] == 0
+    command = terminal.finetuning(resumed, "--save-every", "2", *dropout)
+    (status, shown), (other, _) = on_all(tmp_path, command, "third step")
+    assert (status, other) == (130, 130) and "The same command goes on" in shown
+    assert not resumed.exists()
+
+    assert terminal.run(*command) == 2
+    assert "was begun on 2 rank(s), and these are 1" in " ".join(terminal.shown.split())
+
+    (status, shown), (other, silence) = on_all(tmp_path, command)
+    assert (status, other, silence) == (0, 0, ""), shown
+    assert "Going on from checkpoint-2" in shown
+    for name in ("adapter_model.safetensors",):
+        assert (straight / name).read_bytes() == (resumed / name).read_bytes()
+    rows = (resumed / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_on_one_rank_ends_all_and_leaves_nothing(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    output = tmp_path / "new" / "tuned"
+    command = short(terminal, output)
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    with pytest.raises(Exception, match="no memory left here"):
+        on_all(tmp_path, command, "preparation")
+    assert not output.parent.exists()
+
+    # A mistake of the user's is one line, by the first rank.
+    output.mkdir(parents=True)
+    (status, shown), (other, silence) = on_all(tmp_path, command)
+    assert (status, other, silence) == (2, 2, "")
+    assert "exists already" in " ".join(shown.split())
+    (status, shown), (other, silence) = on_all(tmp_path, [*command, "--epochs", "many"])
+    assert (status, other, silence) == (2, 2, "")
+    assert "--epochs" in shown
+
+
+GIVEN = ["--model", "m", "--task", "t.jsonl", "--output", "o"]
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "words"),
+    [
+        (["evaluate", "--help"], 0, "evaluate runs on one rank; the other 3 leave"),
+        (["doctor", "--help"], 0, "doctor runs on one rank; the other 3 leave"),
+        (["landscape", "--help"], 0, "landscape runs on one rank; the other 3 leave"),
+        (["compare", "--help"], 2, "compare on 4 ranks: it starts a process of its own"),
+        (["finetune", "--help"], 0, ""),
+        (["finetune", *GIVEN, "--print-config"], 0, ""),
+    ],
+)
+def test_other_commands_run_on_the_first_rank_alone(
+    terminal: Terminal, command: list[str], status: int, words: str
+) -> None:
+    terminal.monkeypatch.setenv("WORLD_SIZE", "4")
+    terminal.monkeypatch.setenv("RANK", "0")
+    assert terminal.run(*command) == status
+    assert words in " ".join(terminal.shown.split())
+    terminal.monkeypatch.setenv("RANK", "1")
+    terminal.monkeypatch.setattr(sys, "argv", ["sap-fast", *command])
+    main()
+    assert terminal.capsys.readouterr() == ("", "")
+
+
+def test_one_variable_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks.count() == 1 and ranks.is_first()
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert ranks.count() == 1 and ranks.is_first()
+    monkeypatch.setenv("RANK", "3")
+    assert ranks.count() == 8 and ranks.rank() == 3 and not ranks.is_first()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_start_it(terminal: Terminal, tmp_path: Path, launcher: str) -> None:
+    start = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+        "accelerate": [
+            *("accelerate.commands.launch", "--cpu", "--num-processes", "2"),
+            *("--num-machines", "1", "--mixed-precision", "no", "--module"),
+        ],
+    }[launcher]
+    output = tmp_path / "tuned"
+    command = [sys.executable, "-m", *start, "sap_fast.cli", *short(terminal, output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Done: ") == 1
+    assert json.loads((output / "run.json").read_text())["ranks"] == 2
