@@ -238,11 +238,15 @@ class Build(build_ext):
             extra_compile_args={"cxx": [*flags(), *WARNINGS], "nvcc": CUDA_FLAGS},
             py_limited_api=True,  # which leaves out libtorch_python
         )
-        command = BuildExtension(self.distribution, no_python_abi_suffix=True)
-        command.ensure_finalized()
+        # A command takes its extensions from the distribution, and adds to them what it links by.
+        others, self.distribution.ext_modules = self.distribution.ext_modules, [extension]
+        try:
+            command = BuildExtension(self.distribution, no_python_abi_suffix=True)
+            command.ensure_finalized()
+        finally:
+            self.distribution.ext_modules = others
         for name in ("build_lib", "build_temp", "inplace", "force", "compiler", "debug"):
             setattr(command, name, getattr(self, name))
-        command.extensions = [extension]
         command.run()
 
     def build_extensions(self) -> None:

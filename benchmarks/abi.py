@@ -133,6 +133,7 @@ call()
 control("-i", "on")
 call()
 control("-i", "off")
+control("-d")
 """
 
 
@@ -161,7 +162,8 @@ def instructions(library: Path, namespace: str, counts: str, folder: Path) -> in
     command = [*valgrind, sys.executable, "-c", _CALL, str(library), namespace, counts]
     quiet = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
-    found = re.search(r"^(?:totals|summary): (\d+)", out.read_text(), re.M)
+    dumped = out.with_name(f"{out.name}.1")
+    found = re.search(r"^totals: (\d+)", dumped.read_text(), re.M) if dumped.exists() else None
     if done.returncode != 0 or found is None:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     return int(found[1])

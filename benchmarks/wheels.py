@@ -122,13 +122,14 @@ def main() -> None:
     )
     parser.add_argument("--python", action="append", metavar="PROGRAM", help="build for it")
     parser.add_argument("--torch", action="append", metavar="VERSION", help="run under it")
+    parser.add_argument("--built", action="store_true", help="take the wheels that lie in dist/")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     this = sys.executable
     mine = f"cp{sysconfig.get_python_version().replace('.', '')}"
     rows = []
-    for python in [this, *(arguments.python or [])]:
-        wheel = build(python)
+    pythons = [this, *(arguments.python or [])]
+    for wheel in sorted(OUT.glob("*.whl")) if arguments.built else map(build, pythons):
         if f"-{mine}-" not in wheel.name:
             rows.append(row(wheel))
         else:

@@ -17,7 +17,7 @@ from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.compatibility import current_accelerator
 from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat, padding_token_id
 from sap_fast.losses import contrastive_loss
-from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, why_not
+from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, native, why_not
 from sap_fast.step.calibration import RHO_GRID
 from sap_fast.step.guards import Perturbation
 
@@ -30,6 +30,8 @@ def environment_table() -> Table:
     table = Table("what", "found", title="Environment")
     for name, value in environment().items():
         table.add_row(name, value)
+    table.add_row("CPU kernels", describe("native", "cpu"))
+    table.add_row("CUDA kernels", native.cuda_problem or native.describe("cuda"))
     accelerator = current_accelerator()
     if accelerator is None:
         table.add_row("accelerator", "none")
