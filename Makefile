@@ -7,11 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What runs the compiled kernels; the rest of the tests would find nothing else.
 SANITIZED := tests/ops/test_ops.py tests/ops/test_native.py tests/step/test_passes.py tests/model/test_probes.py
+# What computes with them, and with what PyTorch has for a CPU.
+CPU_TESTS ?= tests/ops tests/losses tests/model tests/step tests/test_optimizer.py tests/test_sap.py
 BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow test-oldest matrix sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity clean
+.PHONY: help demo study test test-slow test-oldest test-cpus matrix sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity wheels hub clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -23,6 +25,8 @@ help:
 	@echo "make test-oldest  the tests of trainers, losses, probes and commands on requirements/oldest.txt"
 	@echo "make matrix     what fits what: environments of several ages, in each the trainers and the tests"
 	@echo "                (MATRIX='--only oldest' for less); writes CSV and table"
+	@echo "make test-cpus  the tests of the kernels and of what computes with them, as on CPUs without AVX-512"
+	@echo "                and without AVX2; and the kernels on arm64, where a cross compiler is there"
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
 	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in one table"
 	@echo "                (GPU_PYTHON=python3 for an interpreter with torch in the place of .venv)"
@@ -37,6 +41,9 @@ help:
 	@echo "make docs       build the site of docs/ into build/site"
 	@echo "make lint       ruff, mypy, the import contract, clang-format;  make format  applies their fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
+	@echo "make wheels     wheels with CPU kernels, one per Python, run beside another torch than theirs"
+	@echo "                (WHEELS='--python python3.12 --torch 2.10.0', '--help' for the rest)"
+	@echo "make hub        the Triton kernels in the layout of the kernel hub, in hub/build"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
 
 install: $(VENV)/.installed
@@ -85,6 +92,20 @@ test-oldest: install $(OLDEST)/.installed
 # It downloads what it does not find in pip's cache: a torch for GPUs where there is no other.
 matrix: install
 	$(BIN)/python -m benchmarks.matrix $(MATRIX)
+
+# What PyTorch, oneDNN, MKL and the kernels here take a CPU for. A library that is told of instructions
+# that are not there dies of it.
+test-cpus: install
+	for cpu in "default SSE41 SSE4_2 baseline" "avx2 AVX2 AVX2 avx2"; do \
+		set -- $$cpu; \
+		if [ $$1 = avx2 ] && ! grep -qw avx2 /proc/cpuinfo; then echo "no AVX2 here"; continue; fi; \
+		echo "ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3" \
+			"SAP_FAST_CPU_CAPABILITY=$$4"; \
+		ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 \
+			SAP_FAST_CPU_CAPABILITY=$$4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" \
+			-n auto --maxprocesses 4 --dist worksteal $(CPU_TESTS) || exit 1; \
+	done
+	$(BIN)/python -m pytest -q tests/ops/test_other_machines.py
 
 # A copy of the tree, so that the extension in use stays as it is. The sanitizers' libraries have to
 # be loaded before Python; Python itself leaks on purpose.
@@ -143,6 +164,12 @@ format: install
 
 fidelity: install
 	$(BIN)/python -m benchmarks.fidelity
+
+wheels: install
+	$(BIN)/python -m benchmarks.wheels $(WHEELS)
+
+hub: install
+	$(BIN)/python -m hub.build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

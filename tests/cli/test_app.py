@@ -98,7 +98,11 @@ def test_a_bad_parquet_file_is_one_line(terminal: Terminal, tmp_path: Path) -> N
         ),
         ("landscape", ["--batch-size", "0"], "--batch-size 0: expected a number ≥ 1"),
         ("landscape", ["--base", "."], "--base .: cannot be loaded"),
-        ("doctor", ["--precision", "fp8"], "--precision fp8: expected fp32 or bf16-mixed or bf16"),
+        (
+            "doctor",
+            ["--precision", "fp8"],
+            "--precision fp8: expected auto or fp32 or bf16-mixed or bf16",
+        ),
         ("doctor", ["--lora-target", "w_q"], "--lora-target w_q: does not fit the model"),
     ],
 )
@@ -208,6 +212,7 @@ def test_an_option_given_twice_is_an_error_that_names_it(
     [
         (["--full", "--full"], "--full is given twice: expected it once"),
         (["--seed=1", "--seed", "1"], "--seed is given twice"),
+        (["--task", "b.jsonl"], "--task is given twice: expected it once, several values as in a"),
         (["--lora-target", "q_proj", "--lora-target", "v_proj"], "as in q_proj,v_proj"),
         (["--probe-layers", "1", "--probe-layers", "2"], "as in 4,5,6"),
     ],

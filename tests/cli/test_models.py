@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from sap_fast.cli import models as models_module
 from sap_fast.cli.console import console
 from sap_fast.cli.finetune import load_trained_model
-from sap_fast.cli.models import load_model
+from sap_fast.cli.models import load_model, resolved_precision
 from sap_fast.cli.settings import FinetuneSettings
 from tests.cli.terminal import Terminal
 
@@ -286,3 +286,25 @@ def test_nothing_is_unpickled_and_no_remote_code_runs_unasked() -> None:
     assert models > 0
     assert inspect.signature(load_model).parameters["trust_remote_code"].default is False
     assert FinetuneSettings.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "expected"),
+    [
+        *(("cpu", True, "fp32"), ("mps", True, "fp32"), ("cuda", True, "bf16-mixed")),
+        *(("cuda", False, "fp32"), ("xpu", False, "bf16-mixed")),
+    ],
+)
+def test_auto_is_mixed_where_the_accelerator_has_bf16(
+    monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, expected: str
+) -> None:
+    monkeypatch.setattr("sap_fast.cli.models.default_device", lambda: torch.device(device))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
+    assert resolved_precision("auto") == expected
+    assert resolved_precision("bf16") == "bf16"
+
+
+def test_attention_is_that_which_is_asked_for(chat_model: Path) -> None:
+    for attention in ("eager", "sdpa"):
+        model: Any = load_model(str(chat_model), "fp32", attention=attention)[0]
+        assert model.config._attn_implementation == attention
