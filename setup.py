@@ -11,7 +11,8 @@ The environment variable SAP_FAST_BUILD chooses what is compiled:
     0      nothing
 
 The kernels meet PyTorch at its stable ABI: those compiled here run with every torch from 2.10 on,
-whichever lies here. A build that pip isolates has no torch: use `pip install --no-build-isolation`.
+whichever lies here. A build that pip isolates has no torch: use `pip install --no-build-isolation`,
+or name a folder `torch` of another environment in SAP_FAST_TORCH; any Python's will do.
 TORCH_CUDA_ARCH_LIST chooses the GPUs, by default 8.0, 9.0 and, from CUDA 12.8 on, 10.0.
 SAP_FAST_SANITIZE=1 builds with the address and undefined-behaviour sanitizers, for `make sanitize`.
 """
@@ -63,11 +64,12 @@ class Torch(NamedTuple):
 
 
 def find_torch() -> Torch:
-    """Return the torch of this environment; raise ImportError if there is none."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
+    """Return the torch of SAP_FAST_TORCH or else of this environment; ImportError without one."""
+    given = os.environ.get("SAP_FAST_TORCH")
+    found = importlib.util.find_spec("torch") if not given else None
+    if not given and (found is None or found.origin is None):
         raise ImportError("there is no module named torch")
-    folder = Path(found.origin).parent
+    folder = Path(given) if given else Path(str(found and found.origin)).parent
     about = runpy.run_path(str(folder / "version.py"))
     return Torch(folder, str(about["__version__"]), about["cuda"])
 
@@ -236,11 +238,15 @@ class Build(build_ext):
             extra_compile_args={"cxx": [*flags(), *WARNINGS], "nvcc": CUDA_FLAGS},
             py_limited_api=True,  # which leaves out libtorch_python
         )
-        command = BuildExtension(self.distribution, no_python_abi_suffix=True)
-        command.ensure_finalized()
+        # A command takes its extensions from the distribution, and adds to them what it links by.
+        others, self.distribution.ext_modules = self.distribution.ext_modules, [extension]
+        try:
+            command = BuildExtension(self.distribution, no_python_abi_suffix=True)
+            command.ensure_finalized()
+        finally:
+            self.distribution.ext_modules = others
         for name in ("build_lib", "build_temp", "inplace", "force", "compiler", "debug"):
             setattr(command, name, getattr(self, name))
-        command.extensions = [extension]
         command.run()
 
     def build_extensions(self) -> None:

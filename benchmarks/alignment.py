@@ -77,6 +77,7 @@ def aligned_smollm2(seed: int = 0) -> Path:
         learning_rate=3e-5,
         lr_schedule="constant",
         max_length=128,
+        precision="fp32",
         log_every=5,
         save_every=20,
         seed=seed,

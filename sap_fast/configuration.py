@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from sap_fast.compatibility import prompts_disabled
+
 
 def text_config(model: nn.Module) -> Any:
     """Returns the configuration of a language model, or of the language half of a larger one.
@@ -68,10 +70,10 @@ def virtual_tokens(model: nn.Module) -> VirtualTokens:
     if peft is None:
         return NO_VIRTUAL_TOKENS
     adapted: Any = next((m for m in outer_modules(model) if isinstance(m, peft.PeftModel)), None)
-    if adapted is None or adapted._adapters_disabled:
+    if adapted is None:
         return NO_VIRTUAL_TOKENS
     config = adapted.active_peft_config
-    if not config.is_prompt_learning:
+    if not config.is_prompt_learning or prompts_disabled(adapted):
         return NO_VIRTUAL_TOKENS
     in_sequence = str(getattr(config.peft_type, "value", config.peft_type)) not in _IN_THE_CACHE
     return VirtualTokens(config.num_virtual_tokens, in_sequence)

@@ -13,7 +13,8 @@ from typing import Any
 from sap_fast.cli.console import UserError, console
 from sap_fast.cli.evaluate import EvaluationFiles, as_json, evaluate
 from sap_fast.cli.finetune import prepare
-from sap_fast.cli.models import load_model
+from sap_fast.cli.looks import requests_to_look_at
+from sap_fast.cli.models import load_model, resolved_precision
 from sap_fast.cli.pairs import ask_for_pairs, write_stock_pairs
 from sap_fast.cli.settings import BLENDING_WEIGHT, Accepted, FinetuneSettings
 from sap_fast.cli.unfinished import removed_on_failure, settings_of
@@ -89,7 +90,8 @@ def _compare(
         load_task_dataset(files.task, tokenizer, files.max_length)
     if pairs is not None and not pairs.exists():
         # Once for all runs, rather than in each.
-        ask_for_pairs(pairs, *_asked_model(settings))
+        looked_at = requests_to_look_at() if settings.eval else []
+        ask_for_pairs(pairs, *_asked_model(settings), without=looked_at)
 
     starting_point = {"Start": ("the model that was fine-tuned", settings.model)}
     runs = []
@@ -129,7 +131,11 @@ def _compare(
 
 def _asked_model(settings: FinetuneSettings) -> Any:
     return load_model(
-        settings.model, settings.precision, trust_remote_code=settings.trust_remote_code
+        settings.model,
+        settings.precision,
+        trust_remote_code=settings.trust_remote_code,
+        load_in=settings.load_in,
+        attention=settings.attention,
     )
 
 
@@ -216,7 +222,7 @@ def _info(
         "batch": f"{settings.batch_size} × {settings.accumulate}",
         "learning rate": f"{settings.learning_rate:g}",
         "seed": str(settings.seed),
-        "precision": settings.precision,
+        "precision": resolved_precision(settings.precision),
         "base": "as it is stored" if settings.load_in is None else f"in {settings.load_in}",
         "safety direction": "taken "
         + ("at every step" if every == 1 else f"every {every} steps")

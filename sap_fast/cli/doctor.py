@@ -12,10 +12,12 @@ from sap_fast import ops
 from sap_fast.cli.console import console
 from sap_fast.cli.environment import environment
 from sap_fast.cli.finetune import load_trained_model
+from sap_fast.cli.models import resolved_precision
 from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.compatibility import current_accelerator
 from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat, padding_token_id
 from sap_fast.losses import contrastive_loss
-from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, why_not
+from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, native, why_not
 from sap_fast.step.calibration import RHO_GRID
 from sap_fast.step.guards import Perturbation
 
@@ -28,7 +30,9 @@ def environment_table() -> Table:
     table = Table("what", "found", title="Environment")
     for name, value in environment().items():
         table.add_row(name, value)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    table.add_row("CPU kernels", describe("native", "cpu"))
+    table.add_row("CUDA kernels", native.cuda_problem or native.describe("cuda"))
+    accelerator = current_accelerator()
     if accelerator is None:
         table.add_row("accelerator", "none")
     else:
@@ -42,7 +46,7 @@ def backend_table() -> Table:
     """Returns which backend each operation runs on, per device, and why."""
     table = Table("operation", "device", "backend", "what it does", title="Operations")
     devices = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = current_accelerator()
     if accelerator is not None:
         devices.append(accelerator.type)
     choices = {device: _chosen_backend(device) for device in devices}
@@ -101,7 +105,8 @@ def rounding_table(settings: FinetuneSettings) -> Table:
     touched = [parameter for parameter in trained if parameter.grad is not None]
     directions = [parameter.grad for parameter in touched if parameter.grad is not None]
     # Without autocast a weight is multiplied in its own dtype: adapters on a bf16 model in fp32.
-    computed = torch.bfloat16 if settings.precision == "bf16-mixed" else touched[0].dtype
+    is_mixed = resolved_precision(settings.precision) == "bf16-mixed"
+    computed = torch.bfloat16 if is_mixed else touched[0].dtype
     with torch.no_grad():
         norm = ops.sum_squares(trained).sqrt()
         length = ops.sum_squares(directions).sqrt()

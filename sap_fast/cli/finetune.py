@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +26,23 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from sap_fast.cli import ranks
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
-from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model
+from sap_fast.cli.looks import Looks, move_best, requests_to_look_at
+from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model, resolved_precision
 from sap_fast.cli.pairs import ask_for_pairs
 from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
+from sap_fast.compatibility import checkpointing_arguments, max_memory_allocated
 from sap_fast.data import (
     BUILTIN,
     SafetyCollator,
     TaskCollator,
     load_safety_dataset,
+    load_task_dataset,
     load_task_sources,
     padding_token_id,
 )
-from sap_fast.integrations.trainer import SAPTrainer, last_complete_checkpoint
+from sap_fast.integrations.checkpoints import last_complete_checkpoint
+from sap_fast.integrations.trainer import SAPTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
@@ -97,6 +104,10 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
             f"--rule {settings.rule}: --optimizer sap blends nothing in; give a --safety-weight "
             "> 0 too, such as 0.3"
         )
+    if settings.eval is None and (settings.eval_every or settings.keep_best):
+        option = "--eval-every" if settings.eval_every else "--keep-best"
+        raise UserError(f"{option} needs --eval: task rows to look at")
+    settings.reporters()
 
     def load() -> tuple[torch.nn.Module, PreTrainedTokenizerBase, list[Any]]:
         set_seed(settings.seed)  # for the first values of the adapter
@@ -104,6 +115,8 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
         task_rows = load_task_sources(
             settings.task, tokenizer, settings.max_length, seed=settings.seed
         )
+        if settings.eval is not None:
+            load_task_dataset(settings.eval, tokenizer, settings.max_length)
         return model, tokenizer, task_rows
 
     def build() -> Trainer:
@@ -111,7 +124,8 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
         if safety is not None:
             safety_rows = load_safety_dataset(safety, tokenizer, settings.max_length)
         try:
-            trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
+            with _tensorboard_in(work / "tensorboard"):
+                trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
             trainer.create_optimizer()
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -122,9 +136,24 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
     safety = None if settings.optimizer == "adamw" else settings.safety
     if safety == BUILTIN:
         pairs = work / "safety-pairs.jsonl"
-        ranks.on_first(lambda: ask_for_pairs(pairs, model, tokenizer))
+        looked_at = requests_to_look_at() if settings.eval else []
+        ranks.on_first(lambda: ask_for_pairs(pairs, model, tokenizer, without=looked_at))
         safety = str(pairs)
     return ranks.on_every(build), tokenizer
+
+
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Lets transformers put TensorBoard's files there, unless the user has said where."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _train(
@@ -141,17 +170,36 @@ def _train(
         return _cut_metrics(work / "metrics.jsonl", checkpoint)
 
     kept = ranks.on_first(begin)
+    looks = None
+    if settings.eval is not None:
+        looks = Looks(
+            work,
+            trainer,
+            tokenizer,
+            load_task_dataset(settings.eval, tokenizer, settings.max_length),
+            every=settings.eval_every,
+            keep=settings.keep_best,
+            kept=kept,
+        )
     with progress_bar(f"Fine-tuning ({settings.optimizer})") as bar:
         recorder = _Recorder(work / "metrics.jsonl", bar, kept)
         trainer.add_callback(recorder)
+        if looks is not None:
+            trainer.add_callback(looks)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
 
     def save() -> None:
-        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-        trained.save_pretrained(work)
+        figures = recorder.figures()
+        if looks is not None and settings.keep_best is not None:
+            assert looks.best is not None
+            move_best(work)
+            figures["kept_step"] = looks.best["step"]
+        else:
+            trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+            trained.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        (work / "run.json").write_text(_run_record(settings, recorder.figures()), encoding="utf-8")
+        (work / "run.json").write_text(_run_record(settings, figures), encoding="utf-8")
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
 
     ranks.on_first(save)
@@ -177,6 +225,7 @@ def load_trained_model(
         trainable=True,
         trust_remote_code=settings.trust_remote_code,
         load_in=settings.load_in,
+        attention=settings.attention,
     )
     is_adapter = hasattr(model, "peft_config")
     if settings.full and getattr(model, "is_quantized", False):
@@ -196,6 +245,7 @@ def load_trained_model(
             alpha=settings.lora_alpha,
             dropout=settings.lora_dropout,
             targets=settings.lora_targets(),
+            variant=settings.lora_variant,
         )
     return model, tokenizer
 
@@ -243,11 +293,11 @@ def _trainer(
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=settings.lr_schedule,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16-mixed",
+        bf16=resolved_precision(settings.precision) == "bf16-mixed",
         # Without an accelerator it has to be said, or bf16 is refused.
         use_cpu=not torch.accelerator.is_available(),
         # With a probe, the probe set does it: pass by pass.
-        activation_checkpointing=not probes and settings.checkpointing != "none",
+        **checkpointing_arguments(not probes and settings.checkpointing != "none"),
         seed=settings.seed,
         data_seed=settings.seed,
         optim="adamw_torch",
@@ -255,7 +305,7 @@ def _trainer(
         save_strategy="no" if settings.save_every is None else "steps",
         save_steps=settings.save_every or 500,
         save_total_limit=1,
-        report_to="none",
+        report_to=settings.reporters(),
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
@@ -350,7 +400,7 @@ class _Recorder(TrainerCallback):
 def peak_bytes() -> int:
     """Returns the peak memory of the accelerator, or else of this process, in bytes."""
     if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated()
+        return max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -359,7 +409,8 @@ def _run_record(settings: FinetuneSettings, figures: dict[str, Any] | None = Non
     record = {
         "settings": dataclasses.asdict(settings),
         "environment": environment(),
-        "weight_dtype": str(WEIGHT_DTYPES[settings.precision]),
+        "precision": resolved_precision(settings.precision),
+        "weight_dtype": str(WEIGHT_DTYPES[resolved_precision(settings.precision)]),
         "ranks": ranks.count(),
         "figures": figures,
     }

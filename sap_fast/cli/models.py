@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sap_fast.cli.console import UserError
+from sap_fast.compatibility import current_accelerator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +24,17 @@ WEIGHT_DTYPES = {"fp32": torch.float32, "bf16-mixed": torch.float32, "bf16": tor
 
 def default_device() -> torch.device:
     """Returns the accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = current_accelerator()
     return torch.device("cpu") if accelerator is None else accelerator
+
+
+def resolved_precision(precision: str) -> str:
+    """Returns what a precision stands for on this machine: itself, unless it is "auto"."""
+    if precision != "auto":
+        return precision
+    kind = default_device().type
+    has_bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if has_bf16 or kind == "xpu" else "fp32"
 
 
 def load_model(
@@ -34,16 +44,18 @@ def load_model(
     trainable: bool = False,
     trust_remote_code: bool = False,
     load_in: str | None = None,
+    attention: str | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Loads a model or a PEFT adapter (with its base model), and the tokenizer.
 
     Args:
         name: a folder, or a name on the hub that transformers is configured for.
-        precision: a key of `WEIGHT_DTYPES`.
+        precision: a key of `WEIGHT_DTYPES`, or `"auto"`.
         trainable: an adapter is to be trained further.
         trust_remote_code: run Python code that comes with the model.
         load_in: `"4bit"` or `"8bit"`, to quantize all linear layers of the model but its head;
             None: as it is stored.
+        attention: the implementation, as transformers names it; None for its choice.
 
     Raises:
         UserError: if there is no such model, it cannot be loaded, or its tokenizer cannot encode a
@@ -52,7 +64,10 @@ def load_model(
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
+    precision = resolved_precision(precision)
     options: dict[str, Any] = {"dtype": WEIGHT_DTYPES[precision]}
+    if attention is not None:
+        options["attn_implementation"] = attention
     if load_in is not None:
         options["quantization_config"] = _quantization(load_in, precision)
         # Layer by layer: the model as it is stored may be too large for the device.
@@ -139,7 +154,13 @@ def _quantization(load_in: str, precision: str) -> Any:
 
 
 def add_lora(
-    model: nn.Module, *, r: int, alpha: int, dropout: float, targets: list[str] | str | None
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    targets: list[str] | str | None,
+    variant: str = "lora",
 ) -> nn.Module:
     """Puts a fresh LoRA adapter on a model.
 
@@ -150,6 +171,7 @@ def add_lora(
         dropout: dropout on the adapter's input.
         targets: names of the linear layers to adapt; `"all-linear"`; None for PEFT's choice for the
             architecture.
+        variant: "lora", "rslora" or "dora".
 
     Raises:
         UserError: if the targets do not fit the model.
@@ -162,6 +184,8 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
+        use_rslora=variant == "rslora",
+        use_dora=variant == "dora",
     )
     try:
         return get_peft_model(model, config)

@@ -109,10 +109,16 @@ def pairs(settings: PairsSettings) -> PairsCount:
         )
 
 
-def requests_to_train_on(requests: str) -> list[Request]:
-    """Returns the requests of a file, or the training half of those that come with the package."""
+def requests_to_train_on(requests: str, *, without: Sequence[Request] = ()) -> list[Request]:
+    """Returns the requests of a file, or the training half of those that come with the package.
+
+    Args:
+        requests: the file, or "builtin".
+        without: built-in requests to leave out.
+    """
     if requests == BUILTIN:
-        return [Request(each.prompt) for each in builtin_requests("training", "harmful")]
+        half = [Request(each.prompt) for each in builtin_requests("training", "harmful")]
+        return [request for request in half if request not in without]
     return load_requests(requests)
 
 
@@ -166,10 +172,17 @@ def write_pairs(
     return count
 
 
-def ask_for_pairs(output: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the pairs of the built-in requests, unless they are there already."""
+def ask_for_pairs(
+    output: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    without: Sequence[Request] = (),
+) -> None:
+    """Writes the pairs of the built-in requests, but for some, unless they are there already."""
     if not output.exists():
-        write_pairs(output, requests_to_train_on(BUILTIN), model, tokenizer)
+        requests = requests_to_train_on(BUILTIN, without=without)
+        write_pairs(output, requests, model, tokenizer)
 
 
 def write_stock_pairs(output: Path) -> None:

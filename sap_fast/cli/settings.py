@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, get_type_hints
 
 import typer
@@ -16,6 +17,7 @@ from sap_fast.cli.console import UserError
 from sap_fast.model.layers import LAYER_RANGES
 
 _DATA, _MODEL, _TRAINING, _RUN = "Data", "Model", "Training", "Run"
+_LOOKS = "Looks on the way"
 _SAFETY, _PROBE = "Safety direction (blend and sap)", "Probe (sap)"
 
 #: γ of `--optimizer blend`, with the level held: the study's choice (docs/study.md).
@@ -23,6 +25,13 @@ BLENDING_WEIGHT = 0.3
 
 #: How bitsandbytes may store the weights of a frozen base.
 LOAD_IN = ("4bit", "8bit")
+
+#: Where the figures of steps can go, and the packages of which one has to be there.
+REPORTERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
 
 #: The largest seed that transformers takes; no count needs more either.
 _LARGEST = 2**32 - 1
@@ -137,13 +146,27 @@ class FinetuneSettings:
         "NF4 with double quantization; 8bit: LLM.int8. By default they are left as they are.",
         choices=LOAD_IN,
     )
+    lora_variant: str = _option(
+        "lora",
+        _MODEL,
+        "Kind of adapter. lora: the plain one; rslora: scaled by alpha/√r, for high ranks; dora: "
+        "with a length for each output, at some cost in time.",
+        choices=("lora", "rslora", "dora"),
+    )
+    attention: str | None = _option(
+        None,
+        _MODEL,
+        "Implementation of attention: eager, sdpa, flash_attention_2 or flex_attention. By default "
+        "transformers' choice for the model.",
+        choices=("eager", "sdpa", "flash_attention_2", "flex_attention"),
+    )
     trust_remote_code: bool = _option(False, _MODEL, TRUST_HELP)
     precision: str = _option(
-        "fp32",
+        "auto",
         _TRAINING,
-        "fp32: weights and computation; bf16-mixed: compute in bf16 on fp32 weights; bf16: weights "
-        "in bf16 too.",
-        choices=("fp32", "bf16-mixed", "bf16"),
+        "auto: bf16-mixed where the accelerator computes in bf16, else fp32; fp32: weights and "
+        "computation; bf16-mixed: compute in bf16 on fp32 weights; bf16: weights in bf16 too.",
+        choices=("auto", "fp32", "bf16-mixed", "bf16"),
     )
     epochs: float = _option(1.0, _TRAINING, "Passes over the task rows.", above=0)
     max_steps: int | None = _option(None, _TRAINING, "Optimizer steps, over --epochs.", least=1)
@@ -253,6 +276,31 @@ class FinetuneSettings:
         choices=("central", "forward"),
     )
     log_every: int = _option(10, _RUN, "Steps between rows of metrics.jsonl.", least=1)
+    report_to: str = _option(
+        "none",
+        _RUN,
+        "Also report the figures of the steps to tensorboard, wandb or trackio, several with "
+        "commas between them; none: to metrics.jsonl alone.",
+    )
+    eval: str | None = _option(
+        None,
+        _LOOKS,
+        "Task rows that are not trained on, like --task: their loss is measured before, during and "
+        "after the training, with refusals of a few built-in requests.",
+    )
+    eval_every: int | None = _option(
+        None,
+        _LOOKS,
+        "Steps between these looks. By default there is one before and one after the training.",
+        least=1,
+    )
+    keep_best: str | None = _option(
+        None,
+        _LOOKS,
+        "Write the model of the best look rather than the last one. loss: the lowest held-out "
+        "loss; safety: the lowest among those at which the model refuses no less than before.",
+        choices=("loss", "safety"),
+    )
     save_every: int | None = _option(
         None,
         _RUN,
@@ -331,6 +379,25 @@ class FinetuneSettings:
         if self.lora_target == "all-linear":
             return self.lora_target
         return None if self.lora_target == "auto" else self.lora_target.split(",")
+
+    def reporters(self) -> list[str]:
+        """Returns where to report to besides `metrics.jsonl`.
+
+        Raises:
+            UserError: It is unknown, or its package is not installed.
+        """
+        if self.report_to == "none":
+            return []
+        names = self.report_to.split(",")
+        for name in names:
+            if name not in REPORTERS:
+                known = ", ".join(REPORTERS)
+                raise UserError(f"--report-to {self.report_to}: expected none, or of {known}")
+            if all(find_spec(package) is None for package in REPORTERS[name]):
+                raise UserError(
+                    f"--report-to {name}: its package is not installed: pip install {name}"
+                )
+        return names
 
     def _layers(self) -> str | list[int]:
         if self.probe_layers in LAYER_RANGES:

@@ -70,6 +70,10 @@ list is this project's own.
 """
 
 _REFUSAL = re.compile(rf"\b(?:{'|'.join(map(re.escape, REFUSAL_PHRASES))})\b", re.IGNORECASE)
+# "I'm sorry for the confusion" and "As an AI, I would say" decline nothing by themselves.
+_EXCUSES = ("sorry", "apolog", "an ai", "a language model")
+_DECLINING = [phrase for phrase in REFUSAL_PHRASES if not any(e in phrase for e in _EXCUSES)]
+_DECLINE = re.compile(rf"\b(?:{'|'.join(map(re.escape, _DECLINING))})\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s|$)")
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ`´′＇", "'"))
 
@@ -79,7 +83,11 @@ def is_refusal(text: str) -> bool:
 
     Case, the kind of apostrophe and line breaks make no difference.
     """
-    return _REFUSAL.search(" ".join(text.translate(_APOSTROPHES).split())) is not None
+    return _REFUSAL.search(_plain(text)) is not None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.translate(_APOSTROPHES).split())
 
 
 def generate_openings(
@@ -174,7 +182,8 @@ def refusing_sentences(text: str, *, ended: bool = True) -> str | None:
         ended: Whether the answer ends there, and was not cut off.
 
     Returns:
-        Such as "I'm sorry. I can't help with that."; None if no whole sentence refuses.
+        Such as "I'm sorry. I can't help with that."; None if no whole sentence refuses, or the only
+        thing that sounds like it is an apology.
     """
     text = text.strip()
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
@@ -186,7 +195,7 @@ def refusing_sentences(text: str, *, ended: bool = True) -> str | None:
             kept = text[:end]
         elif kept is not None:
             break
-    return kept
+    return kept if kept is not None and _DECLINE.search(_plain(kept)) else None
 
 
 class _Answer(NamedTuple):

@@ -15,7 +15,8 @@ triton     GPUs                                         the package triton (`tri
 reference that can run there, and the reference for what that one does not support (fp64, tensors
 with gaps). It says so once: as information, or as a warning where it has to be the reference. The
 environment variable `SAP_FAST_BACKEND` takes the place of "auto". A backend that is named and
-cannot run raises.
+cannot run raises. `use_kernels`, or the environment variable `SAP_FAST_KERNELS`, takes the Triton
+kernels from the kernel hub.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 from sap_fast.distributed import add_over_ranks_, any_dtensor, by_shard_group, local_shards
 from sap_fast.ops import native, reference, triton
 from sap_fast.ops.schema import IMPLEMENTATIONS, SCHEMAS, overload
+from sap_fast.ops.triton import use_kernels as use_kernels
 
 logger = logging.getLogger(__name__)
 

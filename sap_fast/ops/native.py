@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 _HOW_TO_BUILD = (
     "to build it, run `SAP_FAST_BUILD=cpu pip install --no-build-isolation --no-deps .` in the "
     "source folder of sap_fast (`-e .` in a clone that you edit), where torch, setuptools, "
-    "pybind11, ninja and a C++ compiler are installed; with nvcc, SAP_FAST_BUILD=cuda builds the "
-    "CUDA kernels too"
+    "pybind11 and a C++ compiler are installed; with nvcc and ninja, SAP_FAST_BUILD=cuda builds "
+    "the CUDA kernels too"
 )
 
 

@@ -360,6 +360,15 @@ _STEP_PICTURES = {
         "Task loss in training",
         "Loss of the batches trained on, with the probe on where there is one.",
     ),
+    "held_out/loss": (
+        "Held-out task loss",
+        "Loss of task rows that were not trained on, without the probe.",
+    ),
+    "held_out/refused": (
+        "Refusals on the way",
+        "Share of a few harmful requests that the model refuses, out of no training pair and not "
+        "those of the results above.",
+    ),
     "sap/lean": (
         "Lean",
         "How far the probe turns the update away from the harmful direction: above 0 it does what "

@@ -98,7 +98,11 @@ def test_a_bad_parquet_file_is_one_line(terminal: Terminal, tmp_path: Path) -> N
         ),
         ("landscape", ["--batch-size", "0"], "--batch-size 0: expected a number ≥ 1"),
         ("landscape", ["--base", "."], "--base .: cannot be loaded"),
-        ("doctor", ["--precision", "fp8"], "--precision fp8: expected fp32 or bf16-mixed or bf16"),
+        (
+            "doctor",
+            ["--precision", "fp8"],
+            "--precision fp8: expected auto or fp32 or bf16-mixed or bf16",
+        ),
         ("doctor", ["--lora-target", "w_q"], "--lora-target w_q: does not fit the model"),
     ],
 )

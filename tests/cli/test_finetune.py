@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sap_fast import SAPTrainer, contrastive_loss, joint_loss, refusal_loss
 from sap_fast.cli import finetune as finetune_module
+from sap_fast.cli import models
 from sap_fast.cli.settings import FinetuneSettings
 from tests.cli.terminal import Terminal
 from tests.conftest import TEMPLATE
@@ -175,3 +176,18 @@ def test_what_makes_sap_cheaper_and_joins_it_with_blending(
     # A kept direction is not measured again.
     assert ["sap/safety_loss" in row for row in rows] == [True, False] * 2
     assert all({"sap/probe_sizes/0", "sap/probe_sizes/1"} <= row.keys() for row in rows)
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+def test_variants_of_lora_train_and_load(terminal: Terminal, tmp_path: Path, variant: str) -> None:
+    output = tmp_path / "tuned"
+    more = ["--lora-variant", variant, "--max-steps", "1", "--attention", "eager"]
+    more += ["--lora-target", "all-linear"]
+    assert terminal.run(*terminal.finetuning(output, *more)) == 0, terminal.shown
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["use_rslora"] == (variant == "rslora")
+    assert config["use_dora"] == (variant == "dora")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(output)
+    assert any(p.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)
+    record = json.loads((output / "run.json").read_text())
+    assert record["precision"] == models.resolved_precision("auto")

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from sap_fast.cli import models as models_module
 from sap_fast.cli.console import console
 from sap_fast.cli.finetune import load_trained_model
-from sap_fast.cli.models import load_model
+from sap_fast.cli.models import load_model, resolved_precision
 from sap_fast.cli.settings import FinetuneSettings
 from tests.cli.terminal import Terminal
 
@@ -152,6 +153,9 @@ def test_an_adapter_is_read_from_safetensors_only(terminal: Terminal, tmp_path: 
         assert f"--model {adapter}: cannot be loaded" in terminal.refusal(*arguments)
 
 
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 QUANTIZED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
 
 
@@ -161,6 +165,7 @@ def kinds(model: torch.nn.Module) -> set[str]:
     return {type(m).__name__ for m in linear if hasattr(m, "weight") and m.weight.dim() == 2}
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize("load_in", QUANTIZED)
 def test_an_adapter_on_a_quantized_base_is_trained_and_its_base_loads_again(
     terminal: Terminal, tmp_path: Path, load_in: str
@@ -187,6 +192,7 @@ def test_an_adapter_on_a_quantized_base_is_trained_and_its_base_loads_again(
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize(
     ("precision", "computed"),
     [("fp32", torch.float32), ("bf16-mixed", torch.bfloat16), ("bf16", torch.bfloat16)],
@@ -210,6 +216,7 @@ def test_a_4_bit_base_is_what_qlora_says(
     assert kinds(model) == {"Linear4bit", "Linear"}  # the adapter's
 
 
+@needs_bitsandbytes
 def test_what_cannot_be_quantized_is_refused(terminal: Terminal, tmp_path: Path) -> None:
     def refusal(command: str, *more: str) -> str:
         return terminal.refusal(*terminal.command(command, tmp_path / "out", *more))
@@ -234,6 +241,7 @@ def test_what_cannot_be_quantized_is_refused(terminal: Terminal, tmp_path: Path)
     assert "--load-in 8bit: needs bitsandbytes: pip install 'sap-fast[qlora]'" in line
 
 
+@needs_bitsandbytes
 def test_doctor_says_which_rho_survives_on_a_4_bit_base(terminal: Terminal) -> None:
     terminal.monkeypatch.setattr(console, "width", 120)
     model = ["doctor", "--model", str(terminal.chat_model), "--load-in", "4bit"]
@@ -278,3 +286,25 @@ def test_nothing_is_unpickled_and_no_remote_code_runs_unasked() -> None:
     assert models > 0
     assert inspect.signature(load_model).parameters["trust_remote_code"].default is False
     assert FinetuneSettings.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "expected"),
+    [
+        *(("cpu", True, "fp32"), ("mps", True, "fp32"), ("cuda", True, "bf16-mixed")),
+        *(("cuda", False, "fp32"), ("xpu", False, "bf16-mixed")),
+    ],
+)
+def test_auto_is_mixed_where_the_accelerator_has_bf16(
+    monkeypatch: pytest.MonkeyPatch, device: str, bf16: bool, expected: str
+) -> None:
+    monkeypatch.setattr("sap_fast.cli.models.default_device", lambda: torch.device(device))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
+    assert resolved_precision("auto") == expected
+    assert resolved_precision("bf16") == "bf16"
+
+
+def test_attention_is_that_which_is_asked_for(chat_model: Path) -> None:
+    for attention in ("eager", "sdpa"):
+        model: Any = load_model(str(chat_model), "fp32", attention=attention)[0]
+        assert model.config._attn_implementation == attention
