@@ -16,6 +16,7 @@ from rich.text import Text
 
 from sap_fast.cli.models import load_tokenizer
 from sap_fast.data import EncodedRow, InspectedRow, inspect_task_rows
+from sap_fast.data.encoding import cut_row
 from sap_fast.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -139,7 +140,10 @@ def _ends(inspection: Inspection) -> RenderableType:
     ends: Counter[int] = Counter()
     cut = 0
     for row in inspection.rows:
-        for kept, whole in zip(row.kept, row.whole, strict=False):
+        for whole in row.whole:
+            kept = cut_row(whole, inspection.max_length)
+            if not kept["labels"]:
+                continue
             marks = [*_is_scored(kept), False]
             places = [at for at in range(len(marks) - 1) if marks[at] > marks[at + 1]]
             if len(kept["labels"]) < len(whole["labels"]) and _is_scored(whole)[len(marks) - 1]:
