@@ -1,15 +1,19 @@
 # `make demo` and `make test` do all their own set-up: Python 3.11, pip, g++ and make are enough.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Exact versions of everything else; pyproject.toml says what the package accepts.
+LOCK := requirements/newest.txt
 VENV := .venv
 BIN := $(VENV)/bin
 # What runs the compiled kernels; the rest of the tests would find nothing else.
 SANITIZED := tests/ops/test_ops.py tests/ops/test_native.py tests/step/test_passes.py tests/model/test_probes.py
+# What computes with them, and with what PyTorch has for a CPU.
+CPU_TESTS ?= tests/ops tests/losses tests/model tests/step tests/test_optimizer.py tests/test_sap.py
 BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity clean
+.PHONY: help demo study test test-slow test-oldest test-cpus matrix sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity wheels hub clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -18,6 +22,11 @@ help:
 	@echo "                (STUDY='--stage none' for the report of what has run, '--help' for the rest)"
 	@echo "make test       every test that is not marked slow"
 	@echo "make test-slow  the rest"
+	@echo "make test-oldest  the tests of trainers, losses, probes and commands on requirements/oldest.txt"
+	@echo "make matrix     what fits what: environments of several ages, in each the trainers and the tests"
+	@echo "                (MATRIX='--only oldest' for less); writes CSV and table"
+	@echo "make test-cpus  the tests of the kernels and of what computes with them, as on CPUs without AVX-512"
+	@echo "                and without AVX2; and the kernels on arm64, where a cross compiler is there"
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
 	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in one table"
 	@echo "                (GPU_PYTHON=python3 for an interpreter with torch in the place of .venv)"
@@ -32,6 +41,9 @@ help:
 	@echo "make docs       build the site of docs/ into build/site"
 	@echo "make lint       ruff, mypy, the import contract, clang-format;  make format  applies their fixes"
 	@echo "make fidelity   measure the probe gradient against the fp64 oracle; writes CSV and picture"
+	@echo "make wheels     wheels with CPU kernels, one per Python, run beside another torch than theirs"
+	@echo "                (WHEELS='--python python3.12 --torch 2.10.0', '--help' for the rest)"
+	@echo "make hub        the Triton kernels in the layout of the kernel hub, in hub/build"
 	@echo "make install    the virtual environment that the others share (TORCH=$(TORCH))"
 
 install: $(VENV)/.installed
@@ -39,10 +51,11 @@ install: $(VENV)/.installed
 # What is compiled, and with which of PyTorch's headers, decides setup.py (SAP_FAST_BUILD).
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-$(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
+$(VENV)/.installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(BUILD_TOOLS)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(LOCK) \
+		"$(TORCH)" $(BUILD_TOOLS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --constraint $(LOCK) \
 		--disable-pip-version-check --no-build-isolation --editable ".[dev]"
 	touch $@
 
@@ -59,6 +72,40 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The oldest versions of all but torch, beside the kernels that `make install` compiled for it.
+OLDEST := build/oldest
+OLDEST_TESTS := tests/integrations tests/losses tests/cli tests/model/test_probes.py \
+	tests/model/test_layers.py tests/test_compatibility.py tests/test_configuration.py
+
+$(OLDEST)/.installed: pyproject.toml requirements/oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	SAP_FAST_BUILD=0 $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/oldest.txt "$(TORCH)" ".[train,trl]" \
+		pytest pytest-xdist hypothesis psutil
+	touch $@
+
+test-oldest: install $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 \
+		--dist worksteal $(OLDEST_TESTS)
+
+# It downloads what it does not find in pip's cache: a torch for GPUs where there is no other.
+matrix: install
+	$(BIN)/python -m benchmarks.matrix $(MATRIX)
+
+# What PyTorch, oneDNN, MKL and the kernels here take a CPU for. A library that is told of instructions
+# that are not there dies of it.
+test-cpus: install
+	for cpu in "default SSE41 SSE4_2 baseline" "avx2 AVX2 AVX2 avx2"; do \
+		set -- $$cpu; \
+		if [ $$1 = avx2 ] && ! grep -qw avx2 /proc/cpuinfo; then echo "no AVX2 here"; continue; fi; \
+		echo "ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3" \
+			"SAP_FAST_CPU_CAPABILITY=$$4"; \
+		ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 \
+			SAP_FAST_CPU_CAPABILITY=$$4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" \
+			-n auto --maxprocesses 4 --dist worksteal $(CPU_TESTS) || exit 1; \
+	done
+	$(BIN)/python -m pytest -q tests/ops/test_other_machines.py
 
 # A copy of the tree, so that the extension in use stays as it is. The sanitizers' libraries have to
 # be loaded before Python; Python itself leaks on purpose.
@@ -117,6 +164,12 @@ format: install
 
 fidelity: install
 	$(BIN)/python -m benchmarks.fidelity
+
+wheels: install
+	$(BIN)/python -m benchmarks.wheels $(WHEELS)
+
+hub: install
+	$(BIN)/python -m hub.build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

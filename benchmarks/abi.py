@@ -1,105 +1,196 @@
-"""What PyTorch's stable ABI costs an operation that takes lists of tensors.
+"""What PyTorch's stable ABI costs an operation that takes lists of tensors, in instructions.
 
-Builds the same operation twice, against the stable ABI and against the ordinary one, and times
-calls on lists of 2,000 tensors, as AdamW makes them (five lists). The operation only reads the
-addresses.
+Builds one operation three times: against PyTorch's C++ classes; against the classes of its stable
+ABI, which ask PyTorch anew for everything; and with csrc/stable.h, which asks each tensor once. It
+takes the five lists of AdamW, 2,000 tensors each, and does what every operation here does before
+its kernel: three looks at shapes, dtypes, devices and layouts, and the addresses. Versions are
+counted as each can: in C++, and from Python.
+
+Counts instructions rather than time, with `valgrind --tool=callgrind`: other work on the machine
+does not change them.
 
     python -m benchmarks.abi
 """
 
 from __future__ import annotations
 
-import statistics
+import os
+import re
+import subprocess
+import sys
 import tempfile
-import time
 from pathlib import Path
 
-import torch
 from torch.utils.cpp_extension import load
 
-from benchmarks.provenance import write_rows
+from benchmarks.provenance import ROOT, write_rows
 
-TENSORS, LISTS, CALLS, ROUNDS = 2_000, 5, 20, 15
+TENSORS, LISTS, LOOKS = 2_000, 5, 3
 
-_ARGUMENTS = ", ".join(f"Tensor[] list{index}" for index in range(LISTS))
-_BODY = """
-int64_t addresses(%(parameters)s) {
+_NAMES = [f"list{index}" for index in range(LISTS)]
+_SCHEMA = f"({', '.join(f'Tensor[] {name}' for name in _NAMES)}) -> int"
+_LOOK = f"""
+template <class Tensor>
+int64_t look(const Tensor& tensor) {{
   int64_t sum = 0;
-  for (const auto* list : {%(pointers)s})
-    for (const auto& tensor : *list) sum += reinterpret_cast<int64_t>(tensor.data_ptr()) & 1;
+  for (int look = 0; look < {LOOKS}; ++look) {{
+    for (const int64_t size : tensor.sizes()) sum += size;
+    for (const int64_t stride : tensor.strides()) sum += stride;
+    sum += tensor.numel() + static_cast<int64_t>(tensor.CONTIGUOUS()) +
+           static_cast<int64_t>(tensor.DTYPE()) + static_cast<int64_t>(tensor.layout()) +
+           static_cast<int64_t>(tensor.device().is_cuda());
+  }}
+  return sum + (reinterpret_cast<int64_t>(tensor.ADDRESS()) & 1);
+}}
+"""
+
+
+def _look(dtype: str, address: str) -> str:
+    names = {"CONTIGUOUS": "is_contiguous", "DTYPE": dtype, "ADDRESS": address}
+    return re.sub("|".join(names), lambda found: names[found[0]], _LOOK)
+
+
+_BODY = """
+int64_t looks(%(parameters)s) {
+  int64_t sum = 0;
+  for (const auto* list : {%(pointers)s}) {
+    for (const auto& tensor : *list) {
+      sum += look(tensor);
+      %(count)s
+    }
+  }
   return sum;
 }
 """
-_ORDINARY = """
+
+
+def _body(list_type: str, count: str = "") -> str:
+    return _BODY % {
+        "parameters": ", ".join(f"{list_type} {name}" for name in _NAMES),
+        "pointers": ", ".join(f"&{name}" for name in _NAMES),
+        "count": count,
+    }
+
+
+_VECTOR = "const std::vector<torch::stable::Tensor>&"
+_BUMP = "tensor.unsafeGetTensorImpl()->bump_version();"
+SOURCES = {
+    "ordinary": f"""
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
-%(body)s
-TORCH_LIBRARY(abi_ordinary, m) {
-  m.def("addresses(%(arguments)s) -> int", &addresses);
-}
-"""
-_STABLE = """
-#define TORCH_TARGET_VERSION %(version)s
+{_look("scalar_type", "const_data_ptr")}{_body("at::TensorList", _BUMP)}
+TORCH_LIBRARY(abi_ordinary, m) {{ m.def("looks{_SCHEMA}", &looks); }}
+""",
+    "stable, its classes": f"""
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-%(body)s
-STABLE_TORCH_LIBRARY(abi_stable, m) { m.def("addresses(%(arguments)s) -> int"); }
-STABLE_TORCH_LIBRARY_IMPL(abi_stable, CPU, m) { m.impl("addresses", TORCH_BOX(&addresses)); }
+{_look("scalar_type", "const_data_ptr")}{_body(_VECTOR)}
+STABLE_TORCH_LIBRARY(abi_classes, m) {{ m.def("looks{_SCHEMA}"); }}
+STABLE_TORCH_LIBRARY_IMPL(abi_classes, CPU, m) {{ m.impl("looks", TORCH_BOX(&looks)); }}
+""",
+    "stable, csrc/stable.h": f"""
+#include "stable.h"
+{_look("dtype", "const_data")}
+void looks(StableIValue* stack, uint64_t, uint64_t) {{
+  sap_fast::Arguments arguments(stack);
+  std::vector<std::vector<sap_fast::Tensor>> lists;
+  for (int list = 0; list < {LISTS}; ++list) lists.push_back(arguments.tensors());
+  int64_t sum = 0;
+  for (const auto& list : lists) {{
+    for (const auto& tensor : list) sum += look(tensor);
+  }}
+  std::memcpy(stack, &sum, sizeof(sum));
+}}
+STABLE_TORCH_LIBRARY(abi_table, m) {{ m.def("looks{_SCHEMA}"); }}
+STABLE_TORCH_LIBRARY_IMPL(abi_table, CPU, m) {{ m.impl("looks", &looks); }}
+""",
+}
+NAMESPACES = {
+    "ordinary": "abi_ordinary",
+    "stable, its classes": "abi_classes",
+    "stable, csrc/stable.h": "abi_table",
+}
+
+#: One call between two marks, in a process under callgrind.
+_CALL = f"""
+import os, subprocess, sys, torch
+library, namespace, counts = sys.argv[1], sys.argv[2], sys.argv[3] == "python"
+torch.set_num_threads(1)
+torch.ops.load_library(library)
+operation = getattr(torch.ops, namespace).looks.default
+lists = [[torch.zeros(8) for _ in range({TENSORS})] for _ in range({LISTS})]
+
+def call():
+    operation(*lists)
+    if counts:
+        for tensors in lists:
+            torch.autograd.graph.increment_version(tensors)
+
+def control(*arguments):
+    subprocess.run(["callgrind_control", *arguments, str(os.getpid())], stdout=subprocess.DEVNULL)
+
+call()
+control("-i", "on")
+call()
+control("-i", "off")
+control("-d")
 """
 
 
-def build(name: str, template: str, list_type: str, folder: Path) -> None:
-    """Compile and load one of the two libraries."""
-    names = [f"list{index}" for index in range(LISTS)]
-    body = _BODY % {
-        "parameters": ", ".join(f"{list_type} {name}" for name in names),
-        "pointers": ", ".join(f"&{name}" for name in names),
-    }
-    source = folder / f"{name}.cpp"
-    values = {
-        "body": body,
-        "arguments": _ARGUMENTS,
-        "version": f"0x{_torch_version():016x}",
-    }
-    source.write_text(template % values)
-    load(name, [str(source)], extra_cflags=["-O2"], build_directory=folder, is_python_module=False)
+def build(name: str, folder: Path) -> Path:
+    """Compile one of the libraries and return it."""
+    library = NAMESPACES[name]
+    source = folder / f"{library}.cpp"
+    source.write_text(SOURCES[name])
+    flags = ["-O2", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = flags[:2] if name == "ordinary" else flags
+    load(
+        library,
+        [str(source)],
+        extra_cflags=flags,
+        extra_include_paths=[str(ROOT / "csrc")],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+    return folder / f"{library}.so"
 
 
-def _torch_version() -> int:
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    return major << 56 | minor << 48
+def instructions(library: Path, namespace: str, counts: str, folder: Path) -> int:
+    """Return the instructions of one call; `counts` "python" adds counting the versions there."""
+    out = folder / f"{namespace}-{counts}.out"
+    valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
+    command = [*valgrind, sys.executable, "-c", _CALL, str(library), namespace, counts]
+    quiet = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
+    dumped = out.with_name(f"{out.name}.1")
+    found = re.search(r"^totals: (\d+)", dumped.read_text(), re.M) if dumped.exists() else None
+    if done.returncode != 0 or found is None:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return int(found[1])
 
 
 def main() -> None:
-    """Build, time interleaved, print and write the CSV."""
-    tensors = [torch.zeros(8) for _ in range(TENSORS)]
-    with tempfile.TemporaryDirectory() as folder:
-        build("abi_ordinary", _ORDINARY, "at::TensorList", Path(folder))
-        build("abi_stable", _STABLE, "const std::vector<torch::stable::Tensor>&", Path(folder))
-        operations = {
-            "ordinary": torch.ops.abi_ordinary.addresses,
-            "stable": torch.ops.abi_stable.addresses,
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in operations}
-        for _ in range(ROUNDS):
-            for name, operation in operations.items():
-                start = time.perf_counter()
-                for _ in range(CALLS):
-                    operation(*[tensors] * LISTS)
-                seconds[name].append((time.perf_counter() - start) / CALLS)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rows = [
-        {
-            "abi": name,
-            "lists": LISTS,
-            "tensors": TENSORS,
-            "call_us": round(1e6 * value, 1),
-            "ratio": round(value / medians["ordinary"], 2),
-        }
-        for name, value in medians.items()
-    ]
-    for row in rows:
-        print(row)
+    """Build, count, print and write the CSV."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for abi, namespace in NAMESPACES.items():
+            library = build(abi, folder)
+            places = ["C++"] if abi == "ordinary" else ["nowhere", "python"]
+            for place in places:
+                count = instructions(library, namespace, place, folder)
+                rows.append(
+                    {
+                        "abi": abi,
+                        "versions": place,
+                        "lists": LISTS,
+                        "tensors": TENSORS,
+                        "instructions": count,
+                        "per_tensor": round(count / (LISTS * TENSORS)),
+                        "ratio": round(count / (rows[0]["instructions"] if rows else count), 2),
+                    }
+                )
+                print(rows[-1])
     write_rows("abi.csv", rows)
 
 

@@ -192,7 +192,7 @@ class Subject:
         """The h of central differences for every ρ that the calibration tries."""
         probes = ProbeSet(self.case.model)
         passes = FusedSAP(self.case.trained, probes, lr=0.0).passes
-        passes.measures_lean = True  # keeps the direction for all of them
+        passes.keeps_direction = True  # keeps the direction for all of them
         torch.set_rng_state(self.random_state)
         task, safety = self._closures(arithmetic)
         passes.safety_pass(safety)

@@ -57,15 +57,27 @@ def commit(checkout: Path = ROOT) -> str:
 
 def write_rows(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> Path:
     """Write `rows`, each with its provenance, to a CSV in `folder`."""
-    return _write([], rows, folder / name)
+    return _write([], rows, folder / name, provenance())
 
 
 def replace_rows(
-    name: str, rows: Sequence[Mapping[str, Any]], identity: Sequence[str], folder: Path = RESULTS
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    identity: Sequence[str],
+    folder: Path = RESULTS,
+    *,
+    of: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `rows` as `write_rows` does, in the place of those with the same `identity` columns.
 
     The other rows of the CSV stay, with their provenance.
+
+    Args:
+        name: of the CSV.
+        rows: what to write.
+        identity: names of columns.
+        folder: where the CSV is.
+        of: device and versions of another environment than this, in which the rows were measured.
     """
 
     def key(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -73,7 +85,14 @@ def replace_rows(
 
     replaced, path = {key(row) for row in rows}, folder / name
     kept = [row for row in read_rows(path) if key(row) not in replaced]
-    return _write(kept, rows, path)
+    surroundings = provenance()
+    if of is not None:
+        surroundings = {column: "" for column in surroundings} | {
+            "date": surroundings["date"],
+            **of,
+            "commit": surroundings["commit"],
+        }
+    return _write(kept, rows, path, surroundings)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -97,10 +116,12 @@ def read_numbers(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(
-    kept: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path
+    kept: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    surroundings: Mapping[str, str],
 ) -> Path:
     """Write rows that have their provenance, then `rows` with theirs; interrupted, no half."""
-    surroundings = provenance()
     columns = [column for row in (*kept, *rows) for column in row if column not in surroundings]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")

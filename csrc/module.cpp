@@ -18,11 +18,15 @@ namespace {
 py::dict build_info() {
   py::dict info;
   info["torch"] = SAP_FAST_TORCH_VERSION;
+  info["oldest_torch"] = SAP_FAST_OLDEST_TORCH;
   info["schemas"] = SAP_FAST_SCHEMAS;
   info["compiler"] = SAP_FAST_COMPILER;
   info["flags"] = SAP_FAST_FLAGS;
+  info["left_out"] = SAP_FAST_LEFT_OUT;
   info["cuda"] = SAP_FAST_CUDA_VERSION;
   info["cuda_architectures"] = SAP_FAST_CUDA_ARCHITECTURES;
+  info["cuda_problem"] = SAP_FAST_CUDA_PROBLEM;
+  info["cuda_failed"] = SAP_FAST_CUDA_FAILED;
   return info;
 }
 
@@ -62,9 +66,10 @@ std::vector<int64_t> share_chunks(const std::vector<int64_t>& sizes, int32_t chu
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Build information, CPU capability and chunk planner of sap_fast's kernels.";
   module.def("build_info", &build_info,
-             "What the extension was built with: torch, schemas (their digest), compiler, flags, "
-             "cuda (empty: without), "
-             "cuda_architectures.");
+             "What the extension was built with: torch, oldest_torch (that it runs with), schemas "
+             "(their digest), compiler, flags, left_out (instruction sets that did not compile), "
+             "cuda (empty: without), cuda_architectures, cuda_problem (why without), cuda_failed "
+             "(not empty: nvcc was there, and it did not work).");
   module.def("cpu_capability", &cpu_capability,
              "The instruction set whose kernels run: baseline, avx2 or avx512. Raises ValueError "
              "if SAP_FAST_CPU_CAPABILITY asks for one that cannot run.");

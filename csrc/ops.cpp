@@ -3,12 +3,7 @@
 //
 // Nothing can interrupt an operation between its first and its last write: what a pass restores
 // after an error relies on it.
-#include <ATen/Parallel.h>
-#include <ATen/core/List.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <torch/library.h>
-
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -26,37 +21,32 @@ constexpr int32_t kChunkSize = 16384;
 const Kernels& kernels() {
   const char* problem = nullptr;
   const Kernels* const found = cpu_kernels(&problem);
-  TORCH_CHECK(found != nullptr, "SAP_FAST_CPU_CAPABILITY=", getenv("SAP_FAST_CPU_CAPABILITY"), " ",
-              problem);
+  SAP_FAST_CHECK(found != nullptr, "SAP_FAST_CPU_CAPABILITY=", getenv("SAP_FAST_CPU_CAPABILITY"),
+                 " ", problem);
   return *found;
 }
 
-Storage storage_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kBFloat16:
-      return kBFloat16;
-    default:
-      return kFloat16;
-  }
+Storage storage_of(const Tensor& tensor) {
+  const int32_t dtype = tensor.dtype();
+  return dtype == codes().float32 ? kFloat32 : dtype == codes().bfloat16 ? kBFloat16 : kFloat16;
 }
 
 // The addresses of a list's tensors, to be offset by chunks.
 class Addresses {
  public:
   explicit Addresses(const TensorList& list) {
-    data_.reserve(list.tensors.size());
-    for (const at::Tensor* tensor : list.tensors) {
-      if (tensor == nullptr) {
+    data_.reserve(list.size());
+    width_.reserve(list.size());
+    for (const Tensor& tensor : list.tensors) {
+      if (!tensor) {
         data_.push_back(nullptr);
         width_.push_back(0);
         continue;
       }
-      data_.push_back(list.access == Access::kWrite
-                          ? static_cast<char*>(tensor->mutable_data_ptr())
-                          : static_cast<char*>(const_cast<void*>(tensor->const_data_ptr())));
-      width_.push_back(static_cast<int64_t>(tensor->element_size()));
+      data_.push_back(static_cast<char*>(list.access == Access::kWrite
+                                             ? tensor.mutable_data()
+                                             : const_cast<void*>(tensor.const_data())));
+      width_.push_back(tensor.element_size());
     }
   }
 
@@ -84,16 +74,16 @@ class Work {
  public:
   explicit Work(const TensorList& list) {
     std::vector<int64_t> sizes;
-    sizes.reserve(list.tensors.size());
-    storages_.reserve(list.tensors.size());
+    sizes.reserve(list.size());
+    storages_.reserve(list.size());
     int64_t elements = 0;
-    for (const at::Tensor* tensor : list.tensors) {
-      sizes.push_back(tensor->numel());
-      storages_.push_back(storage_of(*tensor));
-      elements += tensor->numel();
+    for (const Tensor& tensor : list.tensors) {
+      sizes.push_back(tensor.numel());
+      storages_.push_back(storage_of(tensor));
+      elements += tensor.numel();
     }
     chunks_ = plan_chunks(sizes.data(), static_cast<int64_t>(sizes.size()), kChunkSize);
-    workers_ = std::min<int64_t>(at::get_num_threads(), 1 + elements / (2 * kChunkSize));
+    workers_ = std::min<int64_t>(thread_count(), 1 + elements / (2 * kChunkSize));
     starts_ = share_chunks(chunks_, workers_);
   }
 
@@ -103,7 +93,7 @@ class Work {
   // it reads.
   template <class Body>
   void run(std::initializer_list<const Addresses*> operands, const Body& body) const {
-    at::parallel_for(0, workers_, 1, [&](int64_t first, int64_t last) {
+    parallel_for(workers_, 1, [&](int64_t first, int64_t last) {
       for (int64_t index = starts_[first]; index < starts_[last]; ++index) {
         const Chunk& chunk = chunks_[index];
         if (index + 1 < starts_[last] && chunks_[index + 1].tensor != chunk.tensor) {
@@ -121,18 +111,14 @@ class Work {
   int64_t workers_;
 };
 
-double value_of(const at::Tensor& scalar) { return scalar.item<double>(); }
-
-double value_of(const std::optional<at::Tensor>& scalar, double otherwise) {
-  return scalar.has_value() ? value_of(*scalar) : otherwise;
+double value_of(const Tensor& scalar, double otherwise) {
+  return scalar ? scalar.item() : otherwise;
 }
 
 // ---- reductions ----
 
-at::Tensor dot(at::TensorList left, at::TensorList right) {
-  check_not_empty("left", left);
-  const TensorList a = list_of("left", Access::kRead, left);
-  const TensorList b = list_of("right", Access::kRead, right);
+float sum_of_products(const TensorList& a, const TensorList& b) {
+  check_not_empty(a);
   check_pair(a, b);
   const Kernels& kernel = kernels();
   const Work work(a);
@@ -144,110 +130,117 @@ at::Tensor dot(at::TensorList left, at::TensorList right) {
   });
   double sum = 0;
   for (const double partial_sum : partial_sums) sum += partial_sum;
-  return at::scalar_tensor(sum, at::TensorOptions().dtype(at::kFloat));
+  return static_cast<float>(sum);
 }
 
-at::Tensor sum_squares(at::TensorList tensors) { return dot(tensors, tensors); }
+StableIValue scalar_tensor(float value) {
+  AtenTensorHandle made = nullptr;
+  ask(aoti_torch_scalar_to_tensor_float32(value, &made), "make a tensor");
+  return Tensor::to_value(made);
+}
+
+void dot(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList a("left", Access::kRead, arguments.tensors());
+  const TensorList b("right", Access::kRead, arguments.tensors());
+  stack[0] = scalar_tensor(sum_of_products(a, b));
+}
+
+void sum_squares(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList list("tensors", Access::kRead, arguments.tensors());
+  stack[0] = scalar_tensor(sum_of_products(list, list));
+}
 
 // ---- the perturbation ----
 
-void perturb_swap_(at::TensorList params, at::TensorList buffers, const at::Tensor& scale) {
-  check_not_empty("params", params);
-  const TensorList p = list_of("params", Access::kWrite, params);
-  const TensorList b = list_of("buffers", Access::kWrite, buffers);
-  check_pair(p, b);
-  check_overlap({&p, &b});
-  check_scalar("scale", scale);
-  const Kernels& kernel = kernels();
-  const auto factor = static_cast<float>(value_of(scale));
-  const Work work(p);
-  const Addresses to(p), with(b);
-  bump_versions(p);
-  bump_versions(b);
+using PairKernel = void (*)(void* params, void* buffers, int64_t size, float factor);
+
+void update_pair(const TensorList& params, const TensorList& buffers, const char* scalar_name,
+                 const Tensor& scalar, PairKernel const (&kernel)[kStorages]) {
+  check_not_empty(params);
+  check_pair(params, buffers);
+  check_overlap({&params, &buffers});
+  check_scalar(scalar_name, scalar);
+  const auto factor = static_cast<float>(scalar.item());
+  const Work work(params);
+  const Addresses to(params), with(buffers);
   work.run({&to, &with}, [&](int64_t, const Chunk& chunk, Storage storage) {
-    kernel.perturb_swap[storage](to[chunk], with[chunk], chunk.size, factor);
+    kernel[storage](to[chunk], with[chunk], chunk.size, factor);
   });
 }
 
-void reflect_(at::TensorList params, at::TensorList buffers) {
-  check_not_empty("params", params);
-  const TensorList p = list_of("params", Access::kWrite, params);
-  const TensorList b = list_of("buffers", Access::kRead, buffers);
-  check_pair(p, b);
-  check_overlap({&p, &b});
+void perturb_swap_(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList params("params", Access::kWrite, arguments.tensors());
+  const TensorList buffers("buffers", Access::kWrite, arguments.tensors());
+  const Tensor scale = arguments.tensor();
+  update_pair(params, buffers, "scale", scale, kernels().perturb_swap);
+}
+
+void restore_swap_(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList params("params", Access::kWrite, arguments.tensors());
+  const TensorList buffers("buffers", Access::kWrite, arguments.tensors());
+  const Tensor inverse_scale = arguments.tensor();
+  update_pair(params, buffers, "inverse_scale", inverse_scale, kernels().restore_swap);
+}
+
+void reflect_(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList params("params", Access::kWrite, arguments.tensors());
+  const TensorList buffers("buffers", Access::kRead, arguments.tensors());
+  check_not_empty(params);
+  check_pair(params, buffers);
+  check_overlap({&params, &buffers});
   const Kernels& kernel = kernels();
-  const Work work(p);
-  const Addresses to(p), from(b);
-  bump_versions(p);
+  const Work work(params);
+  const Addresses to(params), from(buffers);
   work.run({&to, &from}, [&](int64_t, const Chunk& chunk, Storage storage) {
     kernel.reflect[storage](to[chunk], from[chunk], chunk.size);
   });
 }
 
-void restore_swap_(at::TensorList params, at::TensorList buffers, const at::Tensor& inverse_scale) {
-  check_not_empty("params", params);
-  const TensorList p = list_of("params", Access::kWrite, params);
-  const TensorList b = list_of("buffers", Access::kWrite, buffers);
-  check_pair(p, b);
-  check_overlap({&p, &b});
-  check_scalar("inverse_scale", inverse_scale);
-  const Kernels& kernel = kernels();
-  const auto factor = static_cast<float>(value_of(inverse_scale));
-  const Work work(p);
-  const Addresses to(p), with(b);
-  bump_versions(p);
-  bump_versions(b);
-  work.run({&to, &with}, [&](int64_t, const Chunk& chunk, Storage storage) {
-    kernel.restore_swap[storage](to[chunk], with[chunk], chunk.size, factor);
-  });
-}
-
 // ---- the update ----
 
-void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                  at::TensorList exp_avg_sqs, at::TensorList steps,
-                  const c10::List<std::optional<at::Tensor>>& directions, const at::Tensor& lr,
-                  double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                  const std::optional<at::Tensor>& blend,
-                  const std::optional<at::Tensor>& gradient_scale) {
-  const AdamWLists lists =
-      check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, directions, blend.has_value());
-  check_scalar("lr", lr);
-  if (blend.has_value()) check_scalar("blend", *blend);
-  if (gradient_scale.has_value()) check_scalar("gradient_scale", *gradient_scale);
+void adamw_blend_(StableIValue* stack, uint64_t, uint64_t) {
+  const AdamWArguments given{Arguments(stack)};
   const Kernels& kernel = kernels();
   const GradientCoefficients gradient{
-      maximize ? -1.0f : 1.0f,
-      static_cast<float>(value_of(blend, 0)),
-      static_cast<float>(value_of(gradient_scale, 1)),
+      given.maximize ? -1.0f : 1.0f,
+      static_cast<float>(value_of(given.blend, 0)),
+      static_cast<float>(value_of(given.gradient_scale, 1)),
   };
-  const double rate = value_of(lr);
-  const Work work(lists.params);
-  const Addresses to(lists.params), from(lists.grads), blended(lists.directions);
-  const Addresses first_moments(lists.exp_avgs), second_moments(lists.exp_avg_sqs);
+  const double rate = given.lr.item();
+  const Work work(given.params);
+  const Addresses to(given.params), from(given.grads), blended(given.directions);
+  const Addresses first_moments(given.exp_avgs), second_moments(given.exp_avg_sqs);
+  std::vector<float*> counters;
+  counters.reserve(given.steps.size());
   std::vector<AdamWCoefficients> coefficients;
-  coefficients.reserve(params.size());
+  coefficients.reserve(given.steps.size());
   float last_step = -1;
-  for (const at::Tensor& counter : steps) {
-    const float step = *counter.const_data_ptr<float>() + 1;
+  for (const Tensor& counter : given.steps.tensors) {
+    counters.push_back(static_cast<float*>(counter.mutable_data()));
+    const float step = *counters.back() + 1;
     if (step == last_step) {
       coefficients.push_back(coefficients.back());
       continue;
     }
     last_step = step;
+    const double times = step;
     coefficients.push_back({
-        static_cast<float>(1 - rate * weight_decay),
-        static_cast<float>(1 - beta1),
-        static_cast<float>(beta2),
-        static_cast<float>(1 - beta2),
-        static_cast<float>(-(rate / (1 - std::pow(beta1, static_cast<double>(step))))),
-        static_cast<float>(std::sqrt(1 - std::pow(beta2, static_cast<double>(step)))),
-        static_cast<float>(eps),
+        static_cast<float>(1 - rate * given.weight_decay),
+        static_cast<float>(1 - given.beta1),
+        static_cast<float>(given.beta2),
+        static_cast<float>(1 - given.beta2),
+        static_cast<float>(-(rate / (1 - std::pow(given.beta1, times)))),
+        static_cast<float>(std::sqrt(1 - std::pow(given.beta2, times))),
+        static_cast<float>(given.eps),
     });
   }
   // Nothing below can fail.
-  for (const TensorList* list : lists.written()) bump_versions(*list);
-  for (const at::Tensor& counter : steps) *counter.mutable_data_ptr<float>() += 1;
+  for (float* const counter : counters) *counter += 1;
   work.run({&to, &from, &first_moments, &second_moments, &blended}, [&](int64_t, const Chunk& chunk,
                                                                         Storage storage) {
     kernel.adamw_blend[storage](to[chunk], from[chunk], static_cast<float*>(first_moments[chunk]),
@@ -258,91 +251,103 @@ void adamw_blend_(at::TensorList params, at::TensorList grads, at::TensorList ex
 
 // ---- the probe ----
 
-at::Tensor probe_add(const at::Tensor& hidden, const at::Tensor& offset) {
-  check_dtype({"hidden", Access::kRead, {&hidden}});
-  check_float32({"offset", Access::kRead, {&offset}});
-  const int64_t width = offset.numel();
-  const int64_t rows = rows_of("offset", offset, "hidden", hidden);
-  const at::Tensor from = hidden.contiguous();
-  const at::Tensor with = offset.contiguous();
+void probe_add(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList hidden("hidden", Access::kRead, arguments.tensor());
+  const TensorList offset("offset", Access::kRead, arguments.tensor());
+  check_dense(hidden);
+  check_dense(offset);
+  check_dtype(hidden);
+  check_float32(offset);
+  const int64_t rows = rows_of(offset, hidden);
+  const Tensor from = contiguous(hidden[0]);
+  const Tensor with = contiguous(offset[0]);
+  const int64_t width = with.numel();
   // Of the strides that `hidden` has, as the fake promises.
-  const at::Tensor out = at::empty_like(hidden);
-  const at::Tensor dense = out.is_contiguous() ? out : at::empty_like(from);
+  Tensor out = empty_like(hidden[0]);
+  const bool direct = out.is_contiguous();
+  const Tensor dense = direct ? Tensor() : empty_like(from);
   const Kernels& kernel = kernels();
   const Storage storage = storage_of(from);
-  const auto bytes = static_cast<int64_t>(from.element_size());
-  const auto* const source = static_cast<const char*>(from.const_data_ptr());
-  auto* const target = static_cast<char*>(dense.mutable_data_ptr());
-  const auto* const offsets = with.const_data_ptr<float>();
-  at::parallel_for(0, rows, 1 + kChunkSize / std::max<int64_t>(1, width),
-                   [&](int64_t first, int64_t last) {
-                     for (int64_t row = first; row < last; ++row) {
-                       const int64_t start = row * width * bytes;
-                       kernel.probe_add[storage](target + start, source + start, offsets, width);
-                     }
-                   });
-  if (!out.is_same(dense)) out.copy_(dense);
-  return out;
+  const int64_t bytes = from.element_size();
+  const auto* const source = static_cast<const char*>(from.const_data());
+  auto* const target = static_cast<char*>((direct ? out : dense).mutable_data());
+  const auto* const offsets = static_cast<const float*>(with.const_data());
+  parallel_for(rows, 1 + kChunkSize / std::max<int64_t>(1, width),
+               [&](int64_t first, int64_t last) {
+                 for (int64_t row = first; row < last; ++row) {
+                   const int64_t start = row * width * bytes;
+                   kernel.probe_add[storage](target + start, source + start, offsets, width);
+                 }
+               });
+  if (!direct) copy(out, dense);
+  stack[0] = out.release();
 }
 
-void probe_project_(const at::Tensor& buffer, const at::Tensor& gradient, double sign) {
-  const TensorList written{"buffer", Access::kWrite, {&buffer}};
-  check_dtype({"gradient", Access::kRead, {&gradient}});
+void probe_project_(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList written("buffer", Access::kWrite, arguments.tensor());
+  const TensorList gradient("gradient", Access::kRead, arguments.tensor());
+  const auto sign = static_cast<float>(arguments.number());
+  check_dense(written);
+  check_dense(gradient);
+  check_dtype(gradient);
   check_float32(written);
-  TORCH_CHECK_NOT_IMPLEMENTED(buffer.is_contiguous(), "buffer of shape ", buffer.sizes(),
-                              " has strides ", buffer.strides(), "; contiguous ones are supported");
-  const int64_t width = buffer.numel();
-  const int64_t rows = rows_of("buffer", buffer, "gradient", gradient);
-  const at::Tensor from = gradient.contiguous();
-  const TensorList read{"gradient", Access::kRead, {&from}};
+  check_contiguous(written);
+  const int64_t rows = rows_of(written, gradient);
+  const TensorList read("gradient", Access::kRead, contiguous(gradient[0]));
   check_overlap({&written, &read});
+  const Tensor& from = read[0];
+  const int64_t width = written[0].numel();
   const Kernels& kernel = kernels();
   const Storage storage = storage_of(from);
-  const auto bytes = static_cast<int64_t>(from.element_size());
-  const auto* const source = static_cast<const char*>(from.const_data_ptr());
-  bump_versions(written);
-  auto* const target = buffer.mutable_data_ptr<float>();
+  const int64_t bytes = from.element_size();
+  const auto* const source = static_cast<const char*>(from.const_data());
+  auto* const target = static_cast<float*>(written[0].mutable_data());
+  count_version(written[0]);
   // Threads share out columns, a cache line of them at a time, so that no sum is split.
   constexpr int64_t kColumns = 64;
   const int64_t tiles = (width + kColumns - 1) / kColumns;
   const int64_t grain = 1 + kChunkSize / std::max<int64_t>(1, rows * kColumns);
-  at::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) {
+  parallel_for(tiles, grain, [&](int64_t first, int64_t last) {
     const int64_t start = first * kColumns;
     const int64_t columns = std::min(last * kColumns, width) - start;
     kernel.probe_project[storage](target + start, source + start * bytes, rows, width, columns,
-                                  static_cast<float>(sign));
+                                  sign);
   });
 }
 
-at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, double probe_size,
-                       const at::Tensor& perturbation_norm, at::TensorList radii) {
-  check_not_empty("buffers", buffers);
-  const TensorList h = list_of("buffers", Access::kWrite, buffers);
+void probe_rule_(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList h("buffers", Access::kWrite, arguments.tensors());
+  const std::string name = arguments.text();
+  const auto probe_size = static_cast<float>(arguments.number());
+  const Tensor perturbation_norm = arguments.tensor();
+  const TensorList radii("radii", Access::kRead, arguments.tensors());
+  check_not_empty(h);
   check_one_dimension(h);
   check_layout(h, h);
   check_float32(h);
   check_overlap({&h});
   check_scalar("perturbation_norm", perturbation_norm);
-  TORCH_CHECK(radii.size() == buffers.size(), "buffers has ", buffers.size(),
-              " tensors, radii has ", radii.size());
-  for (const at::Tensor& radius : radii) check_scalar("radii", radius);
-  const std::string name(rule_name);
-  TORCH_CHECK(name == "gradient" || name == "normalized" || name == "adam", "rule=", name,
-              " is not known; choose gradient, normalized or adam");
+  SAP_FAST_CHECK(radii.size() == h.size(), "buffers has ", h.size(), " tensors, radii has ",
+                 radii.size());
+  for (const Tensor& radius : radii.tensors) check_scalar("radii", radius);
+  SAP_FAST_CHECK(name == "gradient" || name == "normalized" || name == "adam", "rule=", name,
+                 " is not known; choose gradient, normalized or adam");
   const Rule rule = name == "gradient" ? kGradient : name == "normalized" ? kNormalized : kAdam;
 
   const Kernels& kernel = kernels();
   const Work work(h);
   const Addresses to(h);
-  const auto norm = static_cast<float>(value_of(perturbation_norm));
-  bump_versions(h);
+  const auto norm = static_cast<float>(perturbation_norm.item());
 
   bool finite = true;
   std::vector<RuleCoefficients> coefficients;
-  for (const at::Tensor& radius : radii) {
-    const auto value = static_cast<float>(value_of(radius));
+  for (const Tensor& radius : radii.tensors) {
+    const auto value = static_cast<float>(radius.item());
     if (!std::isfinite(value)) finite = false;
-    coefficients.push_back({rule, static_cast<float>(probe_size), norm, 0, 0, value});
+    coefficients.push_back({rule, probe_size, norm, 0, 0, value});
   }
   const size_t count = work.chunks().size();
   std::vector<float> largest(count);
@@ -359,7 +364,7 @@ at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, doubl
     if (chunk_finite[index] == 0) finite = false;
   }
   if (finite && rule == kNormalized) {
-    std::vector<double> squares(count), totals(buffers.size());
+    std::vector<double> squares(count), totals(h.size());
     work.run({&to}, [&](int64_t index, const Chunk& chunk, Storage) {
       const float unit = coefficients[chunk.tensor].largest;
       if (unit > 0) {
@@ -384,12 +389,14 @@ at::Tensor probe_rule_(at::TensorList buffers, c10::string_view rule_name, doubl
       std::fill_n(piece, chunk.size, 0.0f);
     }
   });
-  return at::scalar_tensor(finite, at::TensorOptions().dtype(at::kBool));
+  AtenTensorHandle result = nullptr;
+  ask(aoti_torch_scalar_to_tensor_bool(finite, &result), "make a tensor");
+  stack[0] = Tensor::to_value(result);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(sap_fast, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(sap_fast, CPU, m) {
   m.impl("sum_squares.native", &sum_squares);
   m.impl("dot.native", &dot);
   m.impl("perturb_swap_.native", &perturb_swap_);

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer with SAP: the mixin goes in front, and TRL's own loss runs in every pass.
 
 python examples/trl_sft.py --tiny
+python examples/trl_sft.py --tiny --blend
 """
 
 import tempfile
@@ -19,7 +20,9 @@ class SAPSFTTrainer(SAPTrainerMixin, SFTTrainer):
     """All that it takes."""
 
 
-options = parser(__doc__).parse_args()
+arguments = parser(__doc__)
+arguments.add_argument("--blend", action="store_true", help="blend, without a probe")
+options = arguments.parse_args()
 model = load_model(options)
 if options.tiny:
     words = {f"w{number}": number for number in range(254)} | {"<pad>": 254, "<eos>": 255}
@@ -47,5 +50,6 @@ with tempfile.TemporaryDirectory() as folder:
         processing_class=tokenizer,
         safety_dataset=safety_rows(model),
         safety_collator=SafetyCollator(pad_token_id=0),
+        method="blend" if options.blend else "sap",
     )
     trainer.train()

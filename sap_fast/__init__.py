@@ -25,7 +25,7 @@ from sap_fast.step.passes import SafetyPasses
 if TYPE_CHECKING:
     from sap_fast.integrations.trainer import SAPTrainer, SAPTrainerMixin
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlendedAdamW",

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from sap_fast.compatibility import prompts_disabled
+
 
 def text_config(model: nn.Module) -> Any:
     """Returns the configuration of a language model, or of the language half of a larger one.
@@ -33,6 +35,19 @@ def text_setting(model: nn.Module, name: str) -> Any:
     return getattr(text_config(model), name, None)
 
 
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Raises where a model has an encoder, which reads the prompt apart from the answer.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    if text_setting(model, "is_encoder_decoder"):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, whose prompt and answer are no one "
+            "sequence; expected a causal language model"
+        )
+
+
 class VirtualTokens(NamedTuple):
     """How many virtual tokens a model puts before every row."""
 
@@ -55,10 +70,10 @@ def virtual_tokens(model: nn.Module) -> VirtualTokens:
     if peft is None:
         return NO_VIRTUAL_TOKENS
     adapted: Any = next((m for m in outer_modules(model) if isinstance(m, peft.PeftModel)), None)
-    if adapted is None or adapted._adapters_disabled:
+    if adapted is None:
         return NO_VIRTUAL_TOKENS
     config = adapted.active_peft_config
-    if not config.is_prompt_learning:
+    if not config.is_prompt_learning or prompts_disabled(adapted):
         return NO_VIRTUAL_TOKENS
     in_sequence = str(getattr(config.peft_type, "value", config.peft_type)) not in _IN_THE_CACHE
     return VirtualTokens(config.num_virtual_tokens, in_sequence)

@@ -21,8 +21,12 @@ TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget precision and accumulation of the test before: accelerate keeps them per process."""
+    # Until transformers 5.0 `TrainingArguments(bf16=True)` leaves this behind. Set and deleted, so
+    # that it is not there after the test either.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     yield

@@ -66,7 +66,7 @@ def test_the_language_half_of_a_multi_modal_model():
 
 def test_the_text_that_is_written_counts_where_text_is_read_too():
     # Without decoder=True transformers says that this is ambiguous.
-    config = transformers.PreTrainedConfig()
+    config = transformers.PretrainedConfig()
     config.text_encoder = transformers.LlamaConfig(hidden_size=32)
     config.decoder = transformers.LlamaConfig(hidden_size=64)
     assert text_setting(with_config(nn.Linear(2, 2), config), "hidden_size") == 64

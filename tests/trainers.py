@@ -75,6 +75,13 @@ def sap_trainer(
     return trainer_of(kind, tuned, args, probe=PROBE | (probe or {}), **options)
 
 
+def by_length() -> dict[str, Any]:
+    """Arguments that have batches of rows of about the same length."""
+    known = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
+    # Until transformers 5.2 a switch of its own.
+    return {"train_sampling_strategy": "group_by_length"} if known else {"group_by_length": True}
+
+
 class BeforeEachUpdate(TrainerCallback):
     """Calls a function once the gradients of a step are there, with its number."""
 

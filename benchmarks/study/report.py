@@ -50,7 +50,7 @@ class Summary:
         gain_kept: the part that is left of what AdamW's tuning took off the aligned model's task
             loss, mean over seeds: 1 is AdamW's, 0 no gain at all.
         exact_answers: share of problems solved, or None.
-        lean: predicted, mean over seeds, or None: see `SAPMetrics.lean_predicted`.
+        lean: mean over seeds, or None; see `SAPMetrics.lean`.
         step_seconds: median over seeds, or None.
         step_ratio: of it to AdamW's with the same task, seed, device and threads, or None.
         peak_bytes: largest over seeds, or None.

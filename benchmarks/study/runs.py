@@ -174,8 +174,7 @@ def tune(
     trainer.add_callback(look)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    # From h, not from the losses at W ± ΔW: these are curved where ρ is as large as h allows.
-    name = "sap/lean_predicted"
+    name = "sap/lean"
     leans = [entry[name] for entry in trainer.state.log_history if name in entry]
     figures = {
         "lean_predicted": statistics.fmean(leans) if leans else None,

@@ -192,7 +192,7 @@ class Look:
         assert sap.probes is not None
         self._sap, self._trained, self._roots, self.asked = sap, trained, roots, asked
         self._probes, self._passes = sap.probes, sap.passes
-        self._passes.measures_lean = True  # keeps the direction for several rounds of probe passes
+        self._passes.keeps_direction = True  # for several rounds of probe passes
         self._direction = self._unit_gradient(asked.safety)
         self._elsewhere = self._unit_gradient(asked.other_safety)
         self._start = self._gradient(asked.task)

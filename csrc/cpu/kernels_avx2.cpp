@@ -1,7 +1,7 @@
 // Kernels for AVX2, FMA and F16C: Haswell, Zen and later.
 #include "system.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SAP_FAST_WITHOUT_AVX2)
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

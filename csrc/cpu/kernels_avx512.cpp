@@ -1,7 +1,7 @@
 // Kernels for AVX-512 F, BW, DQ and VL: Skylake-SP, Zen 4 and later.
 #include "system.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SAP_FAST_WITHOUT_AVX512)
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \

@@ -139,18 +139,25 @@ void probe_add(void* out, const void* hidden, const float* offset, int64_t size)
 }
 
 // Rows are summed in fp32 by blocks of kRows, and the blocks in double: the error does not grow
-// with the number of tokens.
+// with the number of tokens. A block is kWays sums that are added by pairs: one after the other, 32
+// rows had 1.26 times the error (rms) of PyTorch's sum.
 template <class S>
 void probe_project(float* buffer, const void* gradient, int64_t rows, int64_t stride,
                    int64_t columns, float sign) {
   constexpr int64_t kRows = 32;
+  constexpr int kWays = 4;
   const S* const g = static_cast<const S*>(gradient);
   for_each_vector(columns, [=](int64_t i, auto lanes) SAP_INLINE_LAMBDA {
     double totals[kLanes] = {};
     for (int64_t first = 0; first < rows; first += kRows) {
       const int64_t end = first + kRows < rows ? first + kRows : rows;
-      Vec block = {};
-      for (int64_t row = first; row < end; ++row) block += load(g + row * stride + i, lanes);
+      Vec parts[kWays] = {};
+      int64_t row = first;
+      for (; row + kWays <= end; row += kWays) {
+        for (int k = 0; k < kWays; ++k) parts[k] += load(g + (row + k) * stride + i, lanes);
+      }
+      for (int k = 0; row < end; ++row, ++k) parts[k] += load(g + row * stride + i, lanes);
+      const Vec block = (parts[0] + parts[1]) + (parts[2] + parts[3]);
       for (int lane = 0; lane < kLanes; ++lane) totals[lane] += block[lane];
     }
     Vec sum = {};

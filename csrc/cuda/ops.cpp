@@ -2,15 +2,7 @@
 // one launch. The kernels, in the .cu files, know nothing of PyTorch.
 //
 // Everything is checked, and every error raised that can be foreseen, before anything is queued.
-#include <ATen/core/List.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
 #include <array>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,51 +17,71 @@ namespace {
 void check_launch(const char* operation, cudaError_t error) {
   if (error == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());
-  TORCH_CHECK(false, "sap_fast::", operation, " could not be launched: ", cudaGetErrorName(error),
-              ", ", cudaGetErrorString(error));
+  fail("sap_fast::", operation, " could not be launched: ", cudaGetErrorName(error), ", ",
+       cudaGetErrorString(error));
 }
 
-Storage storage_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Storage::kFloat32;
-    case at::kBFloat16:
-      return Storage::kBFloat16;
-    default:
-      return Storage::kFloat16;
-  }
+Storage storage_of(const Tensor& tensor) {
+  const int32_t dtype = tensor.dtype();
+  return dtype == codes().float32    ? Storage::kFloat32
+         : dtype == codes().bfloat16 ? Storage::kBFloat16
+                                     : Storage::kFloat16;
 }
 
-void* address_of(const at::Tensor& tensor, Access access) {
-  return access == Access::kWrite ? tensor.mutable_data_ptr()
-                                  : const_cast<void*>(tensor.const_data_ptr());
+void* address_of(const Tensor& tensor, Access access) {
+  return access == Access::kWrite ? tensor.mutable_data() : const_cast<void*>(tensor.const_data());
 }
 
 // Raises unless the tensor is on `device`. A scalar on the GPU brings tensors of the CPU here.
-void check_device(const char* name, const at::Tensor& tensor, const at::Device& device) {
-  TORCH_CHECK_NOT_IMPLEMENTED(device.is_cuda() && tensor.device() == device, name, " is on ",
-                              tensor.device(), "; one CUDA device for all tensors is supported");
+void check_device(const std::string& name, const Tensor& tensor, const Device& device) {
+  SAP_FAST_CHECK_SUPPORTED(device.is_cuda() && tensor.device() == device, name, " is on ",
+                           tensor.device(), "; one CUDA device for all tensors is supported");
 }
 
 // What the kernels read in place of a 0-d tensor: its value if it is on the CPU, else its address.
-Scalar scalar_of(const char* name, const at::Tensor& tensor, const at::Device& device) {
+Scalar scalar_of(const char* name, const Tensor& tensor, const Device& device) {
   check_scalar(name, tensor);
-  if (tensor.is_cpu()) return {nullptr, false, tensor.item<double>()};
+  if (tensor.device().is_cpu()) return {nullptr, false, tensor.item()};
   check_device(name, tensor, device);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name,
-      " has dtype ", tensor.scalar_type(), "; float32 and float64 are supported");
-  return {tensor.const_data_ptr(), tensor.scalar_type() == at::kDouble, 0};
+  SAP_FAST_CHECK_SUPPORTED(tensor.dtype() == codes().float32 || tensor.dtype() == codes().float64,
+                           name, " has dtype ", dtype_name(tensor.dtype()),
+                           "; float32 and float64 are supported");
+  return {tensor.const_data(), tensor.dtype() == codes().float64, 0};
 }
 
-Scalar scalar_of(const char* name, const std::optional<at::Tensor>& tensor,
-                 const at::Device& device, double otherwise) {
-  return tensor.has_value() ? scalar_of(name, *tensor, device) : Scalar{nullptr, false, otherwise};
+Scalar scalar_or(const char* name, const Tensor& tensor, const Device& device, double otherwise) {
+  return tensor ? scalar_of(name, tensor, device) : Scalar{nullptr, false, otherwise};
+}
+
+// Makes a device the current one for as long as it lives, and names the stream of work there.
+class Guard {
+ public:
+  explicit Guard(const Device& device) {
+    ask(aoti_torch_create_cuda_guard(device.index, &guard_), "make a device the current one");
+    void* stream = nullptr;
+    const AOTITorchError error = aoti_torch_get_current_cuda_stream(device.index, &stream);
+    if (error != 0) aoti_torch_delete_cuda_guard(guard_);
+    ask(error, "name the current stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+  ~Guard() { aoti_torch_delete_cuda_guard(guard_); }
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  CUDAGuardHandle guard_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+};
+
+Tensor empty_scalar(int32_t dtype, const Device& device) {
+  return empty(Integers{nullptr, 0}, dtype, device);
 }
 
 // Memory for an operation, back with the allocator at its end: the stream runs in order.
-at::Tensor allocate_scratch(int64_t bytes, const at::Device& device) {
-  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+Tensor allocate_scratch(int64_t bytes, const Device& device) {
+  return empty(Integers{&bytes, 1}, codes().uint8, device);
 }
 
 // Tensors of one storage type with their counterparts in other lists.
@@ -98,13 +110,13 @@ std::vector<Group<kOperands>> groups_of(const TensorList* const (&lists)[kOperan
   std::vector<Group<kOperands>> groups;
   for (const Storage storage : {Storage::kFloat32, Storage::kBFloat16, Storage::kFloat16}) {
     Group<kOperands> group{storage, {}, {}};
-    for (size_t index = 0; index < lists[0]->tensors.size(); ++index) {
-      const at::Tensor& tensor = *lists[0]->tensors[index];
+    for (size_t index = 0; index < lists[0]->size(); ++index) {
+      const Tensor& tensor = (*lists[0])[index];
       if (storage_of(tensor) != storage || !selects(index)) continue;
       group.sizes.push_back(tensor.numel());
       for (int operand = 0; operand < kOperands; ++operand) {
         const TensorList& list = *lists[operand];
-        group.addresses[operand].push_back(address_of(*list.tensors[index], list.access));
+        group.addresses[operand].push_back(address_of(list[index], list.access));
       }
     }
     if (!group.sizes.empty()) groups.push_back(std::move(group));
@@ -118,9 +130,9 @@ std::vector<Group<kOperands>> groups_of(const TensorList* const (&lists)[kOperan
 }
 
 // The device of a list's first tensor, which is that of all tensors of the operation.
-at::Device device_of(const TensorList& list) {
-  const at::Device device = list.tensors.front()->device();
-  check_device((std::string(list.name) + "[0]").c_str(), *list.tensors.front(), device);
+Device device_of(const TensorList& list) {
+  const Device device = list[0].device();
+  check_device(std::string(list.name) + "[0]", list[0], device);
   return device;
 }
 
@@ -128,136 +140,132 @@ at::Device device_of(const TensorList& list) {
 
 // Sums what launch(group, partial sums, stream) writes for each chunk of each group.
 template <int kOperands, class Launch>
-at::Tensor reduce(const char* operation, const at::Device& device,
-                  const std::vector<Group<kOperands>>& groups, const Launch& launch) {
-  const c10::cuda::CUDAGuard guard(device);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+StableIValue reduce(const char* operation, const Device& device,
+                    const std::vector<Group<kOperands>>& groups, const Launch& launch) {
+  const Guard guard(device);
   int64_t chunks = 0;
   for (const auto& group : groups) {
     chunks += count_chunks(static_cast<int64_t>(group.sizes.size()), group.sizes.data());
   }
-  const at::Tensor scratch = allocate_scratch(chunks * static_cast<int64_t>(sizeof(float)), device);
-  at::Tensor out = at::empty({}, at::TensorOptions().dtype(at::kFloat).device(device));
-  auto* const partial_sums = static_cast<float*>(scratch.mutable_data_ptr());
+  const Tensor scratch = allocate_scratch(chunks * static_cast<int64_t>(sizeof(float)), device);
+  Tensor out = empty_scalar(codes().float32, device);
+  auto* const partial_sums = static_cast<float*>(scratch.mutable_data());
   float* next = partial_sums;
   for (const auto& group : groups) {
-    check_launch(operation, launch(group, next, stream));
+    check_launch(operation, launch(group, next, guard.stream()));
     next += count_chunks(static_cast<int64_t>(group.sizes.size()), group.sizes.data());
   }
-  check_launch(operation, add_up(partial_sums, chunks, out.mutable_data_ptr<float>(), stream));
-  return out;
+  auto* const sum = static_cast<float*>(out.mutable_data());
+  check_launch(operation, add_up(partial_sums, chunks, sum, guard.stream()));
+  return out.release();
 }
 
-at::Tensor sum_squares_op(at::TensorList tensors) {
-  check_not_empty("tensors", tensors);
-  const TensorList list = list_of("tensors", Access::kRead, tensors);
+void sum_squares_op(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList list("tensors", Access::kRead, arguments.tensors());
+  check_not_empty(list);
   check_layout(list, list);
   check_dtype(list);
-  const at::Device device = device_of(list);
-  return reduce("sum_squares", device, groups_of({&list}),
-                [](const Group<1>& group, float* partial_sums, cudaStream_t stream) {
-                  return sum_squares(group.storage, group.lists(), partial_sums, stream);
-                });
+  const Device device = device_of(list);
+  stack[0] = reduce("sum_squares", device, groups_of({&list}),
+                    [](const Group<1>& group, float* partial_sums, cudaStream_t stream) {
+                      return sum_squares(group.storage, group.lists(), partial_sums, stream);
+                    });
 }
 
-at::Tensor dot_op(at::TensorList left, at::TensorList right) {
-  check_not_empty("left", left);
-  const TensorList a = list_of("left", Access::kRead, left);
-  const TensorList b = list_of("right", Access::kRead, right);
+void dot_op(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList a("left", Access::kRead, arguments.tensors());
+  const TensorList b("right", Access::kRead, arguments.tensors());
+  check_not_empty(a);
   check_pair(a, b);
-  const at::Device device = device_of(a);
-  return reduce("dot", device, groups_of({&a, &b}),
-                [](const Group<2>& group, float* partial_sums, cudaStream_t stream) {
-                  return dot(group.storage, group.lists(), partial_sums, stream);
-                });
+  const Device device = device_of(a);
+  stack[0] = reduce("dot", device, groups_of({&a, &b}),
+                    [](const Group<2>& group, float* partial_sums, cudaStream_t stream) {
+                      return dot(group.storage, group.lists(), partial_sums, stream);
+                    });
 }
 
 // ---- the perturbation ----
 
-// Checks all arguments, marks what is written, and calls launch(storage, lists, scalar, stream) for
-// each group. `scalar_on(device)` returns the scalar that the kernels take.
+// Checks all arguments, and calls launch(storage, lists, scalar, stream) for each group.
+// `scalar_on(device)` returns the scalar that the kernels take.
 template <class ScalarOn, class Launch>
 void update_pair(const char* operation, const TensorList& params, const TensorList& buffers,
                  const ScalarOn& scalar_on, const Launch& launch) {
+  check_not_empty(params);
   check_pair(params, buffers);
   check_overlap({&params, &buffers});
-  const at::Device device = device_of(params);
+  const Device device = device_of(params);
   const Scalar scalar = scalar_on(device);
   const std::vector<Group<2>> groups = groups_of({&params, &buffers});
-  const c10::cuda::CUDAGuard guard(device);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  for (const TensorList* list : {&params, &buffers}) {
-    if (list->access == Access::kWrite) bump_versions(*list);
-  }
+  const Guard guard(device);
   for (const auto& group : groups) {
-    check_launch(operation, launch(group.storage, group.lists(), scalar, stream));
+    check_launch(operation, launch(group.storage, group.lists(), scalar, guard.stream()));
   }
 }
 
-void perturb_swap_op(at::TensorList params, at::TensorList buffers, const at::Tensor& scale) {
-  check_not_empty("params", params);
+void perturb_swap_op(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList params("params", Access::kWrite, arguments.tensors());
+  const TensorList buffers("buffers", Access::kWrite, arguments.tensors());
+  const Tensor scale = arguments.tensor();
   update_pair(
-      "perturb_swap_", list_of("params", Access::kWrite, params),
-      list_of("buffers", Access::kWrite, buffers),
-      [&](const at::Device& device) { return scalar_of("scale", scale, device); }, &perturb_swap);
+      "perturb_swap_", params, buffers,
+      [&](const Device& device) { return scalar_of("scale", scale, device); }, &perturb_swap);
 }
 
-void reflect_op(at::TensorList params, at::TensorList buffers) {
-  check_not_empty("params", params);
+void reflect_op(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList params("params", Access::kWrite, arguments.tensors());
+  const TensorList buffers("buffers", Access::kRead, arguments.tensors());
   update_pair(
-      "reflect_", list_of("params", Access::kWrite, params),
-      list_of("buffers", Access::kRead, buffers), [](const at::Device&) { return Scalar{}; },
+      "reflect_", params, buffers, [](const Device&) { return Scalar{}; },
       [](Storage storage, const TensorLists<2>& lists, const Scalar&, cudaStream_t stream) {
         return reflect(storage, lists, stream);
       });
 }
 
-void restore_swap_op(at::TensorList params, at::TensorList buffers,
-                     const at::Tensor& inverse_scale) {
-  check_not_empty("params", params);
+void restore_swap_op(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList params("params", Access::kWrite, arguments.tensors());
+  const TensorList buffers("buffers", Access::kWrite, arguments.tensors());
+  const Tensor inverse_scale = arguments.tensor();
   update_pair(
-      "restore_swap_", list_of("params", Access::kWrite, params),
-      list_of("buffers", Access::kWrite, buffers),
-      [&](const at::Device& device) { return scalar_of("inverse_scale", inverse_scale, device); },
+      "restore_swap_", params, buffers,
+      [&](const Device& device) { return scalar_of("inverse_scale", inverse_scale, device); },
       &restore_swap);
 }
 
 // ---- the update ----
 
-void adamw_blend_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                    at::TensorList exp_avg_sqs, at::TensorList steps,
-                    const c10::List<std::optional<at::Tensor>>& directions, const at::Tensor& lr,
-                    double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                    const std::optional<at::Tensor>& blend,
-                    const std::optional<at::Tensor>& gradient_scale) {
-  const AdamWLists lists =
-      check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, directions, blend.has_value());
-  const auto& [p, g, m, v, t, d, held] = lists;
-  const at::Device device = device_of(p);
+void adamw_blend_op(StableIValue* stack, uint64_t, uint64_t) {
+  const AdamWArguments given{Arguments(stack)};
+  const TensorList &p = given.params, &g = given.grads, &m = given.exp_avgs;
+  const TensorList &v = given.exp_avg_sqs, &t = given.steps, &d = given.directions;
+  const Device device = device_of(p);
   const AdamWOptions options{
-      scalar_of("lr", lr, device),
-      beta1,
-      beta2,
-      eps,
-      weight_decay,
-      maximize,
-      scalar_of("blend", blend, device, 0),
-      scalar_of("gradient_scale", gradient_scale, device, 1),
+      scalar_of("lr", given.lr, device),
+      given.beta1,
+      given.beta2,
+      given.eps,
+      given.weight_decay,
+      given.maximize,
+      scalar_or("blend", given.blend, device, 0),
+      scalar_or("gradient_scale", given.gradient_scale, device, 1),
   };
   // Only tensors that have a direction read one.
-  const auto has_direction = [&](size_t index) { return d.tensors[index] != nullptr; };
+  const auto has_direction = [&](size_t index) { return static_cast<bool>(d[index]); };
   const std::vector<Group<6>> blended = groups_of({&p, &g, &m, &v, &d, &t}, has_direction);
   const std::vector<Group<5>> plain =
       groups_of({&p, &g, &m, &v, &t}, [&](size_t index) { return !has_direction(index); });
-  const c10::cuda::CUDAGuard guard(device);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const at::Tensor scratch =
-      allocate_scratch(adamw_blend_scratch(static_cast<int64_t>(params.size())), device);
-  for (const TensorList* list : lists.written()) bump_versions(*list);
+  const Guard guard(device);
+  const Tensor scratch =
+      allocate_scratch(adamw_blend_scratch(static_cast<int64_t>(p.size())), device);
   // The groups run one after the other and may share the scratch.
   const auto run = [&](Storage storage, const auto& operands, const std::vector<void*>& counters) {
     check_launch("adamw_blend_", adamw_blend(storage, operands, counters.data(), options,
-                                             scratch.mutable_data_ptr(), stream));
+                                             scratch.mutable_data(), guard.stream()));
   };
   for (const auto& group : plain) run(group.storage, group.lists<4>(), group.addresses[4]);
   for (const auto& group : blended) run(group.storage, group.lists<5>(), group.addresses[5]);
@@ -265,84 +273,101 @@ void adamw_blend_op(at::TensorList params, at::TensorList grads, at::TensorList 
 
 // ---- the probe ----
 
-at::Tensor probe_add_op(const at::Tensor& hidden, const at::Tensor& offset) {
-  const at::Device device = hidden.device();
-  check_device("hidden", hidden, device);
-  check_device("offset", offset, device);
-  check_dtype({"hidden", Access::kRead, {&hidden}});
-  check_float32({"offset", Access::kRead, {&offset}});
-  const int64_t rows = rows_of("offset", offset, "hidden", hidden);
-  const c10::cuda::CUDAGuard guard(device);
-  const at::Tensor from = hidden.contiguous();
-  const at::Tensor with = offset.contiguous();
-  const at::Tensor sum = at::empty_like(from);
-  check_launch("probe_add", probe_add(storage_of(from), sum.mutable_data_ptr(),
-                                      from.const_data_ptr(), with.const_data_ptr<float>(), rows,
-                                      with.numel(), c10::cuda::getCurrentCUDAStream()));
+void probe_add_op(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList hidden("hidden", Access::kRead, arguments.tensor());
+  const TensorList offset("offset", Access::kRead, arguments.tensor());
+  const Device device = hidden[0].device();
+  check_device("hidden", hidden[0], device);
+  check_device("offset", offset[0], device);
+  check_dense(hidden);
+  check_dense(offset);
+  check_dtype(hidden);
+  check_float32(offset);
+  const int64_t rows = rows_of(offset, hidden);
+  const Guard guard(device);
+  const Tensor from = contiguous(hidden[0]);
+  const Tensor with = contiguous(offset[0]);
+  Tensor sum = empty_like(from);
+  check_launch("probe_add", probe_add(storage_of(from), sum.mutable_data(), from.const_data(),
+                                      static_cast<const float*>(with.const_data()), rows,
+                                      with.numel(), guard.stream()));
+  if (hidden[0].is_contiguous()) {
+    stack[0] = sum.release();
+    return;
+  }
   // The result is laid out as `hidden` is.
-  return hidden.is_contiguous() ? sum : at::empty_like(hidden).copy_(sum);
+  Tensor out = empty_like(hidden[0]);
+  copy(out, sum);
+  stack[0] = out.release();
 }
 
-void probe_project_op(const at::Tensor& buffer, const at::Tensor& gradient, double sign) {
-  const at::Device device = buffer.device();
+void probe_project_op(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList written("buffer", Access::kWrite, arguments.tensor());
+  const TensorList gradient("gradient", Access::kRead, arguments.tensor());
+  const auto sign = static_cast<float>(arguments.number());
+  const Tensor& buffer = written[0];
+  const Device device = buffer.device();
   check_device("buffer", buffer, device);
-  check_device("gradient", gradient, device);
-  const TensorList written{"buffer", Access::kWrite, {&buffer}};
-  check_dtype({"gradient", Access::kRead, {&gradient}});
+  check_device("gradient", gradient[0], device);
+  check_dense(written);
+  check_dense(gradient);
+  check_dtype(gradient);
   check_float32(written);
-  TORCH_CHECK_NOT_IMPLEMENTED(buffer.is_contiguous(), "buffer of shape ", buffer.sizes(),
-                              " has strides ", buffer.strides(), "; contiguous ones are supported");
-  const int64_t rows = rows_of("buffer", buffer, "gradient", gradient);
-  const c10::cuda::CUDAGuard guard(device);
-  const at::Tensor from = gradient.contiguous();
-  const TensorList read{"gradient", Access::kRead, {&from}};
+  check_contiguous(written);
+  const int64_t rows = rows_of(written, gradient);
+  const Guard guard(device);
+  const TensorList read("gradient", Access::kRead, contiguous(gradient[0]));
+  const Tensor& from = read[0];
   check_overlap({&written, &read});
-  const at::Tensor scratch = allocate_scratch(probe_project_scratch(rows, buffer.numel()), device);
-  bump_versions(written);
-  check_launch("probe_project_",
-               probe_project(storage_of(from), buffer.mutable_data_ptr<float>(),
-                             from.const_data_ptr(), rows, buffer.numel(), static_cast<float>(sign),
-                             scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  const Tensor scratch = allocate_scratch(probe_project_scratch(rows, buffer.numel()), device);
+  count_version(buffer);
+  check_launch(
+      "probe_project_",
+      probe_project(storage_of(from), static_cast<float*>(buffer.mutable_data()), from.const_data(),
+                    rows, buffer.numel(), sign, scratch.mutable_data(), guard.stream()));
 }
 
-Rule rule_of(c10::string_view name) {
+Rule rule_of(const std::string& name) {
   if (name == "gradient") return Rule::kGradient;
   if (name == "normalized") return Rule::kNormalized;
-  TORCH_CHECK(name == "adam", "rule=", std::string(name),
-              " is not known; choose gradient, normalized or adam");
+  SAP_FAST_CHECK(name == "adam", "rule=", name,
+                 " is not known; choose gradient, normalized or adam");
   return Rule::kAdam;
 }
 
-at::Tensor probe_rule_op(at::TensorList buffers, c10::string_view rule_name, double probe_size,
-                         const at::Tensor& perturbation_norm, at::TensorList radii) {
-  check_not_empty("buffers", buffers);
-  const TensorList h = list_of("buffers", Access::kWrite, buffers);
-  const TensorList r = list_of("radii", Access::kRead, radii);
+void probe_rule_op(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const TensorList h("buffers", Access::kWrite, arguments.tensors());
+  const std::string rule_name = arguments.text();
+  const auto probe_size = static_cast<float>(arguments.number());
+  const Tensor perturbation_norm = arguments.tensor();
+  const TensorList r("radii", Access::kRead, arguments.tensors());
+  check_not_empty(h);
   check_one_dimension(h);
   check_layout(h, h);
   check_float32(h);
   check_float32(r);
-  const at::Device device = device_of(h);
-  check_one_element_each("radii", radii, h);
+  const Device device = device_of(h);
+  check_one_element_each(r, h);
   check_overlap({&h, &r});
   const Rule rule = rule_of(rule_name);
   const Scalar norm = scalar_of("perturbation_norm", perturbation_norm, device);
   const Group<2> layers = groups_of({&h, &r}).front();
-  const c10::cuda::CUDAGuard guard(device);
-  const at::Tensor scratch = allocate_scratch(
+  const Guard guard(device);
+  const Tensor scratch = allocate_scratch(
       probe_rule_scratch(static_cast<int64_t>(layers.sizes.size()), layers.sizes.data()), device);
-  at::Tensor finite = at::empty({}, at::TensorOptions().dtype(at::kBool).device(device));
-  bump_versions(h);
-  check_launch("probe_rule_",
-               probe_rule(layers.lists(), rule, static_cast<float>(probe_size), norm,
-                          finite.mutable_data_ptr<bool>(), scratch.mutable_data_ptr(),
-                          c10::cuda::getCurrentCUDAStream()));
-  return finite;
+  Tensor finite = empty_scalar(codes().boolean, device);
+  check_launch("probe_rule_", probe_rule(layers.lists(), rule, probe_size, norm,
+                                         static_cast<bool*>(finite.mutable_data()),
+                                         scratch.mutable_data(), guard.stream()));
+  stack[0] = finite.release();
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(sap_fast, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(sap_fast, CUDA, m) {
   m.impl("sum_squares.native", &sum_squares_op);
   m.impl("dot.native", &dot_op);
   m.impl("perturb_swap_.native", &perturb_swap_op);

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from sap_fast import ops
 from sap_fast.baselines.plain import PlainTrainer
+from sap_fast.compatibility import create_optimizer
 from sap_fast.integrations.trainer import SafetyLoss
 from sap_fast.losses import contrastive_loss
 from sap_fast.model.layers import Layers, find_decoder_layers
@@ -257,7 +258,7 @@ class PublishedSAPTrainer(PlainTrainer):
             probed: Any = self.model if model is None else model
             layers = _authors_layers(probed) if self._layers is None else self._layers
             self._probes = ProbeSet(probed, layers)
-        return super().create_optimizer(model)
+        return create_optimizer(super().create_optimizer, model)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -269,7 +270,7 @@ class PublishedSAPTrainer(PlainTrainer):
         if self._window_position == 0:
             with self._figures_set_aside():
                 published.inner_passes(
-                    self.sap_optimizer.passes.trained.trainable,
+                    self.passes.trained.trainable,
                     modules,
                     lambda: self._backward_of_task(model, window, num_items_in_batch),
                     lambda: self._backward_of_safety(model, self.state.global_step),

@@ -14,9 +14,10 @@ from sap_fast.cli.environment import environment
 from sap_fast.cli.finetune import load_trained_model
 from sap_fast.cli.models import resolved_precision
 from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.compatibility import current_accelerator
 from sap_fast.data import SafetyCollator, build_safety_pair, encode_chat, padding_token_id
 from sap_fast.losses import contrastive_loss
-from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, why_not
+from sap_fast.ops import IMPLEMENTATIONS, OPERATIONS, choose_backend, describe, native, why_not
 from sap_fast.step.calibration import RHO_GRID
 from sap_fast.step.guards import Perturbation
 
@@ -29,7 +30,9 @@ def environment_table() -> Table:
     table = Table("what", "found", title="Environment")
     for name, value in environment().items():
         table.add_row(name, value)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    table.add_row("CPU kernels", describe("native", "cpu"))
+    table.add_row("CUDA kernels", native.cuda_problem or native.describe("cuda"))
+    accelerator = current_accelerator()
     if accelerator is None:
         table.add_row("accelerator", "none")
     else:
@@ -43,7 +46,7 @@ def backend_table() -> Table:
     """Returns which backend each operation runs on, per device, and why."""
     table = Table("operation", "device", "backend", "what it does", title="Operations")
     devices = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = current_accelerator()
     if accelerator is not None:
         devices.append(accelerator.type)
     choices = {device: _chosen_backend(device) for device in devices}
@@ -101,12 +104,9 @@ def rounding_table(settings: FinetuneSettings) -> Table:
     contrastive_loss(model, moved["chosen"], moved["rejected"]).backward()
     touched = [parameter for parameter in trained if parameter.grad is not None]
     directions = [parameter.grad for parameter in touched if parameter.grad is not None]
-    # Without autocast parameters compute in their own dtype: adapters on a bf16 model are in fp32.
-    computed = (
-        torch.bfloat16
-        if resolved_precision(settings.precision) == "bf16-mixed"
-        else touched[0].dtype
-    )
+    # Without autocast a weight is multiplied in its own dtype: adapters on a bf16 model in fp32.
+    is_mixed = resolved_precision(settings.precision) == "bf16-mixed"
+    computed = torch.bfloat16 if is_mixed else touched[0].dtype
     with torch.no_grad():
         norm = ops.sum_squares(trained).sqrt()
         length = ops.sum_squares(directions).sqrt()
@@ -117,7 +117,7 @@ def rounding_table(settings: FinetuneSettings) -> Table:
         "applied",
         "survives",
         title=f"Perturbation of {len(touched)} tensors of {settings.model}, stored in "
-        f"{touched[0].dtype}, computed in {computed}"
+        f"{touched[0].dtype}, multiplied in {computed}"
         + (f", on weights in {settings.load_in} that stay" if settings.load_in else ""),
         caption="What survives can still drown in the rounding of activations: rho=auto measures "
         "that, on your own batch.",

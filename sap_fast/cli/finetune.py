@@ -31,6 +31,7 @@ from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model, resolved_pr
 from sap_fast.cli.pairs import ask_for_pairs
 from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
+from sap_fast.compatibility import checkpointing_arguments, max_memory_allocated
 from sap_fast.data import (
     BUILTIN,
     SafetyCollator,
@@ -40,7 +41,8 @@ from sap_fast.data import (
     load_task_sources,
     padding_token_id,
 )
-from sap_fast.integrations.trainer import SAPTrainer, last_complete_checkpoint
+from sap_fast.integrations.checkpoints import last_complete_checkpoint
+from sap_fast.integrations.trainer import SAPTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
@@ -71,7 +73,7 @@ def _finetune(settings: FinetuneSettings, output: Path) -> None:
     work, checkpoint = ranks.on_first(lambda: _resume(settings, output))
     with removed_on_failure(work, keep=lambda: any(work.glob("checkpoints/checkpoint-*"))):
         ranks.on_first(lambda: work.mkdir(parents=True, exist_ok=True))
-        trainer, tokenizer = ranks.on_every(lambda: prepare(settings, work))
+        trainer, tokenizer = prepare(settings, work)
         _train(settings, work, trainer, tokenizer, checkpoint)
         ranks.on_first(lambda: work.rename(output))
 
@@ -106,27 +108,38 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
         option = "--eval-every" if settings.eval_every else "--keep-best"
         raise UserError(f"{option} needs --eval: task rows to look at")
     settings.reporters()
-    set_seed(settings.seed)  # for the first values of the adapter
-    model, tokenizer = load_trained_model(settings)
-    task_rows = load_task_sources(settings.task, tokenizer, settings.max_length, seed=settings.seed)
-    if settings.eval is not None:
-        load_task_dataset(settings.eval, tokenizer, settings.max_length)
-    safety_rows = None
-    if settings.optimizer != "adamw":
-        assert settings.safety is not None
-        safety = Path(settings.safety)
-        if settings.safety == BUILTIN:
-            safety = work / "safety-pairs.jsonl"
-            looked_at = requests_to_look_at() if settings.eval else []
-            ranks.on_first(lambda: ask_for_pairs(safety, model, tokenizer, without=looked_at))
-        safety_rows = load_safety_dataset(safety, tokenizer, settings.max_length)
-    try:
-        with _tensorboard_in(work / "tensorboard"):
-            trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
-        trainer.create_optimizer()
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return trainer, tokenizer
+
+    def load() -> tuple[torch.nn.Module, PreTrainedTokenizerBase, list[Any]]:
+        set_seed(settings.seed)  # for the first values of the adapter
+        model, tokenizer = load_trained_model(settings)
+        task_rows = load_task_sources(
+            settings.task, tokenizer, settings.max_length, seed=settings.seed
+        )
+        if settings.eval is not None:
+            load_task_dataset(settings.eval, tokenizer, settings.max_length)
+        return model, tokenizer, task_rows
+
+    def build() -> Trainer:
+        safety_rows = None
+        if safety is not None:
+            safety_rows = load_safety_dataset(safety, tokenizer, settings.max_length)
+        try:
+            with _tensorboard_in(work / "tensorboard"):
+                trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
+            trainer.create_optimizer()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return trainer
+
+    # Where one rank fails, none may wait for it: one after the other, each on all ranks.
+    model, tokenizer, task_rows = ranks.on_every(load)
+    safety = None if settings.optimizer == "adamw" else settings.safety
+    if safety == BUILTIN:
+        pairs = work / "safety-pairs.jsonl"
+        looked_at = requests_to_look_at() if settings.eval else []
+        ranks.on_first(lambda: ask_for_pairs(pairs, model, tokenizer, without=looked_at))
+        safety = str(pairs)
+    return ranks.on_every(build), tokenizer
 
 
 @contextmanager
@@ -287,7 +300,7 @@ def _trainer(
         # Without an accelerator it has to be said, or bf16 is refused.
         use_cpu=not torch.accelerator.is_available(),
         # With a probe, the probe set does it: pass by pass.
-        activation_checkpointing=not probes and settings.checkpointing != "none",
+        **checkpointing_arguments(not probes and settings.checkpointing != "none"),
         seed=settings.seed,
         data_seed=settings.seed,
         optim="adamw_torch",
@@ -390,7 +403,7 @@ class _Recorder(TrainerCallback):
 def peak_bytes() -> int:
     """Returns the peak memory of the accelerator, or else of this process, in bytes."""
     if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated()
+        return max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

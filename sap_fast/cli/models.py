@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sap_fast.cli.console import UserError
+from sap_fast.compatibility import current_accelerator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ WEIGHT_DTYPES = {"fp32": torch.float32, "bf16-mixed": torch.float32, "bf16": tor
 
 def default_device() -> torch.device:
     """Returns the accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = current_accelerator()
     return torch.device("cpu") if accelerator is None else accelerator
 
 

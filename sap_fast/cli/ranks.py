@@ -48,8 +48,8 @@ def has_work(arguments: Sequence[str]) -> bool:
     Args:
         arguments: The command line, without the program.
     """
-    shared = bool(arguments) and arguments[0] in _ON_EVERY_RANK and "--help" not in arguments
-    return is_first() or shared
+    shared = bool(arguments) and arguments[0] in _ON_EVERY_RANK
+    return is_first() or (shared and not {"--help", "--print-config"} & set(arguments))
 
 
 def note(arguments: Sequence[str]) -> str | None:

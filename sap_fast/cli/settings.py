@@ -437,7 +437,11 @@ def refuse_gone_options(arguments: Iterable[str]) -> None:
 
 
 #: Options that take several values in one word.
-_LISTS = {"--lora-target": "q_proj,v_proj", "--probe-layers": "4,5,6"}
+_LISTS = {
+    "--task": "a.jsonl,b.jsonl",
+    "--lora-target": "q_proj,v_proj",
+    "--probe-layers": "4,5,6",
+}
 
 
 def refuse_repetition(options: Iterable[str]) -> None:
@@ -449,7 +453,7 @@ def refuse_repetition(options: Iterable[str]) -> None:
     given: set[str] = set()
     for option in options:
         if option in given:
-            several = f", with several values as in {_LISTS[option]}" if option in _LISTS else ""
+            several = f", several values as in {_LISTS[option]}" if option in _LISTS else ""
             raise UserError(f"{option} is given twice: expected it once{several}")
         given.add(option)
 

@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from sap_fast.compatibility import prefix_takes_positions
 from sap_fast.configuration import VirtualTokens, text_setting, virtual_tokens
 from sap_fast.losses import packable, packing
 from sap_fast.losses.batches import Batch, Scored
@@ -131,7 +132,10 @@ def model_inputs(
             inputs[key] = batch[key]
     # Most models count positions from the start of the row, left padding included. With virtual
     # tokens before the row PEFT counts them itself.
-    counts = left_padded and not (virtual and virtual.in_sequence)
+    counted = virtual is not None and (
+        virtual.in_sequence or (virtual.number > 0 and not prefix_takes_positions())
+    )
+    counts = left_padded and not counted
     if counts and "position_ids" in accepted and "position_ids" not in inputs:
         inputs["position_ids"] = (batch["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0)
     if "use_cache" in accepted:

@@ -17,7 +17,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sap_fast.configuration import outer_modules, text_setting, virtual_tokens
+from sap_fast.configuration import (
+    outer_modules,
+    refuse_encoder_decoder,
+    text_setting,
+    virtual_tokens,
+)
 from sap_fast.losses.aside import aside
 from sap_fast.losses.batches import IGNORE_INDEX, Batch, Scored, find_scored_anew
 from sap_fast.losses.forward import (
@@ -80,6 +85,7 @@ def compare(model: nn.Module, batch: Batch, scored: Scored) -> bool:
     compared = _compared[causal_lm.training]
     found = compared.get(model)
     if found is None or found.state != state:
+        refuse_encoder_decoder(causal_lm)
         compared[model] = found = _Compared(state, _compare(model, causal_lm, batch, scored))
     return found.rebuilt
 

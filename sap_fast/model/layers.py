@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from sap_fast.configuration import text_config
+from sap_fast.configuration import refuse_encoder_decoder, text_config
 
 #: What `ProbeSet(layers=…)` accepts.
 Layers = Literal["early", "middle"] | Sequence[int] | Sequence[nn.Module]
@@ -70,8 +70,10 @@ def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
         The list, and the module that owns it and runs it in its forward.
 
     Raises:
-        ValueError: if there is no such list, or more than one.
+        ValueError: if there is no such list, or more than one, or it is not the only stack that
+            reads the text: an encoder-decoder.
     """
+    refuse_encoder_decoder(model)
     depth = getattr(text_config(model), "num_hidden_layers", None)
 
     found: list[tuple[str, nn.ModuleList, nn.Module]] = []

@@ -15,7 +15,8 @@ triton     GPUs                                         the package triton (`tri
 reference that can run there, and the reference for what that one does not support (fp64, tensors
 with gaps). It says so once: as information, or as a warning where it has to be the reference. The
 environment variable `SAP_FAST_BACKEND` takes the place of "auto". A backend that is named and
-cannot run raises.
+cannot run raises. `use_kernels`, or the environment variable `SAP_FAST_KERNELS`, takes the Triton
+kernels from the kernel hub.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 from sap_fast.distributed import add_over_ranks_, any_dtensor, by_shard_group, local_shards
 from sap_fast.ops import native, reference, triton
 from sap_fast.ops.schema import IMPLEMENTATIONS, SCHEMAS, overload
+from sap_fast.ops.triton import use_kernels as use_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +114,11 @@ def check_backend(backend: str, device_types: Iterable[str]) -> None:
             level = logging.INFO if faster == "native" and native.refused else logging.WARNING
             _say_once(f"sap_fast: {device_type} runs on the reference backend: {reason}", level)
         else:
-            reason = describe(chosen, device_type)
-            _say_once(f"sap_fast: {device_type} runs on {chosen}: {reason}", logging.INFO)
+            reason, level = describe(chosen, device_type), logging.INFO
+            if chosen == "triton":
+                reason = f"{reason}; not on native: {native.why_not(device_type)}"
+                level = logging.WARNING if native.cuda_failed else logging.INFO
+            _say_once(f"sap_fast: {device_type} runs on {chosen}: {reason}", level)
 
 
 def describe(backend: str, device_type: str) -> str:
@@ -132,23 +137,28 @@ def _say_once(message: str, level: int = logging.WARNING) -> None:
         logger.log(level, message)
 
 
-def _call(name: str, chosen: str, *arguments: Any, **options: Any) -> Any:
-    """Run an operation on this backend and no other."""
-    function = getattr(reference, name) if chosen == "reference" else overload(name, chosen)
-    return function(*arguments, **options)
+def call(name: str, backend: str, *arguments: Any, **options: Any) -> Any:
+    """Run an operation on this backend and no other; arguments are those of its schema."""
+    if backend == "reference":
+        return getattr(reference, name)(*arguments, **options)
+    operator = overload(name, backend)
+    # A graph holds the operator itself, and counts versions by what the schema says is written.
+    if backend == "native" and not torch.compiler.is_compiling():
+        return native.run(name, operator, arguments, options)
+    return operator(*arguments, **options)
 
 
 def _run(name: str, backend: str, device: torch.device, *arguments: Any, **options: Any) -> Any:
     """Run an operation on the backend that `choose_backend` takes for `device`."""
     chosen = choose_backend(backend, device.type)
     try:
-        return _call(name, chosen, *arguments, **options)
+        return call(name, chosen, *arguments, **options)
     except NotImplementedError as error:
         # What the kernels do not support, said before anything was written.
         if chosen == "reference" or not is_auto(backend):
             raise
         _say_once(f"sap_fast: {name} runs on the reference backend: {error}")
-        return _call(name, "reference", *arguments, **options)
+        return call(name, "reference", *arguments, **options)
 
 
 def _run_lists(
@@ -161,7 +171,7 @@ def _run_lists(
         lists = [local_shards(items) for items in lists]
     chosen = choose_backend(backend, lists[0][0].device.type)
     try:
-        return [_call(name, chosen, *lists, *arguments, **options)]
+        return [call(name, chosen, *lists, *arguments, **options)]
     except NotImplementedError:
         # Said before anything was written. Kernels look at the device of every tensor anyway:
         # asking for all of them here too, each time, would cost a fifth of what is left to do

@@ -94,3 +94,14 @@ for _name, _schema in SCHEMAS.items():
 def overload(name: str, backend: str) -> torch._ops.OpOverload:
     """Return the operator that runs operation `name` on `backend`."""
     return getattr(getattr(torch.ops.sap_fast, name), backend)
+
+
+#: Positions of what each operation writes: lists of tensors, or one tensor.
+WRITTEN = {
+    name: tuple(
+        position
+        for position, argument in enumerate(overload(name, "reference")._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    for name in SCHEMAS
+}

@@ -29,7 +29,7 @@ class Account:
         """How many steps ran as plain AdamW. The host waits for the device."""
         return int(self._skipped)
 
-    def settle(self, record: StepRecord, compute_dtype: torch.dtype | None) -> None:
+    def settle(self, record: StepRecord, compute_dtype: torch.dtype) -> None:
         """Count a step that is done, and warn once the host hears of it."""
         norm, sound = record.direction_norm, record.direction_valid
         if norm is None or sound is None:
@@ -50,9 +50,7 @@ class Account:
         if figures is not None:
             self._warn_about(figures, record.rho, compute_dtype)
 
-    def _warn_about(
-        self, figures: list[float], rho: float, compute_dtype: torch.dtype | None
-    ) -> None:
+    def _warn_about(self, figures: list[float], rho: float, compute_dtype: torch.dtype) -> None:
         skipped, direction_norm, survives = figures
         if skipped > 0:
             self.warn_once(

@@ -19,7 +19,7 @@ def estimate(
     probes: ProbeSet,
     trained: Trained,
     direction: Direction,
-    task: Callable[[], Tensor],
+    task: Callable[[], object],
     record: StepRecord,
     *,
     backend: str,
@@ -37,11 +37,11 @@ def estimate(
         trained: the parameters.
         direction: the safety gradient.
         task: runs forward and backward on the task loss and returns it.
-        record: gets ‖ΔW‖ and the losses; its norms of parameters and direction are there.
+        record: gets ‖ΔW‖; its norms of parameters and direction are there.
         backend: see `sap_fast.ops`.
         maximize: the task objective is maximized, so that it is a task loss with its sign turned.
         keep_direction: leave its tensors exact instead of using them up, for one more buffer.
-        measure_rounding: record how much of ΔW survives the dtype that the model computes in.
+        measure_rounding: record how much of ΔW survives the dtype that weights are multiplied in.
         keep_lower_forward: let the task pass have the forward below the lowest probed layer from
             the probe pass at W, if there is one.
     """
@@ -54,7 +54,6 @@ def estimate(
         buffers, direction.tensors = direction.tensors, None
     central = probes.difference == "central"
     scale = _set_perturbation_norm(record)
-    record.probe_losses = []
     random_state = trained.random_state()
     with ExitStack() as stack:
         stack.callback(random_state.restore)
@@ -72,13 +71,12 @@ def estimate(
                 probes.checkpointed(frozen=not keep_lower),
                 probes.active(sign=sign, frozen=trainable, keep_lower=keep_lower),
             ):
-                record.probe_losses.append(task())
+                task()
 
         with Perturbation(direction.parameters, buffers, scale, backend=backend) as perturbation:
             one_pass(+1.0)
             if measure_rounding:
-                dtype = probes.compute_dtype or direction.parameters[0].dtype
-                record.perturbation_applied = perturbation.applied_norm(dtype)
+                record.perturbation_applied = perturbation.applied_norm(probes.compute_dtype)
             if central:
                 perturbation.reflect()
                 one_pass(-1.0)

@@ -62,11 +62,18 @@ class Perturbation:
         ops.reflect_(self._params, self._buffers, backend=self._backend)
 
     @torch.no_grad()
-    def applied_norm(self, dtype: torch.dtype) -> Tensor:
-        """Return the norm of the perturbation that is left once weights are rounded to `dtype`."""
+    def applied_norm(self, dtype: torch.dtype | None) -> Tensor:
+        """Return the norm of the perturbation that is left once weights are rounded to `dtype`.
+
+        None stands for the dtype that each is stored in.
+        """
         wide = accumulation_dtype(self._params[0].dtype)
+
+        def rounded(weight: Tensor) -> Tensor:
+            return weight.to(dtype or weight.dtype).to(wide)
+
         squares = [
-            ops.sum_squares([p.to(dtype).to(wide) - b.to(dtype).to(wide)], backend=self._backend)
+            ops.sum_squares([rounded(p) - rounded(b)], backend=self._backend)
             for p, b in zip(self._written, self._kept, strict=True)
         ]
         sums = [

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sap_fast import ops
 from sap_fast.model.probes import ProbeSet
 from sap_fast.step.calibration import Calibration
-from sap_fast.step.direction import Direction
 
 
 class LossRecord:
@@ -34,7 +33,6 @@ class StepRecord:
     parameter_norm: Tensor | None = None
     direction_norm: Tensor | None = None
     direction_valid: Tensor | None = None
-    direction_slope: Tensor | None = None
     above_level: Tensor | bool | None = None
     perturbation_norm: Tensor | None = None
     perturbation_applied: Tensor | None = None
@@ -42,8 +40,6 @@ class StepRecord:
     #: What the losses were multiplied by before backward; None: by nothing.
     loss_scale: Tensor | None = None
     safety_loss: Tensor | None = None
-    #: Of W + ΔW, and of W − ΔW or W.
-    probe_losses: list[Tensor] = field(default_factory=list)
     task_loss: LossRecord = field(default_factory=LossRecord)
 
     @property
@@ -55,15 +51,6 @@ class StepRecord:
         if self.estimate_finite is None:
             return finite
         return finite & self.estimate_finite.to(finite.device)
-
-    @torch.no_grad()
-    def measure_slope(self, direction: Direction, backend: str) -> None:
-        """Record ⟨ĝ, ∇_W L_task⟩ of the gradients so far, where the direction was kept."""
-        pairs = [(d, p.grad) for p, d in direction.by_parameter().items() if p.grad is not None]
-        if pairs and self.direction_norm is not None:
-            directions, gradients = zip(*pairs, strict=True)
-            product = ops.dot(directions, gradients, backend=backend)
-            self.direction_slope = product / self.direction_norm
 
 
 @dataclass(frozen=True)
@@ -79,16 +66,17 @@ class SAPMetrics:
         rho_agreement: the calibration's agreement, if ρ was calibrated.
         parameter_norm: ‖W‖ over the trained parameters.
         perturbation_wanted: ‖ΔW‖ = ρ‖W‖.
-        perturbation_applied: the norm left once weights are rounded to the dtype computed in.
+        perturbation_applied: the norm left once weights are rounded to the dtype that they are
+            multiplied in. Measured in the first step that probes, in the first one with another ρ,
+            and where `SafetyPasses.measures_rounding` is set.
         estimate_norms: ‖h_j‖ by layer index.
         probe_sizes: ‖v_j‖/(s_j·√H) by layer index: the probe relative to an ordinary token's hidden
             state, β for `ProbeSet(rule="normalized")`.
-        lean: ⟨ĝ, ∇_W L_task(W, V)⟩ − ⟨ĝ, ∇_W L_task(W, 0)⟩: by how much the probe makes the update
-            lean away from the harmful direction ĝ. The second term is the finite difference of the
-            losses of the probe passes. Losses curve sooner than h does: for ρ of 0.05 and more,
-            trust `lean_predicted`. Needs `SafetyPasses.measures_lean`, or a direction that is kept
-            anyway.
-        lean_predicted: Σ_j ⟨h_j, v_j⟩, what `lean` would be if L_task were quadratic.
+        lean: Σ_j ⟨h_j, v_j⟩, which is ⟨ĝ, ∇_W L_task(W, V) − ∇_W L_task(W, 0)⟩ to first order in V:
+            by how much the probe makes the update lean away from the harmful direction ĝ. The probe
+            passes have it for nothing, and with the precision of h. Where a method takes a part of
+            its forward for a constant in the backward, as DoRA its norms, it is the lean of the
+            loss. None if h was not finite.
         skipped_steps: how many steps ran as plain AdamW so far, because the direction was zero or
             not finite, or h was not finite.
     """
@@ -105,7 +93,6 @@ class SAPMetrics:
     estimate_norms: dict[int, float] = field(default_factory=dict)
     probe_sizes: dict[int, float] = field(default_factory=dict)
     lean: float | None = None
-    lean_predicted: float | None = None
     skipped_steps: int = 0
 
     def flat(self, prefix: str = "sap/") -> dict[str, float]:
@@ -126,7 +113,6 @@ def read_metrics(
     *,
     level: float | None,
     skipped_steps: int,
-    maximize: bool,
 ) -> SAPMetrics:
     """Return the figures of a step. Waits for the device."""
     figures: dict[str, Any] = {
@@ -147,24 +133,16 @@ def read_metrics(
         perturbation_applied=_number(record.perturbation_applied),
         estimate_norms={j: h.norm().item() for j, h in probes.estimates.items()},
         probe_sizes=probes.relative_sizes(),
-        lean=_lean(record, central=probes.difference == "central", maximize=maximize),
-        lean_predicted=sum(
-            torch.sum(probes.estimates[j] * v).item() for j, v in probes.offsets.items()
-        ),
+        lean=_lean(probes),
     )
 
 
-def _lean(record: StepRecord, *, central: bool, maximize: bool) -> float | None:
-    slope, norm = _number(record.direction_slope), _number(record.perturbation_norm)
-    if slope is None:
-        return None
-    slope /= _number(record.loss_scale) or 1.0
-    sign = -1.0 if maximize else 1.0
-    if not norm:
-        return sign * slope
-    # ⟨ĝ, ∇_W L_task(W, 0)⟩, differenced from the losses that the probe passes had anyway.
-    there, back = record.probe_losses
-    return sign * (slope - (there - back).item() / (2 * norm if central else norm))
+def _lean(probes: ProbeSet) -> float | None:
+    # Not the difference of two slopes: one by autograd and one from the losses of the probe passes
+    # differ by more than the probe does where a method detaches a part of its forward, and two by
+    # autograd, for one more pass, by their rounding under bf16 autocast.
+    lean = sum(torch.sum(probes.estimates[j] * v).item() for j, v in probes.offsets.items())
+    return lean if math.isfinite(lean) else None
 
 
 def _number(tensor: Tensor | None) -> float | None:

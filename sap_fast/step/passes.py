@@ -75,8 +75,11 @@ class SafetyPasses(SinglePasses):
         direction: the safety gradient (`Direction`).
         level: the safety level (`Level`).
         calibration: what the calibration of ρ found, or None.
-        measures_lean: keep the direction until the end of the step, one parameter-sized buffer, for
-            `metrics.lean`. May be switched between steps.
+        keeps_direction: keep the direction until the end of the step, to be looked at or to serve
+            several rounds of probe passes, in one parameter-sized buffer. May be switched between
+            steps.
+        measures_rounding: measure in every step how much of ΔW survives rounding, not only where
+            it is not known yet. May be switched between steps.
         maximize: the optimizer ascends the task loss. L_safe is descended all the same.
 
     Raises:
@@ -200,7 +203,8 @@ class SafetyPasses(SinglePasses):
         """
         self.refuse_without_task_pass("end_step()")
         probes = self.probes
-        self._account.settle(self.record, None if probes is None else probes.compute_dtype)
+        computed = None if probes is None else probes.compute_dtype
+        self._account.settle(self.record, computed or self.trained.parameters[0].dtype)
         if self.direction.square is not None:
             self.direction.settle(self.steps)
             self.level.settle()
@@ -244,7 +248,6 @@ class SafetyPasses(SinglePasses):
             self.calibration,
             level=self.level.known,
             skipped_steps=self._account.skipped_steps,
-            maximize=self.maximize,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class SinglePasses:
         self.safety_weight = safety_weight
         self.backend = backend
         self.grad_scaler = grad_scaler
-        self.measures_lean = self.maximize = False
+        self.keeps_direction = self.measures_rounding = self.maximize = False
         self.steps = 0
         self.trained = Trained(params, probes)
         self.direction = Direction(direction_every)
@@ -185,13 +185,13 @@ class SinglePasses:
     def probe_passes(self, task: Task, batch: Any = None) -> None:
         """Find h and V under the direction there is; a part of `inner_passes`.
 
-        One direction serves several rounds with `measures_lean`, which keeps it exact.
+        One direction serves several rounds with `keeps_direction`, which keeps it exact.
         """
         self.refuse_inside("probe_passes()")
         if self.probes is None or not self.direction.is_there:
             raise RuntimeError(
                 "probe_passes() needs a ProbeSet and a direction: run safety_pass() first; it "
-                "serves several rounds of probe passes only with measures_lean=True"
+                "serves several rounds of probe passes only with keeps_direction=True"
             )
         self._probe_passes(self.probes, task, self._part(batch))
         self.stage = Stage.READY
@@ -199,13 +199,13 @@ class SinglePasses:
     def _probe_passes(self, probes: ProbeSet, task: Task, part: Any) -> None:
         record = self.record
         record.rho = self.rho
-        keeps = self.safety_weight != 0 or self.direction.every > 1 or self.measures_lean
+        keeps = self.safety_weight != 0 or self.direction.every > 1 or self.keeps_direction
         self._estimate(
             probes,
             task,
             part,
             keep_direction=keeps,
-            measure_rounding=self.measures_lean or not self._account.rounding_is_known,
+            measure_rounding=self.measures_rounding or not self._account.rounding_is_known,
             keep_lower_forward=probes.rows == 1,
         )
         assert record.perturbation_norm is not None and record.direction_valid is not None
@@ -265,7 +265,6 @@ class SinglePasses:
                 yield self.record.task_loss
                 if self.grad_scaler is not None and self.record.direction_norm is not None:
                     report_overflow(trained.trainable, self.record.is_finite)
-                self.record.measure_slope(self.direction, self.backend)
             except BaseException:
                 random_state.restore()
                 raise

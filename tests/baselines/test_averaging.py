@@ -18,7 +18,7 @@ def seen_in_each_step(kind: type, folder: Path, **options: Any) -> list[dict[str
     """Train at a learning rate of 0; return V, h, ĝ and L_safe of each step."""
     args = arguments(folder, learning_rate=0.0)
     trainer = sap_trainer(kind, model(), args, **options)
-    trainer._measures_lean = lambda: True  # the direction is to be looked at
+    trainer._keeps_direction = lambda: True  # the direction is to be looked at
     seen: list[dict[str, Any]] = []
 
     def look(_: int) -> None:

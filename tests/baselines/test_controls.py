@@ -20,7 +20,7 @@ from tests.trainers import BeforeEachUpdate, arguments, gradients, model, sap_tr
 class KeepingTrainer(SAPTrainer):
     """Every step keeps its direction to be looked at."""
 
-    def _measures_lean(self) -> bool:
+    def _keeps_direction(self) -> bool:
         return True
 
 

@@ -211,8 +211,8 @@ def test_an_option_given_twice_is_an_error_that_names_it(
     ("more", "words"),
     [
         (["--full", "--full"], "--full is given twice: expected it once"),
-        (["--full", "--no-full"], "--full is given twice"),
         (["--seed=1", "--seed", "1"], "--seed is given twice"),
+        (["--task", "b.jsonl"], "--task is given twice: expected it once, several values as in a"),
         (["--lora-target", "q_proj", "--lora-target", "v_proj"], "as in q_proj,v_proj"),
         (["--probe-layers", "1", "--probe-layers", "2"], "as in 4,5,6"),
     ],

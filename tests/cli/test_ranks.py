@@ -53,7 +53,7 @@ def break_off(rank: int, where: str) -> None:
         def fail(*_: Any) -> None:
             raise RuntimeError("no memory left here")
 
-        finetune_module.prepare = fail  # type: ignore[assignment]
+        finetune_module.load_trained_model = fail  # type: ignore[assignment]
 
 
 def on_all(tmp_path: Path, command: list[str], breaks: str | None = None) -> list[Any]:
@@ -143,6 +143,9 @@ def test_what_goes_wrong_on_one_rank_ends_all_and_leaves_nothing(
     assert "--epochs" in shown
 
 
+GIVEN = ["--model", "m", "--task", "t.jsonl", "--output", "o"]
+
+
 @pytest.mark.parametrize(
     ("command", "status", "words"),
     [
@@ -151,6 +154,7 @@ def test_what_goes_wrong_on_one_rank_ends_all_and_leaves_nothing(
         (["landscape", "--help"], 0, "landscape runs on one rank; the other 3 leave"),
         (["compare", "--help"], 2, "compare on 4 ranks: it starts a process of its own"),
         (["finetune", "--help"], 0, ""),
+        (["finetune", *GIVEN, "--print-config"], 0, ""),
     ],
 )
 def test_other_commands_run_on_the_first_rank_alone(

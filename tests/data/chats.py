@@ -102,6 +102,8 @@ SPECIAL = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|</?(?:start|end)_of_\w+>|</?th
 def published_templates() -> dict[str, str]:
     """The chat templates of published models that TRL ships, by name."""
     folder = files("trl") / "chat_templates"
+    if not folder.is_dir():
+        return {}  # an older TRL
     names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".jinja"))
     return {name.removesuffix(".jinja"): (folder / name).read_text() for name in names}
 

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+pytest.importorskip("torchao")
+
 from torchao.quantization import quantize_
 from transformers import Trainer
 
@@ -52,6 +55,7 @@ def test_a_resumed_run_on_quantized_weights_ends_with_the_same_bits(
     tmp_path: Path, kind: type[Trainer], base: str, method: str
 ) -> None:
     settings = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     straight = build(kind, tmp_path / "a", on(base), how=METHODS[method], **settings)
     straight.train()
     logs = [row for row in straight.state.log_history if "loss" in row]

@@ -5,18 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from sap_fast import SAPTrainer
-from sap_fast.integrations.trainer import last_complete_checkpoint
+from sap_fast.integrations.checkpoints import last_complete_checkpoint
+from tests.ranks import on_ranks
 from tests.tiny import assert_same_bits, weights
-from tests.trainers import arguments, model, trainer_of
+from tests.trainers import arguments, model, sap_trainer, trainer_of
 
 STEPS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -151,3 +155,31 @@ def test_no_complete_checkpoint_is_an_error_that_says_what_to_do(tmp_path: Path)
         pytest.raises(ValueError, match="no complete checkpoint; give resume_from_checkpoint=None"),
     ):
         trainer.train(resume_from_checkpoint=True)
+
+
+def train_while_one_rank_is_late(rank: int, folder: str) -> list[bool]:
+    """Trains for a step; what of a checkpoint is there when its state says that it is complete."""
+    save, write = Trainer._save_rng_state, TrainerState.save_to_json
+    there: list[bool] = []
+
+    def late(self: Trainer, output_dir: str) -> None:
+        time.sleep(2.0 * rank)
+        save(self, output_dir)
+
+    def looking(self: TrainerState, path: str) -> None:
+        there.append(Path(path).with_name("rng_state_1.pth").exists())
+        write(self, path)
+
+    Trainer._save_rng_state = late  # type: ignore[method-assign]
+    TrainerState.save_to_json = looking  # type: ignore[method-assign]
+    args = arguments(Path(folder), max_steps=1, save_strategy="steps", save_steps=1)
+    sap_trainer(SAPTrainer, model(), args).train()
+    return there
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_complete_when_every_rank_has_saved_its_random_state(
+    tmp_path: Path,
+) -> None:
+    first, _ = on_ranks(tmp_path, train_while_one_rank_is_late, str(tmp_path / "run"))
+    assert first and all(first)

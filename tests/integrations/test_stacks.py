@@ -27,10 +27,11 @@ from sap_fast import (
     joint_loss,
     task_loss,
 )
+from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
 from tests.ranks import on_ranks
 from tests.tiny import VOCABULARY, assert_same_bits, distance, weights
-from tests.trainers import SAFETY_ROWS, TASK_ROWS, arguments, model, small
+from tests.trainers import SAFETY_ROWS, TASK_ROWS, arguments, by_length, model, small
 
 
 class CountedSFTTrainer(SFTTrainer):
@@ -151,10 +152,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "clipping": {"max_grad_norm": 0.05},
     "bf16": {"bf16": True},
-    "checkpointing": {"activation_checkpointing": True},
+    # As users turn it on, who say no more.
+    "checkpointing": {name: on for name, on in checkpointing_arguments(True).items() if on is True},
     "compile": {"torch_compile": True, "torch_compile_backend": "eager"} | OF_ONE_LENGTH,
     # Of as many rows, the first 24 drawn are sorted together.
-    "by_length": {"train_sampling_strategy": "group_by_length", "rows": TASK_ROWS * 4},
+    "by_length": by_length() | {"rows": TASK_ROWS * 4},
 }
 
 
@@ -185,7 +187,7 @@ def assert_in_force(setting: str, trainer: Any, windows: list[Any], logs: list[A
     elif setting == "bf16":
         assert trainer.probe_set.compute_dtype is torch.bfloat16
     elif setting == "checkpointing":
-        assert trainer.model.is_activation_checkpointing
+        assert trainer.model.is_gradient_checkpointing
     elif setting == "compile":
         assert counters["stats"]["unique_graphs"] > 0
         assert not counters["recompile_limit"]  # beyond it, nothing more is compiled

@@ -21,6 +21,7 @@ from tests.losses.helpers import (
     make_batch,
     without_labels,
 )
+from tests.versions import older
 
 VIRTUAL = {
     "prompt tuning": PromptTuningConfig,
@@ -103,7 +104,8 @@ def test_the_safety_losses_are_of_the_models_own_logits(name, side, recwarn):
     model = with_virtual_tokens(name)
     pair = make(name, side=side), make(name, (6, 15, 8), (4, 3, 5), side=side, seed=1)
     expected = [own_log_probs(model, batch) for batch in pair]
-    if side == "left" and name == "prefix tuning":  # counts positions without the padding
+    # Counts positions without the padding; before PEFT 0.19 with it, whatever the positions given.
+    if side == "left" and name == "prefix tuning" and not older("peft", "0.19"):
         expected = [response_log_probs(model, make(name)), None]
     assert_same(response_log_probs(model, pair[0]), expected[0], rtol=2e-6)
     if expected[1] is not None:

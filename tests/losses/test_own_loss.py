@@ -20,6 +20,7 @@ from tests.losses.helpers import (
     with_loss_function,
     without_labels,
 )
+from tests.versions import older
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -36,7 +37,7 @@ def jetmoe(**settings):
     return transformers.JetMoeForCausalLM(
         transformers.JetMoeConfig(
             **SIZES,
-            num_attention_heads=None,
+            num_attention_heads=4,  # two experts of two
             num_key_value_heads=2,
             kv_channels=8,
             intermediate_size=32,
@@ -104,6 +105,8 @@ def make(models, name):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_terms_are_added(name):
+    if name == "JetMoe" and older("transformers", "5.0"):
+        pytest.skip("its forward adds no term unless asked for router logits")
     model, batch = make(KNOWN, name), make_batch()
     own = model(**batch).loss
     with warnings.catch_warnings():
@@ -177,7 +180,7 @@ def smoothing_kernel():
 
 
 def cpt():
-    return get_peft_model(
+    model = get_peft_model(
         build(),
         CPTConfig(
             task_type="CAUSAL_LM",
@@ -187,6 +190,9 @@ def cpt():
             opt_loss_decay_factor=0.8,
         ),
     )
+    # It has no gradient; PEFT before 0.18 does not freeze it.
+    model.prompt_encoder.default.embedding.requires_grad_(False)
+    return model
 
 
 UNKNOWN = {

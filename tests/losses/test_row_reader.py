@@ -1,4 +1,5 @@
 import functools
+import importlib
 import re
 import types
 
@@ -8,7 +9,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils import prune
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from sap_fast.losses import contrastive_loss, task_loss
 from sap_fast.model.probes import ProbeSet
@@ -22,6 +22,7 @@ from tests.losses.helpers import (
     llama,
     with_lora,
 )
+from tests.versions import older
 
 
 def scale(*_):
@@ -31,7 +32,11 @@ def scale(*_):
 def neftune(model):
     embeddings = model.get_input_embeddings()
     embeddings.neftune_noise_alpha = 5.0
-    embeddings.register_forward_hook(neftune_post_forward_hook)
+    # Until transformers 5.2 it is in `trainer_utils`.
+    where = transformers.trainer_utils
+    if not hasattr(where, "neftune_post_forward_hook"):
+        where = importlib.import_module("transformers.integrations.neftune")
+    embeddings.register_forward_hook(where.neftune_post_forward_hook)
 
 
 def noisy_forward(model):
@@ -158,6 +163,10 @@ def activated_lora(model):
     return get_peft_model(model, config)
 
 
+needs_activated_lora = pytest.mark.skipif(older("peft", "0.18"), reason="PEFT has no such LoRA")
+
+
+@needs_activated_lora
 def test_an_activated_lora_is_not_given_packed_rows(forwards, refused):
     batch, plain = batch_of(BATCHES["shared prefix"]), build().train()
     task_loss(plain, batch)
@@ -172,6 +181,7 @@ def test_an_activated_lora_is_not_given_packed_rows(forwards, refused):
     assert "an activated LoRA of base_model" in refused()[0]
 
 
+@needs_activated_lora
 def test_the_gradient_checkpointing_of_an_activated_lora_is_not_disturbed(forwards):
     # PEFT leaves hooks on each layer there for the backward pass, and refuses to find them again.
     model, batch = activated_lora(build()).train(), batch_of(BATCHES["shared prefix"])

@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sap_fast import FusedSAP, ProbeSet
+from sap_fast import FusedSAP, ProbeSet, task_loss
 from sap_fast.model.layers import find_decoder_layers, lower_layers
 from tests.tiny import HIDDEN, Problem, random_batch, safety, task, tiny_llama, with_lora
 
@@ -146,6 +146,18 @@ def test_two_stacks_of_the_same_depth_are_ambiguous() -> None:
     model.second = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
     with pytest.raises(ValueError, match=r"2 lists of 2 modules, one expected.*second"):
         ProbeSet(model)
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_an_encoder_decoder_is_refused_by_name(kind: str) -> None:
+    shape = {"vocab_size": 128, "d_model": 32, "num_layers": 2, "num_decoder_layers": 3}
+    shape |= {"encoder_layers": 2, "decoder_layers": 3, "num_heads": 4, "d_kv": 8}
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    with pytest.raises(ValueError, match=f"{kind}ForConditionalGeneration is an encoder-decoder"):
+        ProbeSet(model)
+    with pytest.raises(ValueError, match=f"{kind}ForConditionalGeneration is an encoder-decoder"):
+        task_loss(model, random_batch())
 
 
 def test_the_lower_layers_are_those_up_to_the_lowest_probe() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -129,18 +128,30 @@ def test_arithmetic_is_rounded_as_ieee_and_order_is_fixed(kernels: list[Kernel])
 
 def test_kernels_include_no_header_of_torch() -> None:
     files = [path for path in CUDA.iterdir() if path.suffix in (".cu", ".cuh", ".h")]
-    # check.h is for the bindings, and includes ATen.
-    shared = [path for path in (ROOT / "csrc").glob("*.h") if path.name != "check.h"]
+    # check.h and stable.h are for the bindings.
+    bindings = {"check.h", "stable.h"}
+    shared = [path for path in (ROOT / "csrc").glob("*.h") if path.name not in bindings]
     assert len(files) >= 9 and len(shared) >= 3
     for path in files + shared:
         included = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
         assert not [name for name in included if re.match(r"(\.\./)*(torch|ATen|c10)\b", name)]
-        assert "check.h" not in " ".join(included), path
+        assert not {Path(name).name for name in included} & bindings, path
+
+
+def test_bindings_include_no_header_of_torch_but_those_of_its_stable_abi() -> None:
+    found: set[str] = set()
+    for path in (ROOT / "csrc").rglob("*.*"):
+        text = path.read_text(encoding="utf-8")
+        found |= set(re.findall(r"#\s*include\s*<((?:torch|ATen|c10)/[^>]+)>", text))
+    assert found == {
+        "torch/csrc/inductor/aoti_torch/c/shim.h",
+        "torch/csrc/stable/library.h",
+    }
 
 
 def test_the_binding_has_every_operation() -> None:
     text = (CUDA / "ops.cpp").read_text(encoding="utf-8")
-    assert "TORCH_LIBRARY_IMPL(sap_fast, CUDA, m)" in text
+    assert "STABLE_TORCH_LIBRARY_IMPL(sap_fast, CUDA, m)" in text
     assert sorted(re.findall(r'm\.impl\("(\w+)\.native"', text)) == sorted(SCHEMAS)
 
 
@@ -167,17 +178,13 @@ def compile_host(*arguments: str) -> None:
 
 @needs_nvcc
 @needs_compiler
-def test_the_binding_compiles(tmp_path: Path) -> None:
-    folders = cpp_extension.include_paths()
-    macros = Path("c10", "cuda", "impl", "cuda_cmake_macros.h")
-    if not any(Path(folder, macros).exists() for folder in folders):
-        # The one header that CPU builds of torch lack.
-        (tmp_path / macros).parent.mkdir(parents=True)
-        (tmp_path / macros).write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
-    folders += [str(tmp_path), str(cuda_include()), sysconfig.get_path("include")]
+def test_the_binding_compiles() -> None:
+    folders = [*cpp_extension.include_paths(), str(cuda_include())]
     system = [argument for folder in folders for argument in ("-isystem", folder)]
-    warnings = ["-Wall", "-Wextra", "-Wshadow", "-Werror"]
-    compile_host("-std=c++20", "-fsyntax-only", *warnings, *system, str(CUDA / "ops.cpp"))
+    options = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+    # As setup.py: functions of CUDA, and none that torch 2.10 lacks.
+    options += ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={2 << 56 | 10 << 48:#x}"]
+    compile_host(*options, *system, str(CUDA / "ops.cpp"))
 
 
 # ---- index arithmetic ----

@@ -59,8 +59,8 @@ class Faults:
 
     def watch_calls(self, patch: pytest.MonkeyPatch) -> None:
         """Every operation of `sap_fast.ops` on its backend, and every backward pass."""
-        call = ops._call
-        patch.setattr(ops, "_call", lambda name, *a, **o: self.around(name, call)(name, *a, **o))
+        call = ops.call
+        patch.setattr(ops, "call", lambda name, *a, **o: self.around(name, call)(name, *a, **o))
         patch.setattr(Tensor, "backward", self.around("backward", Tensor.backward))
 
     def watch_model(self, case: Problem) -> None:
@@ -72,10 +72,10 @@ class Faults:
 
 
 class FailingUpdate:
-    """Stands for `ops._call` and runs out of memory in the update of AdamW."""
+    """Stands for `ops.call` and runs out of memory in the update of AdamW."""
 
     def __init__(self) -> None:
-        self._call = ops._call
+        self._call = ops.call
 
     def __call__(self, name: str, *arguments: Any, **options: Any) -> Any:
         if name == "adamw_blend_":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from sap_fast.step.account import Account
@@ -22,6 +23,7 @@ from tests.tiny import (
     sap,
     step_by_passes,
     task,
+    tiny_llama,
     weights,
 )
 
@@ -74,7 +76,7 @@ def test_steps_under_a_direction_that_is_none_are_counted(every: int) -> None:
 def test_a_perturbation_lost_to_rounding_warns_once_with_the_figure() -> None:
     case = problem(lora=False, dtype=torch.bfloat16)
     optimizer = sap(case, {"rho": 1e-5})
-    optimizer.passes.measures_lean = True
+    optimizer.passes.measures_rounding = True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -108,6 +110,22 @@ def test_rounding_is_measured_in_the_dtype_of_autocast() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step_by_passes(case, optimizer)
+
+
+def test_rounding_is_measured_in_the_dtype_of_an_adapter_whatever_its_base_has() -> None:
+    # PEFT keeps adapters of a 16-bit or quantized base in fp32, and casts hidden states to that.
+    base = tiny_llama(dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    case = problem()._replace(model=model)
+    assert {p.dtype for p in case.trained} == {torch.float32}
+    # Elements whose perturbation is far below a unit in the last place of bf16.
+    optimizer = sap(case, {"rho": 1e-5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step_by_passes(case, optimizer)
+    metrics = optimizer.metrics
+    assert optimizer.probes.compute_dtype is None
+    assert metrics.perturbation_applied == pytest.approx(metrics.perturbation_wanted, rel=1e-3)
 
 
 def test_rounding_is_measured_once_and_again_at_another_rho() -> None:

@@ -239,7 +239,6 @@ def test_ascent_goes_up_the_task_loss_and_down_the_safety_loss() -> None:
     up = SafetyPasses(ours.trained, probe_set(ours, True), **BOTH)
     down = SafetyPasses(theirs.trained, probe_set(theirs, True), **BOTH)
     up.maximize = True
-    up.measures_lean = down.measures_lean = True
 
     def negated(_: None) -> Tensor:
         loss = -naive_task_loss(ours.model, ours.batch)

@@ -134,15 +134,15 @@ def test_a_direction_is_freed_before_another_takes_its_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "measures_lean", "after_inner_passes"),
+    ("weight", "keeps_direction", "after_inner_passes"),
     [(0.0, False, False), (0.1, False, True), (0.0, True, True)],
 )
 def test_a_direction_that_is_not_kept_is_gone_after_the_step(
-    weight: float, measures_lean: bool, after_inner_passes: bool
+    weight: float, keeps_direction: bool, after_inner_passes: bool
 ) -> None:
     case = problem()
     optimizer = sap(case, safety_weight=weight)
-    optimizer.passes.measures_lean = measures_lean
+    optimizer.passes.keeps_direction = keeps_direction
     optimizer.inner_passes(*closures(case))
     direction = optimizer.passes.direction
     assert direction.is_there == after_inner_passes

@@ -56,12 +56,11 @@ def exact(case: Problem, random_state: Tensor) -> dict[int, Tensor]:
 
 
 def estimate(
-    case: Problem, random_state: Tensor, autocast: bool = False, lean: bool = False, **probe: Any
+    case: Problem, random_state: Tensor, autocast: bool = False, **probe: Any
 ) -> tuple[FusedSAP, ProbeSet]:
     """One step with lr=0; leaves h in the probe set."""
     probes = ProbeSet(case.model, layers=LAYERS, **probe)
     optimizer = FusedSAP(case.trained, probes, lr=0.0)
-    optimizer.passes.measures_lean = lean
     torch.set_rng_state(random_state)
     optimizer.step(*closures(case, autocast))
     return optimizer, probes
@@ -85,19 +84,29 @@ def test_h_is_the_oracle_in_fp32(lora: bool, dropout: float, difference: str) ->
     assert calibration is not None and calibration.agreement > 0.999
 
 
-@pytest.mark.parametrize("options", [{}, {"difference": "forward"}], ids=str)
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(
+    ("lora", "difference", "seeds", "limit"),
+    [
+        (True, "central", 1, 0.98),
+        (False, "central", 1, 0.98),
+        # With full parameters no ρ brings a forward difference there: rounding below, curvature
+        # above. Single models are 0.83 to 0.97, by the rounding of the CPU: the mean says more.
+        pytest.param(True, "forward", 8, 0.95, marks=pytest.mark.slow),
+        pytest.param(False, "forward", 8, 0.9, marks=pytest.mark.slow),
+    ],
+)
 def test_h_is_the_oracle_under_bf16_autocast_with_dropout(
-    lora: bool, options: dict[str, Any]
+    lora: bool, difference: str, seeds: int, limit: float
 ) -> None:
-    case = problem(lora=lora, dropout=0.1)
-    random_state = torch.get_rng_state()
-    oracle = exact(case, random_state)
-    _, probes = estimate(case, random_state, autocast=True, **options)
-    assert probes.compute_dtype == torch.bfloat16
-    # With full parameters no ρ brings a forward difference there: rounding below, curvature above.
-    limit = 0.95 if lora or not options else 0.88
-    assert cosine(probes.estimates, oracle) > limit
+    cosines = []
+    for seed in range(seeds):
+        case = problem(lora=lora, dropout=0.1, seed=seed)
+        random_state = torch.get_rng_state()
+        oracle = exact(case, random_state)
+        _, probes = estimate(case, random_state, autocast=True, difference=difference)
+        assert probes.compute_dtype == torch.bfloat16
+        cosines.append(float(cosine(probes.estimates, oracle)))
+    assert sum(cosines) / seeds > limit
 
 
 def test_different_dropout_masks_make_h_noise() -> None:
@@ -201,17 +210,13 @@ def test_the_probe_makes_the_gradient_lean_away_from_the_harmful_direction(
 ) -> None:
     # ⟨ĝ, ∇L(W, V_safe)⟩ ≥ ⟨ĝ, ∇L(W, 0)⟩ to first order, by the square ‖h‖² of the paper's rule.
     case = problem(lora=lora, dtype=torch.float64, seed=seed)
-    optimizer, probes = estimate(
-        case, torch.get_rng_state(), lean=True, rho=1e-3, rule="gradient", size=1.0
-    )
+    optimizer, probes = estimate(case, torch.get_rng_state(), rho=1e-3, rule="gradient", size=1.0)
     metrics = optimizer.metrics
-    assert metrics.lean is not None and metrics.lean_predicted is not None
-    assert metrics.lean_predicted > 0
-    # The clean slope is differenced from losses: an error of O(ρ²) beside a lean of O(βρ).
+    assert metrics.lean is not None and metrics.lean > 0
     norm = metrics.perturbation_wanted
     assert norm is not None
     expected = norm * sum(h.square().sum().item() for h in probes.estimates.values())
-    assert metrics.lean_predicted == pytest.approx(expected, rel=1e-9)
+    assert metrics.lean == pytest.approx(expected, rel=1e-9)
 
     probes.detach()
     clean = {index: torch.zeros_like(v) for index, v in probes.offsets.items()}
@@ -219,23 +224,7 @@ def test_the_probe_makes_the_gradient_lean_away_from_the_harmful_direction(
         slope(*losses(case), case.trained, probes.modules, offsets).item()
         for offsets in (clean, probes.offsets)
     ]
-    assert slopes[1] - slopes[0] == pytest.approx(metrics.lean_predicted, rel=2e-2)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "rho", "tolerance"),
-    # In fp32 the rounding of two losses shows that are 2ρ‖W‖ apart: 6 % at half of this ρ.
-    [(torch.float64, "auto", 0.01), (torch.float32, RHO_GRID[5], 0.05)],
-    ids=str,
-)
-def test_measured_lean_is_the_predicted_one(
-    dtype: torch.dtype, rho: float | str, tolerance: float
-) -> None:
-    case = problem(dropout=0.1, dtype=dtype)
-    optimizer, _ = estimate(case, torch.get_rng_state(), lean=True, size=1e-3, rho=rho)
-    metrics = optimizer.metrics
-    assert metrics.lean == pytest.approx(metrics.lean_predicted, rel=tolerance)
-    assert metrics.lean is not None and metrics.lean > 0
+    assert slopes[1] - slopes[0] == pytest.approx(metrics.lean, rel=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -245,9 +234,9 @@ def test_measured_lean_is_the_predicted_one(
         (True, True, "central", 1, 0.005),
         (False, True, "central", 1, 0.005),
         (True, True, "forward", 1, 0.03),
-        # Where no ρ is good, rounding decides between two: 0.036 were lost for one seed on a CPU
-        # without AVX-512, none for the other two.
-        (False, True, "forward", 3, 0.03),
+        # Where no ρ is good, rounding decides between two: on a CPU without AVX2 up to 0.073 were
+        # lost for three models of ten, nothing for the others.
+        pytest.param(False, True, "forward", 10, 0.03, marks=pytest.mark.slow),
     ],
 )
 def test_calibration_picks_a_rho_near_the_best_of_the_grid(

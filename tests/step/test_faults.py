@@ -211,7 +211,7 @@ def test_after_an_update_that_failed_step_may_be_called_again() -> None:
         with optimizer.task_pass():
             task(case)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(ops, "_call", FailingUpdate())
+        patch.setattr(ops, "call", FailingUpdate())
         optimizers[1].step()
     for optimizer in optimizers:
         optimizer.step()
@@ -229,7 +229,7 @@ def test_a_closure_step_whose_update_fails_gives_back_gradients_and_random_state
         task(case)  # an earlier micro-batch
     before = snapshot(case.model)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(ops, "_call", FailingUpdate())
+        patch.setattr(ops, "call", FailingUpdate())
         optimizer.step(lambda: task(case), lambda: safety(case))
     assert_unchanged(case.model, before)
 

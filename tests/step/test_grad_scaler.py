@@ -109,7 +109,6 @@ def test_a_scale_of_a_power_of_two_leaves_every_bit(
     plain = Run(None, variant, **options)
     scaled = Run(scaler(growth_interval=2), variant, **options)
     for run in (plain, scaled):
-        run.optimizer.passes.measures_lean = True
         for _ in range(4):
             run.step()
     assert scaled.scaler is not None and scaled.scaler.get_scale() == 4 * SCALE

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 def test_metrics_are_the_figures_of_the_step() -> None:
     case = problem()
     optimizer = sap(case, {"size": 3e-3})
-    optimizer.passes.measures_lean = True
     clean_task, clean_safety = task(case).item(), safety(case).item()
     norm = norm_of([p.detach() for p in case.trained])
     optimizer.zero_grad()
@@ -61,20 +60,17 @@ def test_metrics_are_of_the_last_step_that_was_completed() -> None:
     assert optimizer.metrics == SAPMetrics()
 
 
-def test_lean_needs_the_direction() -> None:
+def test_lean_is_there_in_every_step_with_a_probe_and_only_there() -> None:
     case = problem()
     optimizer = sap(case)
     step_by_passes(case, optimizer)
-    assert optimizer.metrics.lean is None and optimizer.metrics.lean_predicted is not None
-    optimizer.passes.measures_lean = True
-    optimizer.zero_grad()
-    step_by_passes(case, optimizer)
-    assert optimizer.metrics.lean == pytest.approx(optimizer.metrics.lean_predicted, rel=0.3)
-    optimizer.passes.measures_lean = False
-    optimizer.passes.direction_every = 2
-    optimizer.zero_grad()
-    step_by_passes(case, optimizer)
-    assert optimizer.metrics.lean is not None, "one that is kept anyway"
+    probes = optimizer.probes
+    product = sum((probes.estimates[j] * v).sum().item() for j, v in probes.offsets.items())
+    assert optimizer.metrics.lean == pytest.approx(product, rel=1e-6) and product > 0
+    probes.estimates = {j: h * torch.inf for j, h in probes.estimates.items()}
+    assert optimizer.metrics.lean is None
+    optimizer.step()
+    assert optimizer.metrics.lean is None
 
 
 def test_metrics_of_blending_and_of_plain_adamw() -> None:

@@ -133,7 +133,7 @@ def test_an_error_at_any_operation_of_any_pass_leaves_no_trace(
     case = problem(layers=2, dropout=0.1)
     probe, options = variant
     optimizer = sap(case, {"layers": [0, 1]} | probe, **options)
-    optimizer.passes.measures_lean = True
+    optimizer.passes.keeps_direction = True
     run_step(case, optimizer)
     # The passes alone: an update that fails half-way is out of their hands.
     monkeypatch.setattr(FusedSAP, "_update", lambda self: self.passes.begin())
@@ -320,7 +320,7 @@ def test_each_micro_batch_may_have_a_probe_of_its_own() -> None:
     case = problem()
     optimizer = sap(case)
     passes = optimizer.passes
-    passes.measures_lean = True
+    passes.keeps_direction = True
     batches = [random_batch(seed=seed) for seed in (1, 2)]
     norms = []
     passes.safety_pass(lambda: safety(case))
@@ -562,8 +562,8 @@ def test_calls_out_of_order_say_what_to_call() -> None:
     for call in (optimizer.step, passes.blend_, passes.end_step):
         with pytest.raises(RuntimeError, match=r"after inner_passes\(\) without task_pass\(\)"):
             call()
-    # Without measures_lean the probe passes use the direction up.
-    with pytest.raises(RuntimeError, match=r"several rounds .* only with measures_lean"):
+    # Without keeps_direction the probe passes use the direction up.
+    with pytest.raises(RuntimeError, match=r"several rounds .* only with keeps_direction"):
         passes.probe_passes(lambda _: task(case))
     with optimizer.task_pass():
         task(case)

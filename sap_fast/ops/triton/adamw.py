@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sap_fast.ops.interrupts import interrupts_deferred
 from sap_fast.ops.triton.table import (
     Operand,
     address_table,
     check_lists,
     check_overlaps,
     check_same,
-    interrupts_deferred,
     launch,
     load_chunk,
     load_operands,

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sap_fast.ops.interrupts import interrupts_deferred
 from sap_fast.ops.triton.table import (
     Operand,
     check_lists,
     check_overlaps,
-    interrupts_deferred,
     launch,
     load_block,
     load_chunk,

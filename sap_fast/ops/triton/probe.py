@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sap_fast.ops.interrupts import interrupts_deferred
 from sap_fast.ops.reference import check_one_dimension, check_row
 from sap_fast.ops.triton.table import (
     DTYPES,
@@ -21,7 +22,6 @@ from sap_fast.ops.triton.table import (
     check_lists,
     check_overlaps,
     check_same,
-    interrupts_deferred,
     launch,
     load_address,
     load_block,

@@ -11,10 +11,8 @@ Here too: what a list has to be for the kernels to take it, and how a kernel is 
 from __future__ import annotations
 
 import functools
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -474,26 +472,6 @@ def _copy_to(device: torch.device, host: Tensor) -> Tensor:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make the device the current one: Triton launches there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back: what a launch writes and the version that says so belong together."""
-    handler = None
-    if threading.current_thread() is threading.main_thread():
-        handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        # Python raises nothing here: another thread, or a default or foreign handler.
-        yield
-        return
-    pending: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if pending:
-            handler(*pending[-1])
 
 
 def _run(
