@@ -170,6 +170,24 @@ def test_a_resumed_run_with_another_optimizer_ends_with_the_same_bits(
     assert found[0][0] == 5
 
 
+def test_a_schedule_free_optimizer_trains_before_the_first_pass_of_each_step(
+    tmp_path: Path,
+) -> None:
+    """Its `train` moves the weights: inside of a pass it would move perturbed ones."""
+    modes: list[bool] = []
+
+    class Watched(PlainLossTrainer):
+        def compute_safety_loss(self, *args: Any) -> Tensor:
+            modes.append(self.optimizer.optimizer.param_groups[0]["train_mode"])
+            return super().compute_safety_loss(*args)
+
+    settings = {"optim": "schedule_free_adamw", "max_steps": 2}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1}
+    args = arguments(tmp_path, **settings)
+    trainer_of(Watched, small(lora=True), args, eval_dataset=TASK_ROWS[:2], **HOW["sap"]).train()
+    assert modes == [True, True]
+
+
 @pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])
 def test_an_optimizer_that_is_given_is_used(tmp_path: Path, way: str) -> None:
     tuned, twin = small(lora=True), small(lora=True)
