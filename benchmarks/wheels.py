@@ -24,18 +24,23 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.provenance import ROOT, write_rows
+from benchmarks.provenance import ROOT, replace_rows
 
 WORK = ROOT / "build" / "wheels"
 OUT = ROOT / "dist"
 
 #: What runs there; it is a program of its own, so that it can be run without this package's tools.
 CHECK = ROOT / "benchmarks" / "wheel_check.py"
+
+
+#: What it says.
+FOUND = ("built_with_torch", "runs_with_torch", "kernels", "operations", "bits")
 
 
 def run(*command: str | Path, **variables: str) -> str:
@@ -105,14 +110,14 @@ def check(wheel: Path, torch_version: str, python: str) -> dict[str, Any]:
     return json.loads(run(interpreter, "-I", CHECK).splitlines()[-1])
 
 
-def row(wheel: Path, **found: Any) -> dict[str, Any]:
-    """Return what the CSV says of one wheel under one torch."""
-    return {
+def row(wheel: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the CSV says of one wheel, and of one torch if it ran."""
+    what = {
         "wheel": wheel.name,
         "tag": wheel.stem.split("-", 2)[2],
         "kilobytes": round(wheel.stat().st_size / 1000),
-        **found,
     }
+    return what | {name: found.get(name, "") for name in FOUND}
 
 
 def main() -> None:
@@ -131,15 +136,13 @@ def main() -> None:
     pythons = [this, *(arguments.python or [])]
     for wheel in sorted(OUT.glob("*.whl")) if arguments.built else map(build, pythons):
         if f"-{mine}-" not in wheel.name:
-            rows.append(row(wheel))
+            rows.append(row(wheel, {}))
         else:
             versions = arguments.torch or [torch.__version__.partition("+")[0]]
-            rows += [row(wheel, **check(wheel, version, this)) for version in versions]
-    columns = list(dict.fromkeys(name for each in rows for name in each))
-    rows = [{name: each.get(name, "") for name in columns} for each in rows]
+            rows += [row(wheel, check(wheel, version, this)) for version in versions]
     for each in rows:
         print(each)
-    write_rows("wheels.csv", rows)
+    replace_rows("wheels.csv", rows, ["wheel", "runs_with_torch"])
 
 
 if __name__ == "__main__":

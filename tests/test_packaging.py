@@ -470,6 +470,40 @@ def test_cuda_kernels_that_do_not_compile_leave_those_of_the_cpu(tmp_path: Path)
     assert done.returncode != 0 and "this torch cannot be imported" in done.stderr
 
 
+@pytest.mark.slow  # imports torch in the build, as only that of CUDA does
+@needs_compiler
+def test_cuda_kernels_are_a_library_of_their_own(tmp_path: Path) -> None:
+    tree = small_tree(tmp_path, "")
+    (tree / "csrc" / "module.cpp").write_text(MODULE)
+    for path in (tree / "csrc" / "cuda").iterdir():
+        path.write_text("")
+    variables = cuda_machine(tmp_path, "13.0", FakeNvcc("13.0", fails=False))
+    toolkit = Path(variables["CUDA_HOME"])
+    # It makes objects of nothing, and what is linked against is there.
+    program = (toolkit / "bin" / "nvcc").read_text()
+    makes = """
+while [ $# -gt 0 ]; do
+    if [ "$1" = -o ]; then out=$2; fi
+    shift
+done
+exec c++ -x c++ -fPIC -c /dev/null -o "$out"
+"""
+    (toolkit / "bin" / "nvcc").write_text(program.rpartition("cat >&2")[0] + makes)
+    (toolkit / "lib64").mkdir()
+    for name in ("cudart", "c10_cuda", "torch_cuda"):
+        library = str(toolkit / "lib64" / f"lib{name}.so")
+        command = ["c++", "-shared", "-x", "c++", "/dev/null", "-o", library]
+        succeed(run(*command, cwd=tmp_path))
+    # The torch of this environment builds for the CUDA of another.
+    del variables["PYTHONPATH"]
+    variables["SAP_FAST_TORCH"] = str(tmp_path / "torch")
+    done = succeed(build_in_place(tree, SAP_FAST_BUILD="cuda", **variables))
+    assert "building cuda kernels" in done.stderr
+    assert all((tree / "sap_fast" / name).exists() for name in ("_C.so", "_ops.so", "_cuda.so"))
+    module = (tree / "sap_fast" / "_C.so").read_bytes()
+    assert b"problem= failed= left out= cuda=13.0" in module
+
+
 @needs_compiler
 def test_an_instruction_set_that_does_not_compile_is_left_out(tmp_path: Path) -> None:
     tree = small_tree(tmp_path, "")

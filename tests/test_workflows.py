@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from sap_fast import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
@@ -85,7 +87,7 @@ def test_issue_forms_are_forms(path: Path) -> None:
 def test_the_citation_is_of_this_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     citation = read(ROOT / "CITATION.cff")
-    assert citation["version"] == project["version"] and citation["license"] == project["license"]
+    assert citation["version"] == __version__ and citation["license"] == project["license"]
 
 
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="needs actionlint on the PATH")

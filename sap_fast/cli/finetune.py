@@ -167,7 +167,10 @@ def _train(
 
     def begin() -> list[dict[str, Any]]:
         (work / "run.json").write_text(_run_record(settings), encoding="utf-8")
-        return _cut_metrics(work / "metrics.jsonl", checkpoint)
+        kept = _cut_metrics(work / "metrics.jsonl", checkpoint)
+        # It is there even if the run is too short for a row.
+        (work / "metrics.jsonl").touch()
+        return kept
 
     kept = ranks.on_first(begin)
     looks = None

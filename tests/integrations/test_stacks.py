@@ -29,6 +29,7 @@ from sap_fast import (
 )
 from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
+from sap_fast.ops import choose_backend
 from tests.ranks import on_ranks
 from tests.tiny import VOCABULARY, assert_same_bits, distance, weights
 from tests.trainers import SAFETY_ROWS, TASK_ROWS, arguments, by_length, model, small
@@ -227,9 +228,10 @@ def test_the_probe_acts_under_every_setting(
     found = weights(trainer.model)
     expected, plain = (by_hand(trainer, windows, small(lora), size) for size in (SIZE, 0.0))
     moved = distance(expected, weights(small(lora)))
-    # Of the way that the parameters went. TRL's head and a compiled one round in another order.
+    # Of the way that the parameters went. TRL's head and a compiled one round in another order, and
+    # the reference's square root (MKL's) by where a tensor lies.
     if kind is SAPTrainer and setting != "compile":
-        allowed = 0.0
+        allowed = 0.0 if choose_backend("auto", "cpu") == "native" else 1e-5
     else:
         allowed = 0.03 if setting == "bf16" else 1e-5
     assert distance(found, expected) <= allowed * moved
