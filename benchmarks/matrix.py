@@ -285,12 +285,16 @@ def tested(made: Environment, *paths: str) -> Row:
     }
 
 
-def run_stack(name: str, packages: Path, copy: Path, again: bool) -> None:
-    """Set up a stack, run its checks and write a row for each."""
+def run_stack(
+    name: str, packages: Path, copy: Path, again: bool, only: list[str] | None = None
+) -> None:
+    """Set up a stack, run its checks, or some of them, and write a row for each."""
     here, rows = commit(), read_rows(RESULTS / NAME)
     known = {row["check"] for row in rows if (row["stack"], row["commit"]) == (name, here)}
     if again:
         known = set()
+    if only is not None:
+        known |= {"pip check", *RUNS, *TESTS} - set(only)
     if known >= {"pip check", *RUNS, *TESTS}:
         print(f"{name}: nothing to do", flush=True)
         return
@@ -369,13 +373,14 @@ def main() -> None:
     parser.add_argument(
         "--again", action="store_true", help="run what has a row of this commit, too"
     )
+    parser.add_argument("--check", nargs="+", choices=[*RUNS, *TESTS], help="these alone")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     if not options.table:
         FOLDER.mkdir(parents=True, exist_ok=True)
         packages, copy = wheels(), copy_of_tests()
         for name in options.only:
-            run_stack(name, packages, copy, options.again)
+            run_stack(name, packages, copy, options.again, options.check)
     PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

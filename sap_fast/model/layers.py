@@ -106,6 +106,7 @@ _KNOWN_INPUTS = frozenset(
     {
         "args",
         "attention_mask",
+        "cache",  # what transformers from 5.24 on calls past_key_values
         "cache_position",
         "hidden_states",
         "kwargs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_finetune_writes_an_adapter_that_loads(terminal: Terminal, tmp_path: Pat
     record = json.loads((output / "run.json").read_text())
     assert record["settings"]["max_steps"] == 4
     assert record["figures"]["step_seconds"] > 0 and record["figures"]["peak_bytes"] > 1e6
-    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["torch"] == version("torch")
     assert not list(tmp_path.glob("*.unfinished")) and not (output / "checkpoints").exists()
 
     # The adapter itself can be trained further, by the same command.
