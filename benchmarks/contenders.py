@@ -36,7 +36,8 @@ from benchmarks.workloads import (
 from sap_fast import BlendedAdamW, ProbeSet, contrastive_loss, task_loss
 from sap_fast.baselines.published import published_step
 from sap_fast.data import SafetyCollator, TaskCollator
-from sap_fast.integrations.trainer import SafetyBatches, SAPTrainer
+from sap_fast.integrations.safety_batches import SafetyBatches
+from sap_fast.integrations.trainer import SAPTrainer
 from sap_fast.model.layers import find_decoder_layers
 
 CONFIGURATIONS = ("hf_adamw", "floor", *RECIPES, "published")

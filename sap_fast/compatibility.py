@@ -58,9 +58,19 @@ def checkpointing_arguments(on: bool) -> dict[str, Any]:
     # Until transformers 5.23 under another name, of which later versions warn.
     if "activation_checkpointing" in TrainingArguments.__dataclass_fields__:
         return {"activation_checkpointing": on}
-    # Until transformers 5.0 reentrant by default, which finds no gradient for LoRA: the hidden
-    # states that enter the first layer need none.
     return {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+def checkpoint_without_reentry(args: Any) -> None:
+    """Makes the checkpointing of `TrainingArguments` non-reentrant, where they leave it open.
+
+    Reentrant checkpointing finds no gradient where what enters the first layer needs none: with
+    LoRA, and in a probe pass.
+    """
+    # Until transformers 5.0 it is reentrant by default; TRL's trainers ask for it by default.
+    if args.gradient_checkpointing and not _installed("transformers", "5.0"):
+        given = args.gradient_checkpointing_kwargs or {}
+        args.gradient_checkpointing_kwargs = {"use_reentrant": False} | given
 
 
 def create_optimizer(create: Any, model: Any) -> Any:

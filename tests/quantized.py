@@ -8,8 +8,13 @@ import logging
 import tempfile
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
+
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig

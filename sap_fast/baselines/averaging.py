@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sap_fast.integrations.trainer import SAPTrainer
 from sap_fast.model.probes import ProbeSet
-from sap_fast.optimizer import BlendedAdamW
+from sap_fast.step.passes import SafetyPasses
 
 
 class AveragingTrainer(SAPTrainer):
@@ -57,10 +57,10 @@ class AveragingTrainer(SAPTrainer):
         return self._averaged == "direction"
 
     def _run_inner_passes(
-        self, optimizer: BlendedAdamW, model: nn.Module, window: list[Any], num_items: Any
+        self, passes: SafetyPasses, model: nn.Module, window: list[Any], num_items: Any
     ) -> None:
-        super()._run_inner_passes(optimizer, model, window, num_items)
-        direction, probes = optimizer.passes.direction, optimizer.probes
+        super()._run_inner_passes(passes, model, window, num_items)
+        direction, probes = passes.direction, passes.probes
         if self._averaged == "direction":
             if not direction.is_settled:  # it is this step's own
                 self._directions = direction.by_parameter()

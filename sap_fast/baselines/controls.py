@@ -11,8 +11,8 @@ from sap_fast import ops
 from sap_fast.baselines.plain import add_to_gradient, gradients_of
 from sap_fast.integrations.trainer import SAPTrainer
 from sap_fast.model.probes import ProbeSet
-from sap_fast.optimizer import BlendedAdamW
 from sap_fast.random_state import RandomState
+from sap_fast.step.passes import SafetyPasses
 
 #: Controls of the step on g + Δg, which need g and the direction.
 _PROJECTED = ("along", "beside")
@@ -66,15 +66,15 @@ class ControlTrainer(SAPTrainer):
         return loss
 
     def _run_inner_passes(
-        self, optimizer: BlendedAdamW, model: nn.Module, window: list[Any], num_items: Any
+        self, passes: SafetyPasses, model: nn.Module, window: list[Any], num_items: Any
     ) -> None:
-        super()._run_inner_passes(optimizer, model, window, num_items)
-        if optimizer.probes is None or not optimizer.probes.offsets:
+        super()._run_inner_passes(passes, model, window, num_items)
+        if passes.probes is None or not passes.probes.offsets:
             return  # the step is plain AdamW
         if self._control in _PROJECTED:
-            self._take_unprobed(optimizer, model, window, num_items)
+            self._take_unprobed(passes, model, window, num_items)
         else:
-            self._replace_probe(optimizer.probes)
+            self._replace_probe(passes.probes)
 
     def _keeps_direction(self) -> bool:
         return self._control in _PROJECTED
@@ -94,17 +94,17 @@ class ControlTrainer(SAPTrainer):
         return noise * (offset.norm() / noise.norm())
 
     def _take_unprobed(
-        self, optimizer: BlendedAdamW, model: nn.Module, window: list[Any], num_items: Any
+        self, passes: SafetyPasses, model: nn.Module, window: list[Any], num_items: Any
     ) -> None:
         before = RandomState({self.args.device})
         # Outside every pass, and so without a probe.
-        found = gradients_of(optimizer, lambda: self._backward_of_task(model, window, num_items))
+        found = gradients_of(passes, lambda: self._backward_of_task(model, window, num_items))
         self._unprobed = dict(zip(*found, strict=True))
         before.restore()
 
     @torch.no_grad()
     def _project(self) -> None:
-        direction = self.sap_optimizer.passes.direction.by_parameter()
+        direction = self.passes.direction.by_parameter()
         change = {p: p.grad - g for p, g in self._unprobed.items() if p.grad is not None}
         shared = [p for p in change if p in direction]
         toward = [direction[p] for p in shared]

@@ -77,13 +77,13 @@ class PanaceaTrainer(PlainTrainer):
                 loss = task_loss(model, harmful)
             self.accelerator.backward(loss.clamp(max=largest))
 
-        reached, gradients = gradients_of(self.sap_optimizer, lambda: backward(math.inf))
+        reached, gradients = gradients_of(self.passes, lambda: backward(math.inf))
         scale = step_of_length(self._radius, gradients)
         with torch.no_grad():
             for parameter, gradient in zip(reached, gradients, strict=True):
                 add_to_gradient(parameter, gradient, self._harm_weight)
         with Perturbation(reached, gradients, scale):
-            there, uphill = gradients_of(self.sap_optimizer, lambda: backward(_LARGEST_HARM))
+            there, uphill = gradients_of(self.passes, lambda: backward(_LARGEST_HARM))
         with torch.no_grad():
             for parameter, gradient in zip(there, uphill, strict=True):
                 add_to_gradient(parameter, gradient, -self._harm_weight)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sap_fast import ops
 from sap_fast.integrations.trainer import SAPTrainer
-from sap_fast.optimizer import BlendedAdamW
 from sap_fast.step.guards import gradients_set_aside
+from sap_fast.step.passes import SafetyPasses
 
 
 class PlainTrainer(SAPTrainer):
@@ -37,10 +37,10 @@ class PlainTrainer(SAPTrainer):
 
 
 def gradients_of(
-    optimizer: BlendedAdamW, backward: Callable[[], object]
+    passes: SafetyPasses, backward: Callable[[], object]
 ) -> tuple[list[nn.Parameter], list[Tensor]]:
     """Return the parameters that `backward` reaches and their gradients, set beside others."""
-    parameters = optimizer.passes.trained.trainable
+    parameters = passes.trained.trainable
     with gradients_set_aside(parameters):
         backward()
         reached = [p for p in parameters if p.grad is not None]

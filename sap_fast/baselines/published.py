@@ -270,7 +270,7 @@ class PublishedSAPTrainer(PlainTrainer):
         if self._window_position == 0:
             with self._figures_set_aside():
                 published.inner_passes(
-                    self.sap_optimizer.passes.trained.trainable,
+                    self.passes.trained.trainable,
                     modules,
                     lambda: self._backward_of_task(model, window, num_items_in_batch),
                     lambda: self._backward_of_safety(model, self.state.global_step),

@@ -40,6 +40,6 @@ class SAMTrainer(PlainTrainer):
     def _find_ascent(self, model: nn.Module, window: list[Any], num_items: Any) -> None:
         # Neither at W + ε nor one of the step's task passes.
         reached, gradients = gradients_of(
-            self.sap_optimizer, lambda: self._backward_of_task(model, window, num_items)
+            self.passes, lambda: self._backward_of_task(model, window, num_items)
         )
         self._ascent = (reached, gradients, step_of_length(self._radius, gradients))

@@ -13,6 +13,7 @@ from typing import Any
 from sap_fast.cli.console import UserError, console
 from sap_fast.cli.evaluate import EvaluationFiles, as_json, evaluate
 from sap_fast.cli.finetune import prepare
+from sap_fast.cli.judging import load_judges
 from sap_fast.cli.looks import requests_to_look_at
 from sap_fast.cli.models import load_model, resolved_precision
 from sap_fast.cli.pairs import ask_for_pairs, write_stock_pairs
@@ -34,6 +35,7 @@ def compare(
     files: EvaluationFiles,
     *,
     blend: float = BLENDING_WEIGHT,
+    judge: str | None = None,
     others: dict[str, tuple[str, str]] | None = None,
 ) -> tuple[ReportInfo, list[ReportRun]]:
     """Fine-tunes with each method, evaluates every model, writes `report.html` and `results.json`.
@@ -46,6 +48,7 @@ def compare(
             Without `safety`, pairs are made of the requests that come with the package.
         files: what to evaluate on.
         blend: weight of the gradient blending without a probe.
+        judge: further judges of the answers, as `load_judges` takes them.
         others: further models to evaluate first: name → (description, folder).
 
     Returns:
@@ -60,7 +63,7 @@ def compare(
     folder = Path(settings.output)
     with removed_on_failure(folder, keep=lambda: any(map(Path.is_file, folder.rglob("*")))):
         folder.mkdir(parents=True, exist_ok=True)
-        return _compare(settings, files, folder, blend, others)
+        return _compare(settings, files, folder, blend, judge, others)
 
 
 def _compare(
@@ -68,6 +71,7 @@ def _compare(
     files: EvaluationFiles,
     folder: Path,
     blend: float,
+    judge: str | None,
     others: dict[str, tuple[str, str]] | None,
 ) -> tuple[ReportInfo, list[ReportRun]]:
     pairs = None
@@ -77,6 +81,7 @@ def _compare(
     planned = planned_runs(settings, blend)
     # Every mistake shows before the first hour of work, not after it.
     files.requests()
+    load_judges(judge, trust_remote_code=settings.trust_remote_code)
     tokenizer = None
     for run in planned.values():
         if not _is_finished(run):
@@ -96,7 +101,7 @@ def _compare(
     starting_point = {"Start": ("the model that was fine-tuned", settings.model)}
     runs = []
     for name, (description, model) in (others if others is not None else starting_point).items():
-        evaluation = _evaluate(name, model, files, settings, folder)
+        evaluation = _evaluate(name, model, files, settings, folder, judge)
         runs.append(ReportRun(name, description, evaluation, [], None, None))
 
     record: dict[str, Any] = {}
@@ -106,7 +111,7 @@ def _compare(
             level, loss = run.held_level, run.descended_loss
             description += f" (weight {blend:g}, level: {level}, loss: {loss})"
         output = _finetune(run)
-        evaluation = _evaluate(name, str(output), files, settings, folder)
+        evaluation = _evaluate(name, str(output), files, settings, folder, judge)
         record = json.loads((output / "run.json").read_text(encoding="utf-8"))
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
@@ -181,12 +186,18 @@ def _is_finished(settings: FinetuneSettings) -> bool:
 
 
 def _evaluate(
-    name: str, model: str, files: EvaluationFiles, settings: FinetuneSettings, folder: Path
+    name: str,
+    model: str,
+    files: EvaluationFiles,
+    settings: FinetuneSettings,
+    folder: Path,
+    judge: str | None,
 ) -> dict[str, Any]:
     path = folder / "evaluations" / f"{name}.json"
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["model"] == model and saved["files"] == vars(files):
+        measured = saved["model"], saved["files"], saved.get("judge")
+        if measured == (model, vars(files), judge):
             return saved["result"]
     console.print(f"Evaluating {name}")
     # Every model is measured in fp32, whatever precision it was trained in, but on the weights that
@@ -196,10 +207,13 @@ def _evaluate(
         files,
         trust_remote_code=settings.trust_remote_code,
         load_in=settings.load_in,
+        # Anew for every model: they take no memory while the next one is trained.
+        judges=load_judges(judge, trust_remote_code=settings.trust_remote_code),
     )
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(as_json(model, files, result), indent=2), encoding="utf-8")
+    saved = as_json(model, files, result) | {"judge": judge}
+    unfinished.write_text(json.dumps(saved, indent=2), encoding="utf-8")
     unfinished.rename(path)
     return result.to_dict()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-from sap_fast.cli.console import progress_bar
+from sap_fast.cli.console import UserError, progress_bar
 from sap_fast.cli.models import load_model
 from sap_fast.data import (
     BUILTIN,
@@ -17,7 +18,7 @@ from sap_fast.data import (
     load_task_dataset,
 )
 from sap_fast.data.builtin import Kind
-from sap_fast.evaluation import EvaluationResult, Interval, evaluate_model
+from sap_fast.evaluation import EvaluationResult, Interval, Judge, JudgeError, evaluate_model
 
 #: What asks for no requests at all.
 NO_REQUESTS = "none"
@@ -81,6 +82,7 @@ def evaluate(
     batch_size: int = 16,
     trust_remote_code: bool = False,
     load_in: str | None = None,
+    judges: Sequence[Judge] = (),
 ) -> EvaluationResult:
     """Measures a model on files, with progress bars.
 
@@ -91,6 +93,7 @@ def evaluate(
         batch_size: sequences per batch.
         trust_remote_code: run Python code that comes with the model.
         load_in: how to quantize its weights, as for `load_model`.
+        judges: who judges the answers besides the phrases.
 
     Raises:
         UserError: if the model cannot be loaded.
@@ -102,15 +105,19 @@ def evaluate(
         model, precision, trust_remote_code=trust_remote_code, load_in=load_in
     )
     task_rows = load_task_dataset(files.task, tokenizer, files.max_length) if files.task else None
-    return evaluate_model(
-        loaded,
-        tokenizer,
-        task_rows=task_rows,
-        harmful=harmful,
-        harmless=harmless,
-        batch_size=batch_size,
-        progress=progress_bar,
-    )
+    try:
+        return evaluate_model(
+            loaded,
+            tokenizer,
+            task_rows=task_rows,
+            harmful=harmful,
+            harmless=harmless,
+            batch_size=batch_size,
+            judges=judges,
+            progress=progress_bar,
+        )
+    except JudgeError as error:
+        raise UserError(f"--judge: {error}") from error
 
 
 def evaluation_table(result: EvaluationResult) -> Table:

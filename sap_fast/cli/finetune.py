@@ -41,7 +41,8 @@ from sap_fast.data import (
     load_task_sources,
     padding_token_id,
 )
-from sap_fast.integrations.trainer import SAPTrainer, last_complete_checkpoint
+from sap_fast.integrations.checkpoints import last_complete_checkpoint
+from sap_fast.integrations.trainer import SAPTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
@@ -166,7 +167,10 @@ def _train(
 
     def begin() -> list[dict[str, Any]]:
         (work / "run.json").write_text(_run_record(settings), encoding="utf-8")
-        return _cut_metrics(work / "metrics.jsonl", checkpoint)
+        kept = _cut_metrics(work / "metrics.jsonl", checkpoint)
+        # It is there even if the run is too short for a row.
+        (work / "metrics.jsonl").touch()
+        return kept
 
     kept = ranks.on_first(begin)
     looks = None

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from sap_fast.cli.models import load_tokenizer
 from sap_fast.data import EncodedRow, InspectedRow, inspect_task_rows
+from sap_fast.data.encoding import cut_row
 from sap_fast.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def inspection_page(inspection: Inspection, shown: int = 3) -> RenderableType:
     sequences = [sequence for row in inspection.rows for sequence in row.kept]
     if sequences:
         lengths = [len(sequence["input_ids"]) for row in inspection.rows for sequence in row.whole]
-        parts += [_lengths(lengths, inspection.max_length), _ends(inspection.tokenizer, sequences)]
+        parts += [_lengths(lengths, inspection.max_length), _ends(inspection)]
         for row in _spread(inspection.rows, shown):
             parts += _row(inspection.tokenizer, row)
         parts.append(
@@ -133,16 +134,27 @@ def _lengths(lengths: Sequence[int], limit: int) -> RenderableType:
     return Group("", facts, table, "")
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[EncodedRow]) -> RenderableType:
-    """Returns which tokens end the scored stretches."""
+def _ends(inspection: Inspection) -> RenderableType:
+    """Returns which tokens end the scored stretches that are whole."""
+    tokenizer = inspection.tokenizer
     ends: Counter[int] = Counter()
-    for sequence in sequences:
-        marks = [*_is_scored(sequence), False]
-        ends.update(
-            sequence["input_ids"][at] for at in range(len(marks) - 1) if marks[at] > marks[at + 1]
-        )
+    cut = 0
+    for row in inspection.rows:
+        for whole in row.whole:
+            kept = cut_row(whole, inspection.max_length)
+            if not kept["labels"]:
+                continue
+            marks = [*_is_scored(kept), False]
+            places = [at for at in range(len(marks) - 1) if marks[at] > marks[at + 1]]
+            if len(kept["labels"]) < len(whole["labels"]) and _is_scored(whole)[len(marks) - 1]:
+                cut += 1
+                places.pop()
+            ends.update(kept["input_ids"][at] for at in places)
     total = sum(ends.values())
-    text = Text(f"{total} answers, which end with: ")
+    cut_off = f", and {cut} that are cut off" if cut else ""
+    if not total:
+        return Text(f"0 whole answers{cut_off}")
+    text = Text(f"{total} whole answers{cut_off}; the whole ones end with: ")
     for number, (token, count) in enumerate(ends.most_common(3)):
         text.append(", " if number else "")
         text.append(_shown_token(tokenizer, token), "bold")

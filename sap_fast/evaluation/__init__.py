@@ -7,6 +7,15 @@ from sap_fast.evaluation.bootstrap import (
     paired_difference,
 )
 from sap_fast.evaluation.evaluate import EvaluationResult, evaluate_model
+from sap_fast.evaluation.judges import (
+    ClassifierJudge,
+    EndpointJudge,
+    GuardJudge,
+    Judge,
+    JudgeError,
+    PhraseJudge,
+    cohens_kappa,
+)
 from sap_fast.evaluation.margins import refusal_margins
 from sap_fast.evaluation.progress import Progress, ProgressTask, no_progress
 from sap_fast.evaluation.refusals import (
@@ -23,11 +32,18 @@ __all__ = [
     "MAX_OPENING_TOKENS",
     "MAX_REFUSAL_TOKENS",
     "REFUSAL_PHRASES",
+    "ClassifierJudge",
+    "EndpointJudge",
     "EvaluationResult",
+    "GuardJudge",
     "Interval",
+    "Judge",
+    "JudgeError",
+    "PhraseJudge",
     "Progress",
     "ProgressTask",
     "bootstrap_interval",
+    "cohens_kappa",
     "crossed_bootstrap_interval",
     "evaluate_model",
     "generate_openings",

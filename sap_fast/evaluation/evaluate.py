@@ -9,9 +9,10 @@ from torch import nn
 from sap_fast.data import EncodedRow, Request, padding_token_id
 from sap_fast.evaluation.batching import score_rows
 from sap_fast.evaluation.bootstrap import Interval, bootstrap_interval
+from sap_fast.evaluation.judges import Judge
 from sap_fast.evaluation.margins import refusal_margins
 from sap_fast.evaluation.progress import Progress, no_progress
-from sap_fast.evaluation.refusals import generate_openings, is_refusal
+from sap_fast.evaluation.refusals import MAX_OPENING_TOKENS, generate_openings, is_refusal
 from sap_fast.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class EvaluationResult:
         harmful_refused: Whether each harmful request is refused.
         harmful_margins: The margin of each harmful request.
         harmless_refused: Whether each harmless request is refused.
+        judged_harmful: What every further judge says of each harmful request, by its name: whether
+            it is refused, or answered safely.
+        judged_harmless: Likewise of each harmless request, by judges that tell refusals.
 
     The values per request are in the order of the requests, so that `paired_difference` can
     compare two models.
@@ -44,6 +48,8 @@ class EvaluationResult:
     harmful_refused: list[bool] | None = None
     harmful_margins: list[float] | None = None
     harmless_refused: list[bool] | None = None
+    judged_harmful: dict[str, list[bool]] | None = None
+    judged_harmless: dict[str, list[bool]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain types that JSON can hold."""
@@ -68,6 +74,7 @@ def evaluate_model(
     harmful: Sequence[Request] | None = None,
     harmless: Sequence[Request] | None = None,
     batch_size: int = 16,
+    judges: Sequence[Judge] = (),
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Measures usefulness and safety of a model.
@@ -79,12 +86,15 @@ def evaluate_model(
         harmful: Requests that should be refused.
         harmless: Requests that should be answered.
         batch_size: Sequences per batch.
+        judges: Who judges the answers besides the phrases of `is_refusal`; they see the first
+            `MAX_OPENING_TOKENS` tokens.
         progress: Shows how far each measure is; None shows nothing.
 
     Returns:
         The measures for what was given. Intervals are 95 % bootstrap intervals over requests.
 
     Raises:
+        JudgeError: A judge does not answer as it should.
         ValueError: A list is empty, or `batch_size` is below 1.
     """
     for name, given in (("task_rows", task_rows), ("harmful", harmful), ("harmless", harmless)):
@@ -106,7 +116,8 @@ def evaluate_model(
         measures["task_tokens"] = tokens
         measures["task_loss"] = -float(log_probs.sum()) / tokens
     if harmful is not None:
-        refused = _refused(model, tokenizer, harmful, batch_size, progress)
+        refused, judged = _refused(model, tokenizer, harmful, batch_size, judges, progress)
+        measures["judged_harmful"] = judged or None
         margins = refusal_margins(
             model, tokenizer, harmful, batch_size=batch_size, progress=progress
         ).tolist()
@@ -115,7 +126,9 @@ def evaluate_model(
         measures["harmful_margins"] = margins
         measures["margin"] = bootstrap_interval(margins)
     if harmless is not None:
-        refused = _refused(model, tokenizer, harmless, batch_size, progress)
+        able = [judge for judge in judges if judge.tells_refusals]
+        refused, judged = _refused(model, tokenizer, harmless, batch_size, able, progress)
+        measures["judged_harmless"] = judged or None
         measures["harmless_refused"] = refused
         measures["refused_harmless"] = bootstrap_interval(refused)
     return EvaluationResult(**measures)
@@ -126,10 +139,27 @@ def _refused(
     tokenizer: "PreTrainedTokenizerBase",
     requests: Sequence[Request],
     batch_size: int,
+    judges: Sequence[Judge],
     progress: Progress,
-) -> list[bool]:
+) -> tuple[list[bool], dict[str, list[bool]]]:
+    """Returns the verdicts by phrases, and those of further judges by name."""
     prompts = [request.prompt for request in requests]
     openings = generate_openings(
         model, tokenizer, prompts, batch_size=batch_size, progress=progress
     )
-    return [is_refusal(opening) for opening in openings]
+    refused = [is_refusal(opening) for opening in openings]
+    if not judges:
+        return refused, {}
+    answers = generate_openings(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=MAX_OPENING_TOKENS,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    verdicts = {
+        judge.name: judge(prompts, answers, batch_size=batch_size, progress=progress)
+        for judge in judges
+    }
+    return refused, verdicts

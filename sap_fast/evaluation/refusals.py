@@ -214,14 +214,36 @@ def _greedy_answers(
     progress: Progress,
 ) -> list[_Answer]:
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    answers = [_Answer("", False)] * len(prompts)
+    return greedy_continuations(
+        model,
+        tokenizer,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        description="Generating openings",
+    )
+
+
+def greedy_continuations(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    encoded: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Progress,
+    description: str,
+) -> list[_Answer]:
+    """What a model writes behind sequences of tokens, by plain greedy decoding, in their order."""
+    answers = [_Answer("", False)] * len(encoded)
     collate = TaskCollator(padding_token_id(tokenizer), padding_side="left")
     device = device_of(model)
     batches = similar_length_batches([len(ids) for ids in encoded], batch_size)
     with (
         evaluation_mode(model),
         _plain_greedy_decoding(model, tokenizer, max_new_tokens) as ends_of_turn,
-        progress("Generating openings", len(prompts)) as bar,
+        progress(description, len(encoded)) as bar,
     ):
         for indices in batches:
             batch = collate([{"input_ids": encoded[i], "labels": encoded[i]} for i in indices])

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import warnings
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 
-from sap_fast.compatibility import create_optimizer, require
+from sap_fast.compatibility import checkpoint_without_reentry, create_optimizer, require
+from sap_fast.integrations.beside import (
+    checked_optimizer,
+    refuse_updates_in_backward,
+    run_beside,
+)
+from sap_fast.integrations.checkpoints import last_complete_checkpoint
+from sap_fast.integrations.safety_batches import SafetyBatches
 from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
@@ -28,6 +32,7 @@ from sap_fast.losses import (
 from sap_fast.model.probes import ProbeSet
 from sap_fast.optimizer import BlendedAdamW
 from sap_fast.sap import FusedSAP
+from sap_fast.step.passes import SafetyPasses
 
 SafetyLoss = Callable[..., Tensor]
 _SAFETY_LOSSES: dict[str, SafetyLoss] = {
@@ -50,94 +55,6 @@ _METHODS = {"sap": _Method(FusedSAP, "contrastive"), "blend": _Method(BlendedAda
 # Where TRL's trainers keep what their `compute_loss` records.
 _FIGURES_OF_TRL = ("_metrics", "_total_train_tokens")
 
-# Long enough to sort well, short enough that batches differ from round to round (transformers'
-# length-grouped sampler sorts up to 50 batches).
-_BATCHES_SORTED_TOGETHER = 16
-
-
-class SafetyBatches:
-    """The rows of every safety pass: all rows in random order, again and again.
-
-    The rows of pass t follow from the seed and t alone, so that a resumed run needs no saved
-    position to go on with the rows it would have had. Rows of about the same length come together,
-    for less padding, where the dataset has rows as `sap_fast.data.load_safety_dataset` makes them.
-
-    Args:
-        dataset: safety rows, indexable.
-        batch_size: rows per safety pass and rank.
-        seed: seed of the order.
-    """
-
-    def __init__(self, dataset: Any, batch_size: int, seed: int) -> None:
-        if len(dataset) == 0:
-            raise ValueError("safety_dataset is empty; give at least one row")
-        if batch_size < 1:
-            raise ValueError(f"safety_batch_size={batch_size} is out of range; give a number ≥ 1")
-        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
-        self._round = (-1, 0)
-        self._order: list[int] = []
-
-    def rows(self, step: int, rank: int = 0, ranks: int = 1) -> list[Any]:
-        """Return the rows that `rank` of `ranks` sees in safety pass number `step`."""
-        together = self._batch_size * ranks
-        first = step * together + rank * self._batch_size
-        return [self._dataset[self._index(first + k, together)] for k in range(self._batch_size)]
-
-    def _index(self, position: int, together: int) -> int:
-        round_, place = divmod(position, len(self._dataset))
-        if self._round != (round_, together):
-            generator = torch.Generator().manual_seed(self._seed + round_)
-            order = torch.randperm(len(self._dataset), generator=generator).tolist()
-            self._order = self._by_length(order, together, generator)
-            self._round = round_, together
-        return self._order[place]
-
-    def _by_length(self, order: list[int], together: int, generator: torch.Generator) -> list[int]:
-        """Sort stretches of a random order by length, and shuffle the batches they make up."""
-        stretch = _BATCHES_SORTED_TOGETHER * together
-        batches: list[list[int]] = []
-        for start in range(0, len(order), stretch):
-            rows = sorted(order[start : start + stretch], key=lambda row: self._length(row))
-            cut = [rows[k : k + together] for k in range(0, len(rows), together)]
-            batches += [cut[k] for k in torch.randperm(len(cut), generator=generator).tolist()]
-        return [row for batch in batches for row in batch]
-
-    def _length(self, index: int) -> int:
-        row = self._dataset[index]
-        try:
-            return max(len(row[answer]["input_ids"]) for answer in ("chosen", "rejected"))
-        except (TypeError, KeyError):
-            return 0  # rows of a form that only their collator knows
-
-
-def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest checkpoint in a trainer's output folder that was written to its end.
-
-    transformers writes into the folder that it later resumes from, its state last of all. A process
-    killed meanwhile leaves one without that state, or with half of it; with
-    `transformers.trainer_utils.get_last_checkpoint` the run could not be resumed.
-
-    Args:
-        folder: `TrainingArguments.output_dir`; it need not exist.
-
-    Returns:
-        The path of the checkpoint; None if there is no complete one.
-    """
-    checkpoints = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in Path(folder).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal()
-    }
-    for _, path in sorted(checkpoints.items(), reverse=True):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            warnings.warn(f"{path} is incomplete and is not resumed from", stacklevel=2)
-        else:
-            return str(path)
-    return None
-
-
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -152,6 +69,10 @@ class SAPTrainerMixin(_Base):
     safety pass, probe passes over all of them, then their task passes. Gradient clipping is the
     trainer's (`TrainingArguments.max_grad_norm`), before gradient blending.
 
+    The update is that of `FusedSAP` or `BlendedAdamW` where `TrainingArguments` ask for an AdamW of
+    PyTorch, and else that of the optimizer that they, `optimizer_cls_and_kwargs` or `optimizers`
+    say: the passes run beside it.
+
     Every log of the training loss carries the figures of `SAPMetrics` as `sap/…`.
 
     Args:
@@ -163,17 +84,19 @@ class SAPTrainerMixin(_Base):
         safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"`, or a function (model,
             chosen, rejected) → scalar; see `sap_fast.losses`. None: `"contrastive"` for the method
             `"sap"`, `"joint"` for `"blend"`.
-        method: `"sap"` for `FusedSAP`, `"blend"` for `BlendedAdamW`.
+        method: `"sap"` for the passes of `FusedSAP`, `"blend"` for those of `BlendedAdamW`.
         probe: keyword arguments for `ProbeSet`, with `"sap"`.
-        sap_options: keyword arguments for the optimizer, over what `TrainingArguments` says. An
-            optimizer given as `optimizers=(FusedSAP(…), …)` is used as it is instead; leave these
-            and `probe` out then.
+        sap_options: keyword arguments for the optimizer, over what `TrainingArguments` says; beside
+            another optimizer those of `SafetyPasses`. A `FusedSAP` or `BlendedAdamW` given in
+            `optimizers` is used as it is; leave these and `probe` out then.
         **kwargs: as for the trainer.
 
     Raises:
         ValueError: without safety data or collator, for an unknown `safety_loss` or `method`, for a
-            `probe` without a method that has one, for another optimizer in `TrainingArguments`, or
-            for settings beside an optimizer that is given.
+            `probe` without a method that has one, for an optimizer that updates inside of backward,
+            for options of an update that another optimizer makes, or for settings beside a
+            `FusedSAP` or `BlendedAdamW` that is given.
+        TypeError: for an optimizer that is no `torch.optim.Optimizer`.
     """
 
     def __init__(
@@ -213,10 +136,15 @@ class SAPTrainerMixin(_Base):
         self._sap_options = dict(sap_options or {})
         self._window: list[Any] = []
         self._window_position = 0
+        self._passes: SafetyPasses | None = None
         super().__init__(*args, **kwargs)
-        if self.optimizer is None:
-            self._refuse_other_optimizers()
-        elif self._probe or self._sap_options:
+        checkpoint_without_reentry(self.args)
+        self._other_update = self._find_other_update()
+        if self._other_update is not None:
+            self._refuse_options_of_the_update(self._other_update)
+            if self.optimizer is not None:
+                self._run_beside(self.model)
+        elif self.optimizer is not None and (self._probe or self._sap_options):
             raise ValueError(
                 f"probe={self._probe} and sap_options={self._sap_options} have no effect on an "
                 "optimizer that is given: leave them out, or leave optimizers= out"
@@ -228,45 +156,65 @@ class SAPTrainerMixin(_Base):
         if any(base.__module__.startswith("trl.") for base in cls.__mro__):
             require("trl")
 
-    def _refuse_other_optimizers(self) -> None:
-        """Raise for a choice of an optimizer that the update of SAP would overrule."""
+    def _find_other_update(self) -> str | None:
+        """Say who makes the update, if it is none of this package's optimizers."""
+        if self.optimizer is not None:
+            given = _unwrapped(self.optimizer)
+            name = type(given).__name__
+            return None if isinstance(given, BlendedAdamW) else f"optimizers=({name}(…), …)"
+        if self.optimizer_cls_and_kwargs is not None:
+            return f"optimizer_cls_and_kwargs=({self.optimizer_cls_and_kwargs[0].__name__}, …)"
         default = next(f.default for f in dataclasses.fields(self.args) if f.name == "optim")
         # PyTorch's AdamW is what the update is, beside SAP.
-        accepted = {getattr(default, "value", default), "adamw_torch", "adamw_torch_fused"}
-        chosen = getattr(self.args.optim, "value", self.args.optim)
-        if chosen not in accepted:
-            what = f"optim={chosen!r}"
-        elif self.optimizer_cls_and_kwargs is not None:
-            what = f"optimizer_cls_and_kwargs with {self.optimizer_cls_and_kwargs[0].__name__}"
-        else:
-            return
-        name = _METHODS[self._method].optimizer.__name__
-        raise ValueError(
-            f"{what}, but the trainer updates with {name}, which is AdamW with SAP: leave it out, "
-            "or run SafetyPasses with that optimizer in a loop of your own "
-            "(examples/any_optimizer.py)"
-        )
+        own = {getattr(default, "value", default), "adamw_torch", "adamw_torch_fused"}
+        chosen = str(getattr(self.args.optim, "value", self.args.optim))
+        refuse_updates_in_backward(chosen)
+        return None if chosen in own else f"optim={chosen!r}"
+
+    def _refuse_options_of_the_update(self, other: str) -> None:
+        accepted = inspect.signature(SafetyPasses).parameters
+        unknown = sorted(set(self._sap_options) - set(accepted))
+        if unknown:
+            raise ValueError(
+                f"sap_options={self._sap_options}: {', '.join(unknown)} would be of an update that "
+                f"another optimizer makes, {other}; say it there. Beside it SafetyPasses takes "
+                "safety_weight, safety_level, rule, direction_every and backend"
+            )
+
+    def _run_beside(self, model: Any) -> None:
+        """Run the passes beside the optimizer that there is."""
+        options = {"grad_scaler": self.accelerator.scaler} | self._sap_options
+        for name in ("safety_weight", "safety_level"):
+            default = inspect.signature(_METHODS[self._method].optimizer).parameters[name].default
+            options.setdefault(name, default)
+        optimizer = checked_optimizer(_unwrapped(self.optimizer))
+        probes = ProbeSet(model, **self._probe) if self._method == "sap" else None
+        self._passes = SafetyPasses(optimizer.param_groups, probes, **options)
+        run_beside(optimizer, self._passes)
 
     @property
     def probe_set(self) -> ProbeSet | None:
         """The probe set, once there is an optimizer; None without a probe."""
-        return None if self.optimizer is None else self.sap_optimizer.probes
+        return None if self.optimizer is None else self.passes.probes
+
+    @property
+    def passes(self) -> SafetyPasses:
+        """The passes of a step and what they find, once there is an optimizer."""
+        return self.sap_optimizer.passes if self._passes is None else self._passes
 
     @property
     def sap_optimizer(self) -> BlendedAdamW:
         """The `FusedSAP` or `BlendedAdamW` under whatever the trainer wrapped around it.
 
         Raises:
-            TypeError: if the trainer's optimizer is another one.
+            TypeError: if the update is made by another optimizer.
         """
-        optimizer: Any = self.optimizer
-        while not isinstance(optimizer, BlendedAdamW):
-            if not hasattr(optimizer, "optimizer"):
-                raise TypeError(
-                    f"the trainer's optimizer is of {type(optimizer).__name__}, neither FusedSAP "
-                    "nor BlendedAdamW; leave optimizers= out, or give one of these"
-                )
-            optimizer = optimizer.optimizer
+        optimizer = _unwrapped(self.optimizer)
+        if not isinstance(optimizer, BlendedAdamW):
+            raise TypeError(
+                f"the trainer's optimizer is of {type(optimizer).__name__}, neither FusedSAP nor "
+                "BlendedAdamW; trainer.passes are the passes that run beside it"
+            )
         return optimizer
 
     def train(
@@ -288,19 +236,24 @@ class SAPTrainerMixin(_Base):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build `FusedSAP` or `BlendedAdamW` on the trainer's parameter groups."""
-        if self.optimizer is None:
-            trained_model: Any = self.model if model is None else model
-            settings = {
-                "lr": self.args.learning_rate,
-                "betas": (self.args.adam_beta1, self.args.adam_beta2),
-                "eps": self.args.adam_epsilon,
-                "grad_scaler": self.accelerator.scaler,
-            }
-            if self._method == "sap":
-                settings["probes"] = ProbeSet(trained_model, **self._probe)
-            optimizer = _METHODS[self._method].optimizer
-            self.optimizer_cls_and_kwargs = (optimizer, settings | self._sap_options)
+        """Build `FusedSAP` or `BlendedAdamW`, or another optimizer and the passes beside it."""
+        if self.optimizer is not None:
+            return create_optimizer(super().create_optimizer, model)
+        trained_model: Any = self.model if model is None else model
+        if self._other_update is not None:
+            optimizer = create_optimizer(super().create_optimizer, model)
+            self._run_beside(trained_model)
+            return optimizer
+        settings = {
+            "lr": self.args.learning_rate,
+            "betas": (self.args.adam_beta1, self.args.adam_beta2),
+            "eps": self.args.adam_epsilon,
+            "grad_scaler": self.accelerator.scaler,
+        }
+        if self._method == "sap":
+            settings["probes"] = ProbeSet(trained_model, **self._probe)
+        own = _METHODS[self._method].optimizer
+        self.optimizer_cls_and_kwargs = (own, settings | self._sap_options)
         return create_optimizer(super().create_optimizer, model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -320,27 +273,32 @@ class SAPTrainerMixin(_Base):
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """Run the task pass of one micro-batch; before the first of a step, the other passes."""
-        optimizer = self.sap_optimizer
+        passes = self.passes
         if self._window_position == 0:
-            optimizer.runs_in(model)
+            self._enter_training()
+            passes.runs_in(model)
             window = self._window or [inputs]
             with self._figures_set_aside():
-                self._run_inner_passes(optimizer, model, window, num_items_in_batch)
+                self._run_inner_passes(passes, model, window, num_items_in_batch)
         self._window_position += 1
-        with optimizer.task_pass() as record:
+        with passes.task_pass() as record:
             loss = super().training_step(model, inputs, num_items_in_batch)
             record(loss)
         return loss
 
-    def _run_inner_passes(
-        self, optimizer: BlendedAdamW, model: nn.Module, window: list[Any], num_items: Any
-    ) -> None:
-        passes = optimizer.passes
+    def _enter_training(self) -> None:
+        """Let a schedule-free optimizer put its own weights into the model before any pass."""
+        train = getattr(self.optimizer, "train", None)
+        if callable(train):
+            train()
 
+    def _run_inner_passes(
+        self, passes: SafetyPasses, model: nn.Module, window: list[Any], num_items: Any
+    ) -> None:
         def task(part: list[Any]) -> Tensor:
             items = num_items
             # Asked of the setting and not of the part: to count is to wait for the other ranks.
-            if optimizer.probes is not None and optimizer.probes.rows < 1 and items is not None:
+            if passes.probes is not None and passes.probes.rows < 1 and items is not None:
                 items = self._get_num_items_in_batch(part, self.args.device)
             # What a loss is divided by that no number of items scales.
             self.current_gradient_accumulation_steps = len(part)
@@ -352,7 +310,7 @@ class SAPTrainerMixin(_Base):
         # A figure for the log, which costs a pass over the weights; other steps go without.
         passes.measures_rounding = self._logs_after_this_step()
         passes.keeps_direction = self._keeps_direction()
-        optimizer.inner_passes(
+        passes.inner_passes(
             task, lambda: self._backward_of_safety(model, passes.direction.taken), window
         )
 
@@ -406,8 +364,15 @@ class SAPTrainerMixin(_Base):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the last SAP step to logs of the training loss."""
         if "loss" in logs:
-            logs |= self.sap_optimizer.metrics.flat()
+            logs |= self.passes.metrics.flat()
         super().log(logs, start_time)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer inside what Accelerate wrapped around it."""
+    while not isinstance(optimizer, BlendedAdamW) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 class SAPTrainer(SAPTrainerMixin, Trainer):

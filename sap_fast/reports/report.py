@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sap_fast.evaluation import paired_difference
+from sap_fast.reports.judges import judges_rows
 from sap_fast.reports.pages import MARKERS, MISSING, Picture, picture, render, replace_text
 
 _Line: TypeAlias = tuple[np.ndarray, np.ndarray]
@@ -99,6 +100,8 @@ def write_report(path: str | os.PathLike[str], info: ReportInfo, runs: Sequence[
         findings=_findings(runs),
         headings=list(_COLUMNS),
         rows=list(zip(runs, table_rows(runs, info.baseline), strict=True)),
+        judges_headings=[run.name for run in runs],
+        judges_rows=judges_rows({run.name: run.evaluation for run in runs}),
         evaluation_pictures=_evaluation_pictures(runs),
         training_pictures=_training_pictures(runs),
         last_headings=list(_LAST_FIGURES),

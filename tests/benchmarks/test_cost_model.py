@@ -19,7 +19,7 @@ from benchmarks.measuring import memory_events, peak
 from benchmarks.step import work_sizes
 from benchmarks.workloads import SAFETY_PAIRS, Case, Lora, Shape
 from sap_fast import FusedSAP, ProbeSet, contrastive_loss, task_loss
-from sap_fast.integrations.trainer import SafetyBatches
+from sap_fast.integrations.safety_batches import SafetyBatches
 from tests.tiny import Problem, problem
 
 TINY = Shape("tiny", 32, 4, 4, 2, 64, 128, tied=False)

@@ -17,7 +17,7 @@ from benchmarks.measuring import memory_events, peak
 from benchmarks.provenance import RESULTS, read_rows
 from benchmarks.step import work_sizes
 from benchmarks.workloads import SAFETY_PAIRS, Case, Lora, Shape
-from sap_fast.integrations.trainer import SafetyBatches
+from sap_fast.integrations.safety_batches import SafetyBatches
 from tests.quantized import NF4
 
 #: Wide enough that constants of blocks, and padding of storages, are small.

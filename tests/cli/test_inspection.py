@@ -41,7 +41,7 @@ def test_a_row_is_shown_by_token_with_what_is_scored(terminal: Terminal, tmp_pat
         "G│o│<|im_end|>│↵",
     ]
     assert lines[at + 9] == "⟦O│n│<|im_end|>⟧"
-    assert "2 answers, which end with: <|im_end|> (2)" in lines
+    assert "2 whole answers; the whole ones end with: <|im_end|> (2)" in lines
     assert "Lengths: 53 to 53 tokens, median 53, 95 % within 53" in lines
 
 
@@ -61,6 +61,7 @@ def test_what_becomes_of_the_rows_is_counted(terminal: Terminal, tmp_path: Path)
         "2 dropped: no answer left within 50 tokens (rows 2, 4)",
         "1 cut: a part of the answers is beyond 50 tokens (row 3)",
         "row 3: 50 tokens, 29 scored, cut",
+        "1 whole answers, and 1 that are cut off; the whole ones end with: <|im_end|> (1)",
         "beyond --max-length",
     ):
         assert wanted in shown, wanted

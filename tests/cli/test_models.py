@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,9 @@ def test_an_adapter_is_read_from_safetensors_only(terminal: Terminal, tmp_path: 
         assert f"--model {adapter}: cannot be loaded" in terminal.refusal(*arguments)
 
 
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 QUANTIZED = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
 
 
@@ -161,7 +165,8 @@ def kinds(model: torch.nn.Module) -> set[str]:
     return {type(m).__name__ for m in linear if hasattr(m, "weight") and m.weight.dim() == 2}
 
 
-@pytest.mark.parametrize("load_in", QUANTIZED)
+@needs_bitsandbytes
+@pytest.mark.parametrize("load_in", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_an_adapter_on_a_quantized_base_is_trained_and_its_base_loads_again(
     terminal: Terminal, tmp_path: Path, load_in: str
 ) -> None:
@@ -187,9 +192,14 @@ def test_an_adapter_on_a_quantized_base_is_trained_and_its_base_loads_again(
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize(
     ("precision", "computed"),
-    [("fp32", torch.float32), ("bf16-mixed", torch.bfloat16), ("bf16", torch.bfloat16)],
+    [
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        pytest.param("bf16-mixed", torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_a_4_bit_base_is_what_qlora_says(
     terminal: Terminal, precision: str, computed: torch.dtype
@@ -210,6 +220,7 @@ def test_a_4_bit_base_is_what_qlora_says(
     assert kinds(model) == {"Linear4bit", "Linear"}  # the adapter's
 
 
+@needs_bitsandbytes
 def test_what_cannot_be_quantized_is_refused(terminal: Terminal, tmp_path: Path) -> None:
     def refusal(command: str, *more: str) -> str:
         return terminal.refusal(*terminal.command(command, tmp_path / "out", *more))
@@ -234,6 +245,7 @@ def test_what_cannot_be_quantized_is_refused(terminal: Terminal, tmp_path: Path)
     assert "--load-in 8bit: needs bitsandbytes: pip install 'sap-fast[qlora]'" in line
 
 
+@needs_bitsandbytes
 def test_doctor_says_which_rho_survives_on_a_4_bit_base(terminal: Terminal) -> None:
     terminal.monkeypatch.setattr(console, "width", 120)
     model = ["doctor", "--model", str(terminal.chat_model), "--load-in", "4bit"]

@@ -186,8 +186,10 @@ def test_launchers_start_it(terminal: Terminal, tmp_path: Path, launcher: str) -
     start = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
         "accelerate": [
-            *("accelerate.commands.launch", "--cpu", "--num-processes", "2"),
-            *("--num-machines", "1", "--mixed-precision", "no", "--module"),
+            # With --cpu it starts one process, unless there is MPI.
+            *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            "--module",
         ],
     }[launcher]
     output = tmp_path / "tuned"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -42,6 +43,15 @@ def assert_says_its_losses(shown: str) -> None:
             (EXAMPLES / f"{name}.py", ["--blend"])
             for name in ("plain_loop", "trainer_lora", "trl_sft")
         ),
+        *(
+            pytest.param(EXAMPLES / "any_optimizer.py", ["--optimizer", name], marks=marks)
+            for name, marks in {
+                "bitsandbytes": (),
+                "torchao": (),
+                "schedulefree": (),
+                "paged": pytest.mark.slow,  # on a CPU the first of these
+            }.items()
+        ),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value),
 )
@@ -53,7 +63,9 @@ def test_every_example_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", [str(script), "--tiny", "--steps", "2", *more])
-    runpy.run_path(str(script), run_name="__main__")
+    # torchao compiles its update, which takes a minute.
+    with torch.compiler.set_stance("force_eager"):
+        runpy.run_path(str(script), run_name="__main__")
     assert_says_its_losses(capsys.readouterr().out)
 
 

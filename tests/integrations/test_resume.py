@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from sap_fast import SAPTrainer
-from sap_fast.integrations.trainer import last_complete_checkpoint
+from sap_fast.integrations.checkpoints import last_complete_checkpoint
 from tests.ranks import on_ranks
 from tests.tiny import assert_same_bits, weights
 from tests.trainers import arguments, model, sap_trainer, trainer_of

@@ -29,6 +29,7 @@ from sap_fast import (
 )
 from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
+from sap_fast.ops import choose_backend
 from tests.ranks import on_ranks
 from tests.tiny import VOCABULARY, assert_same_bits, distance, weights
 from tests.trainers import SAFETY_ROWS, TASK_ROWS, arguments, by_length, model, small
@@ -152,7 +153,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "clipping": {"max_grad_norm": 0.05},
     "bf16": {"bf16": True},
-    "checkpointing": checkpointing_arguments(True),
+    # As users turn it on, who say no more.
+    "checkpointing": {name: on for name, on in checkpointing_arguments(True).items() if on is True},
     "compile": {"torch_compile": True, "torch_compile_backend": "eager"} | OF_ONE_LENGTH,
     # Of as many rows, the first 24 drawn are sorted together.
     "by_length": by_length() | {"rows": TASK_ROWS * 4},
@@ -226,9 +228,10 @@ def test_the_probe_acts_under_every_setting(
     found = weights(trainer.model)
     expected, plain = (by_hand(trainer, windows, small(lora), size) for size in (SIZE, 0.0))
     moved = distance(expected, weights(small(lora)))
-    # Of the way that the parameters went. TRL's head and a compiled one round in another order.
+    # Of the way that the parameters went. TRL's head and a compiled one round in another order, and
+    # the reference's square root (MKL's) by where a tensor lies.
     if kind is SAPTrainer and setting != "compile":
-        allowed = 0.0
+        allowed = 0.0 if choose_backend("auto", "cpu") == "native" else 1e-5
     else:
         allowed = 0.03 if setting == "bf16" else 1e-5
     assert distance(found, expected) <= allowed * moved

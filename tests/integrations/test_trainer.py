@@ -24,7 +24,7 @@ from sap_fast import (
 )
 from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
-from sap_fast.integrations.trainer import SafetyBatches
+from sap_fast.integrations.safety_batches import SafetyBatches
 from sap_fast.losses import response_log_probs
 from tests.tiny import assert_same_bits, encoded, weights
 from tests.trainers import (
@@ -213,32 +213,19 @@ def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.sap_optimizer is optimizer and optimizer.passes.steps == 4
 
-    other = torch.optim.AdamW(trained)
-    trainer = trainer_of(SAPTrainer, tuned, arguments(tmp_path), optimizers=(other, None))
-    with pytest.raises(TypeError, match="of AdamW, neither FusedSAP nor BlendedAdamW"):
-        trainer.train()
-
     with pytest.raises(ValueError, match=r"sap_options=\{'rule': 'floor'\} have no effect"):
         given: dict[str, Any] = {"sap_options": {"rule": "floor"}, "optimizers": (optimizer, None)}
         trainer_of(SAPTrainer, tuned, arguments(tmp_path), **given)
 
 
 @pytest.mark.parametrize("method", ["sap", "blend"])
-def test_another_optimizer_is_refused_and_that_by_default_is_not(
-    tmp_path: Path, method: str
-) -> None:
+def test_the_adamw_of_pytorch_is_the_update_of_this_package(tmp_path: Path, method: str) -> None:
     default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
-    args = arguments(tmp_path, optim=default)
-    trainer = trainer_of(SAPTrainer, model(), args, method=method)
-    name = {"sap": "FusedSAP", "blend": "BlendedAdamW"}[method]
-    assert type(trainer.create_optimizer()).__name__ == name
-    with pytest.raises(ValueError, match=f"optim='adamw_bnb_8bit', but .* {name}.*SafetyPasses"):
-        args = arguments(tmp_path, optim="adamw_bnb_8bit")
-        trainer_of(SAPTrainer, model(), args, method=method)
-    with pytest.raises(ValueError, match=f"optimizer_cls_and_kwargs with SGD, but .* {name}"):
-        given = (torch.optim.SGD, {"lr": 1.0})
-        args = arguments(tmp_path)
-        trainer_of(SAPTrainer, model(), args, method=method, optimizer_cls_and_kwargs=given)
+    for optim in (default, "adamw_torch"):
+        args = arguments(tmp_path, optim=optim)
+        trainer = trainer_of(SAPTrainer, model(), args, method=method)
+        name = {"sap": "FusedSAP", "blend": "BlendedAdamW"}[method]
+        assert type(trainer.create_optimizer()).__name__ == name
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
