@@ -471,6 +471,9 @@ def test_cuda_kernels_that_do_not_compile_leave_those_of_the_cpu(tmp_path: Path)
 
 
 @pytest.mark.slow  # imports torch in the build, as only that of CUDA does
+@pytest.mark.skipif(
+    torch.version.cuda is None, reason="a CPU build of torch links nothing for CUDA"
+)
 @needs_compiler
 def test_cuda_kernels_are_a_library_of_their_own(tmp_path: Path) -> None:
     tree = small_tree(tmp_path, "")
