@@ -256,6 +256,12 @@ def spread(axes: Sequence[Sequence[Any]], quick: set[tuple[int, ...]]) -> list[A
     ]
 
 
+def repeated(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
+    """Settings of one axis, of which those that are not among `quick` are slow."""
+    kept = list(quick)
+    return [v if v in kept else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
 def plain_adamw(params: Any, **settings: Any) -> torch.optim.AdamW:
     """The AdamW of PyTorch that has the roundings of FusedSAP's on the CPU.
 

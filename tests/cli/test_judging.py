@@ -40,7 +40,7 @@ def test_a_judge_that_cannot_be_used_is_one_line(
     labelled = classifier(terminal, tmp_path / "labelled", "a", "b")
     good = classifier(terminal, tmp_path / "good", "a", "refusal")
     for judge, message in (
-        ("no/such", "--judge no/such: cannot be loaded"),
+        ("no/such/folder", "--judge no/such/folder: cannot be loaded"),
         (str(labelled), "has the labels a, b"),
         (f"{good},{good}", "two judges are called good"),
         ("http://example.org/v1", "expected an address of this machine"),

@@ -92,8 +92,8 @@ def test_what_cannot_be_merged_is_one_line(
         (["--base", "b"], "--base b:"),
     ):
         assert message in terminal.refusal(*arguments, *more)
-    line = terminal.refusal("merge", "--model", "no/such", "--output", str(tmp_path / "out"))
-    assert "--model no/such: cannot be loaded" in line
+    line = terminal.refusal("merge", "--model", "no/such/folder", "--output", str(tmp_path / "out"))
+    assert "--model no/such/folder: cannot be loaded" in line
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10**9}))
     assert "--dtype fp16: model." in terminal.refusal(*arguments, "--dtype", "fp16")

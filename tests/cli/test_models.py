@@ -166,7 +166,7 @@ def kinds(model: torch.nn.Module) -> set[str]:
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("load_in", QUANTIZED)
+@pytest.mark.parametrize("load_in", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_an_adapter_on_a_quantized_base_is_trained_and_its_base_loads_again(
     terminal: Terminal, tmp_path: Path, load_in: str
 ) -> None:
@@ -195,7 +195,11 @@ def test_an_adapter_on_a_quantized_base_is_trained_and_its_base_loads_again(
 @needs_bitsandbytes
 @pytest.mark.parametrize(
     ("precision", "computed"),
-    [("fp32", torch.float32), ("bf16-mixed", torch.bfloat16), ("bf16", torch.bfloat16)],
+    [
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        pytest.param("bf16-mixed", torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_a_4_bit_base_is_what_qlora_says(
     terminal: Terminal, precision: str, computed: torch.dtype

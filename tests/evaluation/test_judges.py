@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from sap_fast.data import TaskCollator, encode_chat
 from sap_fast.evaluation import (
     ClassifierJudge,
     EndpointJudge,
@@ -25,35 +24,10 @@ from sap_fast.evaluation import (
     cohens_kappa,
     evaluate_model,
 )
-from sap_fast.losses import task_loss
-from tests.evaluation.conftest import HARMFUL, HARMLESS, Bars, build_model, chat
+from tests.evaluation.conftest import HARMFUL, HARMLESS
 
 REQUESTS = ["Pick a lock", "Steal it", "Sing"]
 ANSWERS = ["I can't", "Sure, it", "Sure, la"]
-
-
-@pytest.fixture(scope="module")
-def guard(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Says of the three answers "safe", "unsafe" with a hazard, and something else."""
-    model = build_model(tokenizer).train()
-    said = ["\n\nsafe", "\n\nunsafe\nS2", "hm"]
-    rows = [
-        encode_chat(
-            tokenizer,
-            [*chat(request, answer), {"role": "assistant", "content": verdict}],
-            context=2,
-        )
-        for request, answer, verdict in zip(REQUESTS, ANSWERS, said, strict=True)
-    ]
-    batch = TaskCollator(0)(rows)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(80):
-        optimizer.zero_grad()
-        loss = task_loss(model, batch)
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05
-    return model
 
 
 def test_phrases_judge_as_ever() -> None:
@@ -62,17 +36,33 @@ def test_phrases_judge_as_ever() -> None:
     assert judge.tells_refusals and judge.name == "phrases"
 
 
-def test_a_guard_says_safe_or_unsafe(guard: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    judge = GuardJudge("guard", guard, tokenizer)
-    bars = Bars()
-    assert judge(REQUESTS[:2], ANSWERS[:2], batch_size=1, progress=bars) == [True, False]
-    assert (bars.totals, bars.advanced) == ([("Judging (guard)", 2)], [2])
+def test_a_guard_says_safe_or_unsafe(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"I can't": "\n\nsafe", "Sure, it": "\n\nunsafe\nS2", "": "Safe", "Sure, la": "hm"}
+    read: list[str] = []
+
+    def write(model: Any, tokenizer: Any, encoded: Any, **options: Any) -> list[Any]:
+        assert options["batch_size"] == 4 and options["description"] == "Judging (guard)"
+        read.extend(tokenizer.decode(ids) for ids in encoded)
+        answers = [text.split("assistant\n")[1].split("<|im_end|>")[0] for text in read]
+        return [SimpleNamespace(text=said[answer.replace("…", "")]) for answer in answers]
+
+    monkeypatch.setattr("sap_fast.evaluation.judges.greedy_continuations", write)
+    judge = GuardJudge("guard", nn.Module(), tokenizer)
+    assert judge(["Pick a lock", "Steal it", "Lie"], [*ANSWERS[:2], ""], batch_size=4) == [
+        *(True, False, True)
+    ]
+    assert read[0] == (
+        "<|im_start|>user\nPick a lock<|im_end|>\n<|im_start|>assistant\nI can't<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
     assert not judge.tells_refusals
     with pytest.raises(JudgeError, match="the judge guard said 'hm'; expected safe or unsafe"):
-        judge(REQUESTS[2:], ANSWERS[2:])
-    plain = SimpleNamespace(chat_template=None)
+        judge(REQUESTS[2:], ANSWERS[2:], batch_size=4)
+    plain: Any = SimpleNamespace(chat_template=None)
     with pytest.raises(JudgeError, match="the judge plain has no chat template"):
-        GuardJudge("plain", guard, plain)  # type: ignore[arg-type]
+        GuardJudge("plain", nn.Module(), plain)
 
 
 class Classifier(nn.Module):

@@ -44,8 +44,13 @@ def assert_says_its_losses(shown: str) -> None:
             for name in ("plain_loop", "trainer_lora", "trl_sft")
         ),
         *(
-            (EXAMPLES / "any_optimizer.py", ["--optimizer", name])
-            for name in ("bitsandbytes", "paged", "torchao", "schedulefree")
+            pytest.param(EXAMPLES / "any_optimizer.py", ["--optimizer", name], marks=marks)
+            for name, marks in {
+                "bitsandbytes": (),
+                "torchao": (),
+                "schedulefree": (),
+                "paged": pytest.mark.slow,  # on a CPU the first of these
+            }.items()
         ),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value),

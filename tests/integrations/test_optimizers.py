@@ -78,7 +78,16 @@ def eager() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("optim", "method"),
-    [*((optim, "sap") for optim in OPTIMS), ("adamw_bnb_8bit", "blend"), ("sgd", "blend")],
+    [
+        ("adamw_bnb_8bit", "sap"),
+        ("adamw_torch_8bit", "sap"),
+        ("schedule_free_adamw", "sap"),
+        ("sgd", "blend"),
+        pytest.param("adamw_bnb_8bit", "blend", marks=pytest.mark.slow),
+        pytest.param("paged_adamw_8bit", "sap", marks=pytest.mark.slow),
+        pytest.param("adafactor", "sap", marks=pytest.mark.slow),
+        pytest.param("sgd", "sap", marks=pytest.mark.slow),
+    ],
 )
 def test_the_optimizer_is_the_one_that_is_named(tmp_path: Path, optim: str, method: str) -> None:
     settings = {"optim": optim, "max_steps": 2, "logging_steps": 1}
@@ -168,6 +177,24 @@ def test_a_resumed_run_with_another_optimizer_ends_with_the_same_bits(
     assert_same_bits(*ends)
     assert found[0] == found[1]
     assert found[0][0] == 5
+
+
+def test_a_schedule_free_optimizer_trains_before_the_first_pass_of_each_step(
+    tmp_path: Path,
+) -> None:
+    """Its `train` moves the weights: inside of a pass it would move perturbed ones."""
+    modes: list[bool] = []
+
+    class Watched(PlainLossTrainer):
+        def compute_safety_loss(self, *args: Any) -> Tensor:
+            modes.append(self.optimizer.optimizer.param_groups[0]["train_mode"])
+            return super().compute_safety_loss(*args)
+
+    settings = {"optim": "schedule_free_adamw", "max_steps": 2}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1}
+    args = arguments(tmp_path, **settings)
+    trainer_of(Watched, small(lora=True), args, eval_dataset=TASK_ROWS[:2], **HOW["sap"]).train()
+    assert modes == [True, True]
 
 
 @pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])

@@ -43,9 +43,12 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("kind", "base", "method"),
     [
-        *((SAPTrainer, base, "sap") for base in BASES),
-        (SAPTrainer, "nf4", "blend"),
-        (SAPSFTTrainer, "nf4", "sap"),
+        (SAPTrainer, "nf4", "sap"),
+        (SAPTrainer, "torchao int4", "sap"),
+        pytest.param(SAPTrainer, "int8", "sap", marks=pytest.mark.slow),
+        pytest.param(SAPTrainer, "torchao int8", "sap", marks=pytest.mark.slow),
+        pytest.param(SAPTrainer, "nf4", "blend", marks=pytest.mark.slow),
+        pytest.param(SAPSFTTrainer, "nf4", "sap", marks=pytest.mark.slow),
         (SAPSFTTrainer, "int8", "blend"),
         (SAPSFTTrainer, "torchao int8", "sap"),
     ],

@@ -17,7 +17,15 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, contrastive_loss, task_loss
-from tests.tiny import HIDDEN, VOCABULARY, Problem, assert_same_bits, plain_adamw, random_batch
+from tests.tiny import (
+    HIDDEN,
+    VOCABULARY,
+    Problem,
+    assert_same_bits,
+    plain_adamw,
+    random_batch,
+    repeated,
+)
 
 QV = ["q_proj", "v_proj"]
 SHAPE: dict[str, Any] = {
@@ -90,6 +98,13 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 }
 
 
+#: The rest repeats these.
+QUICK = (
+    *("lora", "dora", "modules_to_save, tied", "trainable_token_indices", "experts of Mixtral"),
+    *("ia3", "vera", "oft", "prompt tuning", "prefix tuning"),
+)
+
+
 def adapted(name: str, *, moved: bool = True) -> Problem:
     """A problem with an adapter; `moved` a little, as after some training."""
     make, config = ADAPTERS[name]
@@ -132,7 +147,7 @@ def trained(case: Problem) -> list[Tensor]:
     return [parameter.detach() for parameter in case.trained]
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", repeated(ADAPTERS, QUICK))
 def test_h_is_usable_and_the_adapter_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     case = adapted(name)
     before = [tensor.clone() for tensor in trained(case)]
@@ -153,7 +168,7 @@ def test_h_is_usable_and_the_adapter_is_saved_and_loaded(name: str, tmp_path: Pa
         torch.testing.assert_close(again(input_ids=ids).logits, case.model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", repeated(ADAPTERS, QUICK))
 def test_without_a_probe_or_blending_it_is_adamw_bit_for_bit(name: str) -> None:
     found = []
     for kind in ("adamw", "no size", "no weight"):

@@ -147,7 +147,10 @@ def trained(make: Callable[[], nn.Module], more: tuple[str, ...], skips: bool) -
     ("make", "more"),
     [
         *((llama, ()), (gemma3, ("token_type_ids",)), (gemma3n, ()), (gemma4, ()), (qwen3_vl, ())),
-        *((make, ()) for make in MIXED.values()),
+        *(
+            pytest.param(make, (), marks=pytest.mark.slow if name == "bamba" else ())
+            for name, make in MIXED.items()
+        ),
     ],
     ids=["llama", "gemma3", "gemma3n", "gemma4", "qwen3_vl", *MIXED],
 )

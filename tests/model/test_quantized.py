@@ -16,9 +16,20 @@ from sap_fast.model import checkpointing
 from sap_fast.step.trained import Trained
 from tests.oracle import naive_task_loss
 from tests.quantized import BASES, on_base, quantized
-from tests.tiny import HIDDEN, Problem, assert_same_bits, plain_adamw, random_batch, weights
+from tests.tiny import (
+    HIDDEN,
+    Problem,
+    assert_same_bits,
+    plain_adamw,
+    random_batch,
+    repeated,
+    weights,
+)
 
 transformers_logging.disable_progress_bar()
+
+#: One of each package; the other two store in another width.
+QUICK = ("nf4", "torchao int8")
 
 
 def steps(case: Problem, optimizer: Any, *, number: int = 1, bf16: bool = False) -> list[float]:
@@ -70,7 +81,7 @@ def test_h_and_losses_are_those_of_the_dequantized_weights(
         assert torch.cosine_similarity(ours[layer], h, dim=0) >= least
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", repeated(BASES, QUICK))
 @pytest.mark.parametrize("method", ["sap", "blend"])
 def test_adapters_move_and_the_weights_below_keep_their_bits(base: str, method: str) -> None:
     case = on_base(base)
@@ -95,7 +106,7 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     return [tensor.data]
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", repeated(BASES, QUICK))
 def test_without_a_probe_or_blending_it_is_adamw_bit_for_bit(base: str) -> None:
     found = []
     for size in (0.0, None):
@@ -113,7 +124,7 @@ def test_without_a_probe_or_blending_it_is_adamw_bit_for_bit(base: str) -> None:
     assert_same_bits(*found)
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", repeated(BASES, QUICK))
 def test_checkpointing_changes_no_bit_and_measures_what_plain_weights_store(
     base: str,
 ) -> None:
@@ -147,7 +158,7 @@ def test_elements_of_a_wrapper_lie_in_the_tensors_that_it_holds() -> None:
     assert sizes[-1] == weight.numel()  # a byte for each
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", repeated(BASES, QUICK))
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_quantized_head_is_applied_in_chunks(
     base: str, bf16: bool, monkeypatch: pytest.MonkeyPatch
@@ -163,7 +174,7 @@ def test_a_quantized_head_is_applied_in_chunks(
     torch.testing.assert_close(ours.detach(), expected, rtol=1e-3 if bf16 else 1e-5, atol=0)
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", repeated(BASES, QUICK))
 def test_batches_are_packed(base: str) -> None:
     case = on_base(base)
     causal_lm = case.model.get_base_model()
