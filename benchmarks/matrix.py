@@ -325,7 +325,8 @@ def table(rows: list[Row]) -> str:
         f"| | {' | '.join(PACKAGES)} | kernels | Trainer | TRL | tests |",
         "|---" * (len(PACKAGES) + 5) + "|",
     ]
-    for name in dict.fromkeys(row["stack"] for row in rows):
+    known = {row["stack"] for row in rows}
+    for name in filter(known.__contains__, STACKS):  # the oldest first
         of_stack = {row["check"]: row for row in rows if row["stack"] == name}
         first = next(iter(of_stack.values()))
         runs = [mark(of_stack, kind) for kind in ("Trainer", "TRL")]
