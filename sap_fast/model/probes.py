@@ -65,9 +65,8 @@ class ProbeSet:
             ∂_V⟨ĝ, ∇_W L_task⟩ and so independent of ρ. Empty before the first probe passes.
         offsets: V by layer index, likewise. Injected only inside the step that found it; afterwards
             it is there to be read, until the next step begins.
-        compute_dtype: the dtype that autocast multiplied weights in, in the last probe pass; None
-            without autocast, where every weight is multiplied in its own. That of the hidden states
-            says nothing: PEFT casts them to the dtype of an adapter.
+        compute_dtype: the dtype that autocast or FSDP2's policy multiplied weights in, in the last
+            probe pass; None without either, where every weight is multiplied in its own.
 
     Raises:
         ValueError: if the decoder stack cannot be told, an index is out of range, or an argument is
@@ -367,7 +366,9 @@ class ProbeSet:
     def _measure(self, index: int, hidden: Tensor) -> None:
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
-        self.compute_dtype = torch.get_autocast_dtype(device_type) if autocast else None
+        # FSDP2's policy has weights and hidden states in one dtype while a layer runs.
+        policy = hidden.dtype if self.ranks.shards else None
+        self.compute_dtype = torch.get_autocast_dtype(device_type) if autocast else policy
         self._scales.measure(index, hidden, self._mask, self._index)
 
 

@@ -26,6 +26,7 @@ def verdicts_of(evaluation: Mapping[str, Any]) -> tuple[Verdicts, Verdicts]:
     harmless: Verdicts = {}
     if evaluation.get("harmful_refused"):
         harmful[PHRASES] = evaluation["harmful_refused"]
+    if evaluation.get("harmful_margins"):
         harmful[MARGIN] = [margin > 0 for margin in evaluation["harmful_margins"]]
     if evaluation.get("harmless_refused"):
         harmless[PHRASES] = evaluation["harmless_refused"]
