@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,13 @@ def checkpoint_without_reentry(args: Any) -> None:
     if args.gradient_checkpointing and not _installed("transformers", "5.0"):
         given = args.gradient_checkpointing_kwargs or {}
         args.gradient_checkpointing_kwargs = {"use_reentrant": False} | given
+
+
+def log_into(args: Any, folder: Path) -> None:
+    """Has TensorBoard's files put into a folder, where `TrainingArguments` say into which."""
+    # Until transformers 5.2; then an environment variable does.
+    if hasattr(args, "logging_dir"):
+        args.logging_dir = str(folder)
 
 
 def create_optimizer(create: Any, model: Any) -> Any:

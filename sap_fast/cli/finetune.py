@@ -31,7 +31,7 @@ from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model, resolved_pr
 from sap_fast.cli.pairs import ask_for_pairs
 from sap_fast.cli.settings import FinetuneSettings
 from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
-from sap_fast.compatibility import checkpointing_arguments, max_memory_allocated
+from sap_fast.compatibility import checkpointing_arguments, log_into, max_memory_allocated
 from sap_fast.data import (
     BUILTIN,
     SafetyCollator,
@@ -126,6 +126,7 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
         try:
             with _tensorboard_in(work / "tensorboard"):
                 trainer = _trainer(settings, work, model, tokenizer, task_rows, safety_rows)
+            log_into(trainer.args, work / "tensorboard")
             trainer.create_optimizer()
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -28,6 +28,20 @@ from tests.trainers import (
 )
 
 
+#: What transformers takes some of them from.
+PACKAGES = {
+    "adamw_bnb_8bit": "bitsandbytes",
+    "paged_adamw_8bit": "bitsandbytes",
+    "adamw_torch_8bit": "torchao",
+    "schedule_free_adamw": "schedulefree",
+}
+
+
+def needs_package_of(optim: str) -> None:
+    if optim in PACKAGES:
+        pytest.importorskip(PACKAGES[optim])
+
+
 class PlainLossTrainer(SAPTrainerMixin, Trainer):
     """The mixin alone: the loss is the Trainer's own."""
 
@@ -90,6 +104,7 @@ def eager() -> Iterator[None]:
     ],
 )
 def test_the_optimizer_is_the_one_that_is_named(tmp_path: Path, optim: str, method: str) -> None:
+    needs_package_of(optim)
     settings = {"optim": optim, "max_steps": 2, "logging_steps": 1}
     expected = plain(tmp_path, wide(), **settings)
     tuned = wide()
@@ -163,6 +178,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 def test_a_resumed_run_with_another_optimizer_ends_with_the_same_bits(
     tmp_path: Path, optim: str
 ) -> None:
+    needs_package_of(optim)
     settings = {"optim": optim, "max_steps": 5, "save_steps": 2, "save_strategy": "steps"}
     how, ends, found = RESUMED[optim], [], []
     for name in ("a", "b"):
@@ -183,6 +199,7 @@ def test_a_schedule_free_optimizer_trains_before_the_first_pass_of_each_step(
     tmp_path: Path,
 ) -> None:
     """Its `train` moves the weights: inside of a pass it would move perturbed ones."""
+    needs_package_of("schedule_free_adamw")
     modes: list[bool] = []
 
     class Watched(PlainLossTrainer):
@@ -217,6 +234,7 @@ def test_an_optimizer_that_is_given_is_used(tmp_path: Path, way: str) -> None:
 
 
 def test_trl_takes_8_bit_adamw(tmp_path: Path) -> None:
+    needs_package_of("adamw_bnb_8bit")
     settings = {"optim": "adamw_bnb_8bit", "bf16": True} | checkpointing_arguments(True)
     trainer = build(SAPSFTTrainer, tmp_path, small(lora=True), **settings)
     trainer.train()
