@@ -27,7 +27,6 @@ from tests.trainers import (
     trainer_of,
 )
 
-
 #: What transformers takes some of them from.
 PACKAGES = {
     "adamw_bnb_8bit": "bitsandbytes",
