@@ -23,10 +23,11 @@ TEMPLATE = (
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget precision and accumulation of the test before: accelerate keeps them per process."""
-    # Until transformers 5.0 `TrainingArguments(bf16=True)` leaves this behind. Set and deleted, so
-    # that it is not there after the test either.
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    # Until transformers 5.0 `TrainingArguments` with bf16 or torch_compile leave these behind. Set
+    # and deleted, so that they are not there after the test either.
+    for name in ("MIXED_PRECISION", "DYNAMO_BACKEND", "DYNAMO_MODE"):
+        monkeypatch.setenv(f"ACCELERATE_{name}", "no")
+        monkeypatch.delenv(f"ACCELERATE_{name}")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     yield
