@@ -204,6 +204,7 @@ class Build(build_ext):
         if self.plan.build == "cuda":
             try:
                 self.build_cuda()
+            # Compilers, ninja and setuptools fail with errors of many types; it is said, not lost.
             except Exception as error:
                 if self.choice != "auto":
                     raise
@@ -213,6 +214,7 @@ class Build(build_ext):
         self.left_out: list[str] = []
         try:
             super().run()
+        # Likewise.
         except Exception as error:
             if self.choice != "auto":
                 raise
@@ -281,6 +283,7 @@ class Build(build_ext):
             options["macros"] = [*options["macros"], *self.information()]
         try:
             (found,) = self.compiler.compile([source], **options)
+        # Likewise.
         except Exception as error:
             if self.choice != "auto" or source not in INSTRUCTION_SETS:
                 raise

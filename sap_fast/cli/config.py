@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from sap_fast.cli.console import UserError
-from sap_fast.cli.settings import GONE, flag
+from sap_fast.cli.settings import GONE, declare, flag
 
 _PANEL = "Configuration"
 
@@ -78,8 +78,7 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
         ),
     ]
     parameters = [*(parameter.replace(kind=kind) for parameter in own), *added]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    declare(run, parameters)
     return run
 
 

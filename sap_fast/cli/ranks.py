@@ -94,6 +94,7 @@ def on_first(work: Callable[[], T]) -> T:
     if is_first():
         try:
             outcome = [(work(), None)]
+        # Whatever it is: it is raised below, once the others have heard of it.
         except Exception as error:
             failure, outcome = error, [(None, str(error))]
     dist.broadcast_object_list(outcome)
@@ -116,6 +117,7 @@ def on_every(work: Callable[[], T]) -> T:
     result, failure = None, None
     try:
         result = work()
+    # Whatever it is: it is raised below, once the others have heard of it.
     except Exception as error:
         failure = error
     messages: list[str | None] = [None] * count()
@@ -125,4 +127,4 @@ def on_every(work: Callable[[], T]) -> T:
     for number, message in enumerate(messages):
         if message is not None:
             raise UserError(f"on rank {number}: {message}")
-    return result  # type: ignore[return-value]
+    return result  # type: ignore[return-value]  # None only where it failed, or where T is None

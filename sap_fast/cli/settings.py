@@ -424,6 +424,13 @@ def _number_or(name: str, value: str, words: dict[str, str | None]) -> float | s
     return number
 
 
+def declare(command: Any, parameters: list[inspect.Parameter]) -> None:
+    """Has typer read these parameters as those of a command."""
+    # It reads both.
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
 def refuse_gone_options(arguments: Iterable[str]) -> None:
     """Checks a command line for options that there once were.
 
@@ -505,9 +512,7 @@ def with_settings(
             command(FinetuneSettings(**given), **options)
 
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        # typer reads both; a function's type does not declare the first.
-        run.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [*parameters, *own]}
+        declare(run, [*parameters, *own])
         return run
 
     return decorate

@@ -166,6 +166,7 @@ class ClassifierJudge:
     """
 
     def __init__(self, name: str, model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
+        # Attributes of a module count as tensors or modules; a configuration is neither.
         labels: dict[int, str] = dict(model.config.id2label)  # type: ignore[union-attr, arg-type]
         refusing = {index for index, label in labels.items() if _REFUSAL_LABEL.search(label)}
         safe = {index for index, label in labels.items() if _SAFE_LABEL.fullmatch(label)}

@@ -72,4 +72,5 @@ def run_beside(optimizer: Optimizer, passes: SafetyPasses) -> None:
         if "sap" in state_dict:
             passes.load_state_dict(state_dict["sap"])
 
+    # Of this one optimizer, whose class is another's: a state dict with "sap" is not for it.
     optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
