@@ -406,6 +406,7 @@ def landscape(
         "lora_alpha",
         "lora_dropout",
         "lora_target",
+        "modules_to_save",
         "load_in",
         "trust_remote_code",
         "precision",

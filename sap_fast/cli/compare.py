@@ -116,6 +116,8 @@ def _compare(
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
         figures = record["figures"]
+        if "why_stopped" in figures:
+            description += f". {figures['why_stopped']}"
         runs.append(
             ReportRun(
                 name,

@@ -29,7 +29,7 @@ from sap_fast.cli.environment import environment
 from sap_fast.cli.looks import Looks, move_best, requests_to_look_at
 from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model, resolved_precision
 from sap_fast.cli.pairs import ask_for_pairs
-from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.cli.settings import FinetuneSettings, flag
 from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
 from sap_fast.compatibility import checkpointing_arguments, log_into, max_memory_allocated
 from sap_fast.data import (
@@ -104,9 +104,13 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
             f"--rule {settings.rule}: --optimizer sap blends nothing in; give a --safety-weight "
             "> 0 too, such as 0.3"
         )
-    if settings.eval is None and (settings.eval_every or settings.keep_best):
-        option = "--eval-every" if settings.eval_every else "--keep-best"
-        raise UserError(f"{option} needs --eval: task rows to look at")
+    for name in ("eval_every", "keep_best", "early_stop"):
+        if settings.eval is None and getattr(settings, name) is not None:
+            raise UserError(f"{flag(name)} needs --eval: task rows to look at")
+    if settings.early_stop is not None and settings.eval_every is None:
+        raise UserError(
+            f"--early-stop {settings.early_stop}: needs --eval-every: how often to look"
+        )
     settings.reporters()
 
     def load() -> tuple[torch.nn.Module, PreTrainedTokenizerBase, list[Any]]:
@@ -183,6 +187,7 @@ def _train(
             load_task_dataset(settings.eval, tokenizer, settings.max_length),
             every=settings.eval_every,
             keep=settings.keep_best,
+            patience=settings.early_stop,
             kept=kept,
         )
     with progress_bar(f"Fine-tuning ({settings.optimizer})") as bar:
@@ -195,6 +200,10 @@ def _train(
 
     def save() -> None:
         figures = recorder.figures()
+        if looks is not None and looks.why_stopped is not None:
+            console.print(looks.why_stopped)
+            figures["stopped_step"] = trainer.state.global_step
+            figures["why_stopped"] = looks.why_stopped
         if looks is not None and settings.keep_best is not None:
             assert looks.best is not None
             move_best(work)
@@ -216,7 +225,8 @@ def load_trained_model(
 
     Raises:
         UserError: if the model cannot be loaded; if `full` is set and it is an adapter, or its
-            weights are quantized.
+            weights are quantized; for modules to save that it does not have, or beside no new
+            adapter.
     """
     if settings.full and settings.load_in is not None:
         raise UserError(
@@ -242,6 +252,13 @@ def load_trained_model(
             f"--full: {settings.model} is an adapter, which is trained as it is; leave --full out, "
             "or merge the adapter into its model first"
         )
+    if settings.modules_to_save is not None and (settings.full or is_adapter):
+        why = (
+            "--full trains every module"
+            if settings.full
+            else f"{settings.model} is an adapter, which is trained as it is"
+        )
+        raise UserError(f"--modules-to-save {settings.modules_to_save}: {why}; leave it out")
     if not settings.full and not is_adapter:
         model = add_lora(
             model,
@@ -250,6 +267,7 @@ def load_trained_model(
             dropout=settings.lora_dropout,
             targets=settings.lora_targets(),
             variant=settings.lora_variant,
+            saved=settings.saved_modules(),
         )
     return model, tokenizer
 
@@ -375,6 +393,9 @@ class _Recorder(TrainerCallback):
         self._last = time.perf_counter() - self._started
         self._seconds.append(self._last)
         self._bar.advance()
+        if state.global_step >= state.max_steps:
+            # A run that goes on from a checkpoint takes a step first, and this was the last one.
+            control.should_save = False
 
     def on_log(
         self,

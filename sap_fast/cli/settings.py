@@ -139,6 +139,13 @@ class FinetuneSettings:
         _MODEL,
         "Layers to adapt, such as q_proj,v_proj; all-linear; auto: PEFT's choice.",
     )
+    modules_to_save: str | None = _option(
+        None,
+        _MODEL,
+        "Modules to train whole and to save beside the LoRA adapter, such as lm_head,embed_tokens. "
+        "A head that shares its weights with the embeddings is trained with them: naming either "
+        "names both.",
+    )
     load_in: str | None = _option(
         None,
         _MODEL,
@@ -301,6 +308,13 @@ class FinetuneSettings:
         "loss; safety: the lowest among those at which the model refuses no less than before.",
         choices=("loss", "safety"),
     )
+    early_stop: int | None = _option(
+        None,
+        _LOOKS,
+        "Stop after this many looks in a row without a better one, by what --keep-best follows, or "
+        "without it by the held-out loss. Needs --eval-every.",
+        least=1,
+    )
     save_every: int | None = _option(
         None,
         _RUN,
@@ -380,6 +394,10 @@ class FinetuneSettings:
             return self.lora_target
         return None if self.lora_target == "auto" else self.lora_target.split(",")
 
+    def saved_modules(self) -> list[str]:
+        """Returns the names of the modules that are trained whole beside the adapter."""
+        return [] if self.modules_to_save is None else self.modules_to_save.split(",")
+
     def reporters(self) -> list[str]:
         """Returns where to report to besides `metrics.jsonl`.
 
@@ -447,6 +465,7 @@ def refuse_gone_options(arguments: Iterable[str]) -> None:
 _LISTS = {
     "--task": "a.jsonl,b.jsonl",
     "--lora-target": "q_proj,v_proj",
+    "--modules-to-save": "lm_head,embed_tokens",
     "--probe-layers": "4,5,6",
 }
 

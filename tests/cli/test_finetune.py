@@ -146,6 +146,25 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_that_is_interrupted_after_its_last_step_takes_no_other_one(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    more = ["--optimizer", "adamw", "--max-steps", "3", "--save-every", "1"]
+    assert terminal.run(*terminal.finetuning(straight, *more)) == 0
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with terminal.monkeypatch.context() as patched:
+        patched.setattr(finetune_module._Recorder, "figures", interrupted)
+        assert terminal.run(*terminal.finetuning(resumed, *more)) == 130
+    assert terminal.run(*terminal.finetuning(resumed, *more)) == 0
+    assert [row["step"] for row in metrics(resumed)] == [1, 2, 3]
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_an_output_that_exists_is_left_alone(
     terminal: Terminal,
     tmp_path: Path,
