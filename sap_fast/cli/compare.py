@@ -235,7 +235,9 @@ def _info(
         "harmful requests": file_name(files.harmful),
         "harmless requests": file_name(files.harmless),
         "held-out task rows": file_name(files.task),
-        "batch": f"{settings.batch_size} × {settings.accumulate}",
+        "batch": f"{settings.batch_size} × {settings.accumulate}"
+        if settings.tokens_per_step is None
+        else f"{settings.tokens_per_step} scored tokens, {settings.batch_size} rows at a time",
         "learning rate": f"{settings.learning_rate:g}",
         "seed": str(settings.seed),
         "precision": resolved_precision(settings.precision),

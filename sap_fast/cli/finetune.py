@@ -42,6 +42,7 @@ from sap_fast.data import (
     padding_token_id,
 )
 from sap_fast.integrations.checkpoints import last_complete_checkpoint
+from sap_fast.integrations.token_steps import TokenStepsMixin
 from sap_fast.integrations.trainer import SAPTrainer
 
 if TYPE_CHECKING:
@@ -103,6 +104,11 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
         raise UserError(
             f"--rule {settings.rule}: --optimizer sap blends nothing in; give a --safety-weight "
             "> 0 too, such as 0.3"
+        )
+    if settings.tokens_per_step is not None and settings.accumulate != 1:
+        raise UserError(
+            f"--accumulate {settings.accumulate}: how many micro-batches a step has follows from "
+            f"--tokens-per-step {settings.tokens_per_step}; leave one of them out"
         )
     for name in ("eval_every", "keep_best", "early_stop"):
         if settings.eval is None and getattr(settings, name) is not None:
@@ -340,9 +346,13 @@ def _trainer(
         "data_collator": TaskCollator(pad),
         "processing_class": tokenizer,
     }
+    by_tokens = settings.tokens_per_step is not None
+    if by_tokens:
+        common["tokens_per_step"] = settings.tokens_per_step
     if safety_rows is None:
-        return Trainer(**common)
-    return SAPTrainer(
+        return _TokenTrainer(**common) if by_tokens else Trainer(**common)
+    trainer = _SAPTokenTrainer if by_tokens else SAPTrainer
+    return trainer(
         **common,
         safety_dataset=safety_rows,
         safety_collator=SafetyCollator(pad),
@@ -352,6 +362,14 @@ def _trainer(
         probe=settings.probe() if probes else None,
         sap_options=settings.sap_options(),
     )
+
+
+class _TokenTrainer(TokenStepsMixin, Trainer):
+    pass
+
+
+class _SAPTokenTrainer(TokenStepsMixin, SAPTrainer):
+    pass
 
 
 def _cut_metrics(path: Path, checkpoint: str | None) -> list[dict[str, Any]]:

@@ -179,6 +179,13 @@ class FinetuneSettings:
     max_steps: int | None = _option(None, _TRAINING, "Optimizer steps, over --epochs.", least=1)
     batch_size: int = _option(4, _TRAINING, "Task rows per micro-batch.", least=1)
     accumulate: int = _option(1, _TRAINING, "Micro-batches per optimizer step.", least=1)
+    tokens_per_step: int | None = _option(
+        None,
+        _TRAINING,
+        "Scored tokens per optimizer step, about, of all processes together; the micro-batches of "
+        "a step follow from it, in the place of --accumulate.",
+        least=1,
+    )
     learning_rate: float = _option(1e-4, _TRAINING, "Peak learning rate.", least=0)
     weight_decay: float = _option(0.01, _TRAINING, "Decoupled weight decay.", least=0)
     warmup_steps: int = _option(0, _TRAINING, "Steps until the peak learning rate.", least=0)

@@ -165,6 +165,19 @@ def test_a_run_that_is_interrupted_after_its_last_step_takes_no_other_one(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_step_has_about_as_many_tokens_as_are_asked_for(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    output = tmp_path / "tuned"
+    steps = ["--tokens-per-step", "20", "--batch-size", "1", "--max-steps", "5"]
+    assert terminal.run(*terminal.finetuning(output, *steps, "--optimizer", "adamw")) == 0
+    # 9 rows of 9 tokens that are scored: an epoch is 4 steps.
+    assert [row["epoch"] for row in metrics(output)] == [0.25, 0.5, 0.75, 1, 1.25]
+    assert "5/5" in terminal.shown
+    line = terminal.refusal(*terminal.finetuning(tmp_path / "no", *steps, "--accumulate", "2"))
+    assert "--accumulate 2: how many micro-batches a step has follows from --tok" in line
+
+
 def test_an_output_that_exists_is_left_alone(
     terminal: Terminal,
     tmp_path: Path,
