@@ -19,9 +19,12 @@ from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import (
     BLENDING_WEIGHT,
     LOAD_IN,
+    REASONING_HELP,
+    SCORED_HELP,
     TRUST_HELP,
     Accepted,
     FinetuneSettings,
+    answer_scoring,
     refuse_gone_options,
     refuse_repetition,
     with_settings,
@@ -77,6 +80,8 @@ Judges = Annotated[
     ),
 ]
 Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
+Scored = Annotated[str, typer.Option(help=SCORED_HELP)]
+Reasoning = Annotated[str, typer.Option(help=REASONING_HELP)]
 LoadIn = Annotated[
     str | None,
     typer.Option(
@@ -164,6 +169,8 @@ def inspect(
     task: Annotated[str, typer.Option(help="Task rows, as for finetune.")],
     rows: Annotated[int, typer.Option(help="Rows to show, from the shortest to the longest.")] = 3,
     max_length: Annotated[int, typer.Option(help="Tokens to keep of a row.")] = 512,
+    scored: Scored = "auto",
+    reasoning: Reasoning = "train",
     trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
 ) -> None:
     """Show what the model's chat template makes of task rows, before anything is trained.
@@ -176,7 +183,13 @@ def inspect(
 
     Accepted(least=0).check("rows", rows)
     Accepted(least=1).check("max_length", max_length)
-    inspection = read(model, task, max_length=max_length, trust_remote_code=trust_remote_code)
+    inspection = read(
+        model,
+        task,
+        max_length=max_length,
+        scoring=answer_scoring(scored, reasoning),
+        trust_remote_code=trust_remote_code,
+    )
     console.print(inspection_page(inspection, rows))
 
 
@@ -192,6 +205,8 @@ def evaluate(
     load_in: LoadIn = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens to keep of a task row.")] = 512,
+    scored: Scored = "auto",
+    reasoning: Reasoning = "train",
     output: Annotated[
         Path | None, typer.Option(help="Write the result, per request too, as JSON.")
     ] = None,
@@ -214,7 +229,8 @@ def evaluate(
     # Before the work, which would be lost.
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output}: expected a file in a folder that exists")
-    files = EvaluationFiles.given(task, harmful, harmless, max_length)
+    answer_scoring(scored, reasoning)
+    files = EvaluationFiles.given(task, harmful, harmless, max_length, scored, reasoning)
     if files.task is None and files.harmful is None and files.harmless is None:
         raise UserError("nothing to measure: give --task, --harmful or --harmless")
     result = run_evaluate(
@@ -268,7 +284,14 @@ def compare(
     from sap_fast.cli.evaluate import EvaluationFiles
     from sap_fast.reports.report import results_table
 
-    files = EvaluationFiles.given(held_out, harmful, harmless, settings.max_length)
+    files = EvaluationFiles.given(
+        held_out,
+        harmful,
+        harmless,
+        settings.max_length,
+        settings.scored,
+        settings.reasoning,
+    )
     with _interruptible():
         info, runs = run_compare(settings, files, blend=blend, judge=judge)
     console.print(results_table(runs, info.baseline))

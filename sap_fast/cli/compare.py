@@ -19,7 +19,7 @@ from sap_fast.cli.models import load_model, resolved_precision
 from sap_fast.cli.pairs import ask_for_pairs, write_stock_pairs
 from sap_fast.cli.settings import BLENDING_WEIGHT, Accepted, FinetuneSettings
 from sap_fast.cli.unfinished import removed_on_failure, settings_of
-from sap_fast.data import BUILTIN, load_task_dataset
+from sap_fast.data import BUILTIN
 from sap_fast.reports.pages import file_name
 from sap_fast.reports.report import ReportInfo, ReportRun, write_report
 
@@ -91,8 +91,8 @@ def _compare(
                     write_stock_pairs(stock)
                     run = dataclasses.replace(run, safety=str(stock))
                 _, tokenizer = prepare(run, Path(scratch))
-    if tokenizer is not None and files.task is not None:
-        load_task_dataset(files.task, tokenizer, files.max_length)
+    if tokenizer is not None:
+        files.task_rows(tokenizer)
     if pairs is not None and not pairs.exists():
         # Once for all runs, rather than in each.
         looked_at = requests_to_look_at() if settings.eval else []

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from sap_fast.cli.console import UserError, progress_bar
-from sap_fast.cli.models import load_model
+from sap_fast.cli.models import load_model, refuse_without_marks
+from sap_fast.cli.settings import answer_scoring
 from sap_fast.data import (
     BUILTIN,
+    EncodedRow,
     Request,
     builtin_requests,
     load_requests,
@@ -19,6 +21,9 @@ from sap_fast.data import (
 )
 from sap_fast.data.builtin import Kind
 from sap_fast.evaluation import EvaluationResult, Interval, Judge, JudgeError, evaluate_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: What asks for no requests at all.
 NO_REQUESTS = "none"
@@ -33,23 +38,44 @@ class EvaluationFiles:
         harmful: A file of requests, or "builtin" for those that come with the package.
         harmless: Likewise.
         max_length: Tokens to keep of a task row.
+        scored: Which of them are scored, as `--scored` says.
+        reasoning: Whether thoughts are, as `--reasoning` says.
     """
 
     task: str | None = None
     harmful: str | None = None
     harmless: str | None = None
     max_length: int = 512
+    scored: str = "auto"
+    reasoning: str = "train"
 
     @classmethod
     def given(
-        cls, task: str | None, harmful: str | None, harmless: str | None, max_length: int
+        cls,
+        task: str | None,
+        harmful: str | None,
+        harmless: str | None,
+        max_length: int,
+        scored: str = "auto",
+        reasoning: str = "train",
     ) -> EvaluationFiles:
         """Returns what options ask for: the built-in requests if they name none, nor "none"."""
         if harmful is None and harmless is None:
             harmful = harmless = BUILTIN
         harmful = None if harmful == NO_REQUESTS else harmful
         harmless = None if harmless == NO_REQUESTS else harmless
-        return cls(task, harmful, harmless, max_length)
+        return cls(task, harmful, harmless, max_length, scored, reasoning)
+
+    def task_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[EncodedRow] | None:
+        """Returns the task rows, encoded.
+
+        Raises:
+            DataError: for a row that cannot be used.
+        """
+        if self.task is None:
+            return None
+        scoring = answer_scoring(self.scored, self.reasoning)
+        return load_task_dataset(self.task, tokenizer, self.max_length, scoring=scoring)
 
     def requests(self) -> tuple[list[Request] | None, list[Request] | None]:
         """Returns the harmful and the harmless requests.
@@ -104,7 +130,9 @@ def evaluate(
     loaded, tokenizer = load_model(
         model, precision, trust_remote_code=trust_remote_code, load_in=load_in
     )
-    task_rows = load_task_dataset(files.task, tokenizer, files.max_length) if files.task else None
+    if files.task is not None:
+        refuse_without_marks(files.scored, model, tokenizer)
+    task_rows = files.task_rows(tokenizer)
     try:
         return evaluate_model(
             loaded,

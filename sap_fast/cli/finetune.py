@@ -26,8 +26,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from sap_fast.cli import ranks
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
+from sap_fast.cli.faster import apply_liger, compile_layers
 from sap_fast.cli.looks import Looks, move_best, requests_to_look_at
-from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model, resolved_precision
+from sap_fast.cli.models import (
+    WEIGHT_DTYPES,
+    add_lora,
+    load_model,
+    refuse_without_marks,
+    resolved_precision,
+)
 from sap_fast.cli.pairs import ask_for_pairs
 from sap_fast.cli.settings import FinetuneSettings, flag
 from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
@@ -122,11 +129,16 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
     def load() -> tuple[torch.nn.Module, PreTrainedTokenizerBase, list[Any]]:
         set_seed(settings.seed)  # for the first values of the adapter
         model, tokenizer = load_trained_model(settings)
+        refuse_without_marks(settings.scored, settings.model, tokenizer)
         task_rows = load_task_sources(
-            settings.task, tokenizer, settings.max_length, seed=settings.seed
+            settings.task,
+            tokenizer,
+            settings.max_length,
+            seed=settings.seed,
+            scoring=settings.scoring(),
         )
         if settings.eval is not None:
-            load_task_dataset(settings.eval, tokenizer, settings.max_length)
+            held_out_rows(settings, tokenizer)
         return model, tokenizer, task_rows
 
     def build() -> Trainer:
@@ -151,6 +163,14 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
         ranks.on_first(lambda: ask_for_pairs(pairs, model, tokenizer, without=looked_at))
         safety = str(pairs)
     return ranks.on_every(build), tokenizer
+
+
+def held_out_rows(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Returns the rows of `--eval`, encoded."""
+    assert settings.eval is not None
+    return load_task_dataset(
+        settings.eval, tokenizer, settings.max_length, scoring=settings.scoring()
+    )
 
 
 @contextmanager
@@ -190,7 +210,7 @@ def _train(
             work,
             trainer,
             tokenizer,
-            load_task_dataset(settings.eval, tokenizer, settings.max_length),
+            held_out_rows(settings, tokenizer),
             every=settings.eval_every,
             keep=settings.keep_best,
             patience=settings.early_stop,
@@ -232,7 +252,7 @@ def load_trained_model(
     Raises:
         UserError: if the model cannot be loaded; if `full` is set and it is an adapter, or its
             weights are quantized; for modules to save that it does not have, or beside no new
-            adapter.
+            adapter; for a compiler or kernels that do not work here.
     """
     if settings.full and settings.load_in is not None:
         raise UserError(
@@ -265,6 +285,8 @@ def load_trained_model(
             else f"{settings.model} is an adapter, which is trained as it is"
         )
         raise UserError(f"--modules-to-save {settings.modules_to_save}: {why}; leave it out")
+    if settings.liger:
+        apply_liger(model)
     if not settings.full and not is_adapter:
         model = add_lora(
             model,
@@ -275,6 +297,8 @@ def load_trained_model(
             variant=settings.lora_variant,
             saved=settings.saved_modules(),
         )
+    if settings.compile is not None:
+        compile_layers(model, settings.compile)
     return model, tokenizer
 
 
@@ -334,6 +358,8 @@ def _trainer(
         save_steps=settings.save_every or 500,
         save_total_limit=1,
         report_to=settings.reporters(),
+        # What trackers call it; the folder of checkpoints is one that goes again.
+        run_name=Path(settings.output).name,
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,

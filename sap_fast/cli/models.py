@@ -127,6 +127,26 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
+def refuse_without_marks(scored: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that a chat template marks what is generated, where that is to be scored.
+
+    Args:
+        scored: What `--scored` was given.
+        name: Of the model.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        UserError: It does not.
+    """
+    from sap_fast.data.templates import ChatTemplate
+
+    if scored == "template" and not ChatTemplate(tokenizer).has_marks:
+        raise UserError(
+            f"--scored template: the chat template of {name} has no {{% generation %}} marks; give "
+            "--scored turns, or a model whose template has them"
+        )
+
+
 def _cannot_be_loaded(name: str, error: Exception) -> UserError:
     # transformers names its own argument.
     if "trust_remote_code" in str(error):
@@ -188,7 +208,7 @@ def add_lora(
                 f"{given}: no module of the model is called {name!r}; expected such as "
                 f"{', '.join(_names_to_save(model))}"
             )
-    tied = {"ensure_weight_tying": True} if _are_tied(model, saved) else {}
+    tied: dict[str, Any] = {"ensure_weight_tying": True} if _are_tied(model, saved) else {}
     if tied and "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
         raise UserError(
             f"{given}: the model's head and embeddings share their weights, which this version of "
@@ -208,9 +228,9 @@ def add_lora(
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        given = "auto" if targets is None else targets
-        given = given if isinstance(given, str) else ",".join(given)
-        raise UserError(f"--lora-target {given}: does not fit the model: {error}") from error
+        names = "auto" if targets is None else targets
+        names = names if isinstance(names, str) else ",".join(names)
+        raise UserError(f"--lora-target {names}: does not fit the model: {error}") from error
     # Of quantized weights, which no gradient reaches.
     except RuntimeError as error:
         if not saved:

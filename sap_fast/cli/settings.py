@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import typer
 
 from sap_fast.cli.console import UserError
+from sap_fast.data import AnswerScoring
 from sap_fast.model.layers import LAYER_RANGES
 
 _DATA, _MODEL, _TRAINING, _RUN = "Data", "Model", "Training", "Run"
@@ -51,6 +52,20 @@ GONE = {
 TRUST_HELP = (
     "Run Python code that comes with the model. It can do on this machine whatever you can: only "
     "for a source that you trust."
+)
+
+
+#: What of the answers of task rows is scored (`sap_fast.data.AnswerScoring`).
+SCORED = ("auto", "template", "turns")
+SCORED_HELP = (
+    "Tokens of task rows that are scored. turns: every answer of the assistant, through its end of "
+    "turn; template: of these what the chat template marks by {% generation %}; auto: as the "
+    "template marks them, or turns where it has no marks. inspect shows them."
+)
+REASONING = ("train", "mask")
+REASONING_HELP = (
+    "Thoughts in the answers of task rows, in reasoning_content or between <think> and </think>. "
+    "train: scored like the rest; mask: read, not scored."
 )
 
 
@@ -167,6 +182,20 @@ class FinetuneSettings:
         "transformers' choice for the model.",
         choices=("eager", "sdpa", "flash_attention_2", "flex_attention"),
     )
+    compile: str | None = _option(
+        None,
+        _MODEL,
+        "Compile every decoder layer by itself, with this backend of torch.compile. inductor: to "
+        "machine code; aot_eager, eager: traced alone, to find faults. The head is still applied "
+        "in chunks; batches are not packed.",
+        choices=("inductor", "aot_eager", "eager"),
+    )
+    liger: bool = _option(
+        False,
+        _MODEL,
+        "Use the kernels of liger-kernel for norms, MLPs and rotary embeddings, on GPUs. Its fused "
+        "loss stays off: the losses apply the head in chunks themselves.",
+    )
     trust_remote_code: bool = _option(False, _MODEL, TRUST_HELP)
     precision: str = _option(
         "auto",
@@ -203,6 +232,8 @@ class FinetuneSettings:
         1.0, _TRAINING, "Clip gradients to this norm, before any blending; 0: do not.", least=0
     )
     max_length: int = _option(512, _DATA, "Tokens to keep of a row.", least=1)
+    scored: str = _option("auto", _DATA, SCORED_HELP, choices=SCORED)
+    reasoning: str = _option("train", _DATA, REASONING_HELP, choices=REASONING)
     checkpointing: str = _option(
         "none",
         _TRAINING,
@@ -401,6 +432,10 @@ class FinetuneSettings:
             return self.lora_target
         return None if self.lora_target == "auto" else self.lora_target.split(",")
 
+    def scoring(self) -> AnswerScoring:
+        """Returns what of the answers of task rows is scored."""
+        return answer_scoring(self.scored, self.reasoning)
+
     def saved_modules(self) -> list[str]:
         """Returns the names of the modules that are trained whole beside the adapter."""
         return [] if self.modules_to_save is None else self.modules_to_save.split(",")
@@ -447,6 +482,17 @@ def _number_or(name: str, value: str, words: dict[str, str | None]) -> float | s
     if not math.isfinite(number):
         raise UserError(f"{flag(name)} {value}: expected {', '.join(words)} or a number")
     return number
+
+
+def answer_scoring(scored: str, reasoning: str) -> AnswerScoring:
+    """Returns what the options of these names ask for.
+
+    Raises:
+        UserError: One of them is none of its choices.
+    """
+    Accepted(SCORED).check("scored", scored)
+    Accepted(REASONING).check("reasoning", reasoning)
+    return AnswerScoring(cast(Any, scored), cast(Any, reasoning))
 
 
 def declare(command: Any, parameters: list[inspect.Parameter]) -> None:

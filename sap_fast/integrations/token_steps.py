@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from sap_fast.losses import IGNORE_INDEX
 
@@ -133,6 +133,21 @@ class TokenStepsMixin(_Base):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return batches of one step each: lists of micro-batches."""
+        # Not prepared by Accelerate, which would share out what is shared out already.
+        return DataLoader(
+            _Rows(self.train_dataset),
+            batch_sampler=self._sampler(),
+            collate_fn=self._micro_batches,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Return how many rows a step has on average, from which speeds are reckoned."""
+        rows: Any = self.train_dataset
+        return round(len(rows) / len(self._sampler()))
+
+    def _sampler(self) -> StepSampler:
         rows: Any = self.train_dataset
         sampler = StepSampler(
             [scored_tokens(row) for row in rows],
@@ -143,14 +158,7 @@ class TokenStepsMixin(_Base):
             rank=self.args.process_index,
             ranks=self.args.world_size,
         )
-        # Not prepared by Accelerate, which would share out what is shared out already.
-        return DataLoader(
-            _Rows(rows),
-            batch_sampler=sampler,
-            collate_fn=self._micro_batches,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
+        return sampler
 
     def _micro_batches(self, rows: list[Any]) -> list[Any]:
         size = self.args.per_device_train_batch_size

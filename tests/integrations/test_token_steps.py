@@ -112,6 +112,13 @@ def test_a_resumed_run_meets_the_rows_of_one_that_was_not(
         assert trainer.state.global_step == trainer.state.max_steps == -(-17 * epoch // 10)
         ends.append(weights(tuned))
     assert_same_bits(*ends)
+    assert trainer.get_total_train_batch_size(trainer.args) == round(len(TASK_ROWS) / epoch)
+    # The second epoch had an order of its own.
+    orders = []
+    for step in (0, epoch, epoch + 2):
+        trainer.state.global_step = step
+        orders.append(list(trainer.get_train_dataloader().batch_sampler))
+    assert orders[0] != orders[1] == orders[2]
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
