@@ -189,6 +189,8 @@ def test_a_thought_that_is_masked_is_read_and_not_scored(name: str) -> None:
             continue  # the template takes no such chat
         rows = encode_turns(tokenizer, messages, **more, scoring=UNTHOUGHT)
         assert [row["input_ids"] for row in rows] == [row["input_ids"] for row in whole]
+        marked = encode_turns(tokenizer, messages, **more, scoring=AnswerScoring("auto", "mask"))
+        assert marked == rows or (name == "diffusion_gemma_training" and more)
         texts = scored_texts(tokenizer, rows)
         for text, before in zip(texts, scored_texts(tokenizer, whole), strict=True):
             assert "think so" in before and "think so" not in text
