@@ -15,12 +15,17 @@ from typing import Any
 from benchmarks.workloads import RECIPES, Recipe, label_of
 from sap_fast import SAPTrainer
 from sap_fast.baselines import (
+    AsFTTrainer,
     AveragingTrainer,
+    ConstrainedTrainer,
     ControlTrainer,
+    EMATrainer,
     LisaTrainer,
     MixedTrainer,
     PanaceaTrainer,
+    PublishedSAPTrainer,
     SAMTrainer,
+    derta_loss,
 )
 
 Setting = dict[str, Any]
@@ -173,6 +178,9 @@ METHODS: dict[str, Method] = {
         (
             {"alignment_steps": 1, "task_steps": 9, "proximal": 1.0},
             {"alignment_steps": 2, "task_steps": 8, "proximal": 0.1},
+            {"alignment_steps": 1, "task_steps": 9, "proximal": 0.1},
+            {"alignment_steps": 1, "task_steps": 9, "proximal": 0.0},
+            {"alignment_steps": 2, "task_steps": 8, "proximal": 0.0},
         ),
     ),
     "panacea": Method(
@@ -187,6 +195,75 @@ METHODS: dict[str, Method] = {
         after="merge",
     ),
     "sppft": Method("Frozen safety layers", SAPTrainer, after="freeze"),
+    "safegrad": Method(
+        "SafeGrad",
+        SAPTrainer,
+        tuple({"rule": "project", "safety_loss": loss} for loss in ("kl", "contrastive", "joint")),
+    ),
+    "floor": Method(
+        "γ as a floor",
+        SAPTrainer,
+        (
+            {"rule": "floor", "safety_weight": 0.3, "safety_level": "auto", "safety_loss": "joint"},
+            {"rule": "floor", "safety_weight": 0.1, "safety_level": "auto", "safety_loss": "joint"},
+            {"rule": "floor", "safety_weight": 0.3, "safety_loss": "contrastive"},
+            {"rule": "floor", "safety_weight": 0.1, "safety_loss": "kl"},
+        ),
+    ),
+    "kl": Method(
+        "KL to the aligned model",
+        SAPTrainer,
+        (
+            {"safety_weight": 0.3, "safety_loss": "kl"},
+            {"safety_weight": 0.1, "safety_loss": "kl"},
+            {"safety_weight": 0.3, "safety_loss": "kl", "safety_level": "auto"},
+            {"safety_weight": 1.0, "safety_loss": "kl"},
+        ),
+    ),
+    "derta": Method(
+        "DeRTa's loss",
+        SAPTrainer,
+        (
+            {"safety_weight": 0.3, "safety_loss": "derta", "safety_level": "auto"},
+            {"safety_weight": 0.1, "safety_loss": "derta", "safety_level": "auto"},
+            {"safety_weight": 0.1, "safety_loss": "derta"},
+        ),
+    ),
+    "constrained": Method(
+        "Constrained SFT",
+        ConstrainedTrainer,
+        (
+            {},
+            {"strengths": [2.0, 8.0, 8.0, 8.0, 8.0]},
+            {"strengths": [8.0] * 10},
+            {"strengths": [2.0, 8.0, 8.0, 8.0, 8.0], "later_strength": 1.0},
+        ),
+    ),
+    "ema": Method(
+        "Average of weights, tuned rate",
+        EMATrainer,
+        (
+            {"decay": 0.9},
+            {"decay": 0.0, "learning_rate": 3e-4},
+            {"decay": 0.9, "learning_rate": 3e-4},
+            {"decay": 0.95},
+            {"decay": 0.9, "batch_size": 8},
+            {"decay": 0.95, "learning_rate": 3e-4, "batch_size": 8},
+        ),
+    ),
+    "safelora": Method(
+        "Safe LoRA",
+        SAPTrainer,
+        tuple({"threshold": threshold} for threshold in (0.35, 0.5, 0.7, 1.0)),
+        after="project",
+    ),
+    "asft": Method("AsFT", AsFTTrainer, tuple({"penalty": weight} for weight in (1.0, 0.1, 10.0))),
+    "interleaved": Method(
+        "Safety rows interleaved",
+        SAPTrainer,
+        tuple({"share": share} for share in (0.1, 0.05, 0.2)),
+    ),
+    "published": Method("SAP as released", PublishedSAPTrainer),
 }
 
 
@@ -220,14 +297,14 @@ class Run:
 #: Words of a setting: arguments of a trainer;
 _OF_TRAINER = frozenset(
     {"safety_loss", "refusal_weight", "alignment_steps", "task_steps", "proximal", "radius"}
-    | {"harm_weight", "averaged"}
+    | {"harm_weight", "averaged", "strengths", "later_strength", "decay", "penalty"}
 )
 #: of `ProbeSet`, and what they are called there;
 _OF_PROBE = {"probe_layers": "layers", "probe_lr": "size", "probe_rule": "rule"}
 #: of the optimizer;
-_OF_OPTIMIZER = frozenset({"safety_weight", "safety_level", "direction_every"})
+_OF_OPTIMIZER = frozenset({"safety_weight", "safety_level", "direction_every", "rule"})
 #: of what is done before or after the tuning.
-_AROUND = frozenset({"aligned_share", "varied_openings"})
+_AROUND = frozenset({"aligned_share", "varied_openings", "threshold", "share"})
 
 
 def options_of(run: Run) -> dict[str, Any]:
@@ -247,6 +324,8 @@ def options_of(run: Run) -> dict[str, Any]:
     if recipe.direction_every > 1:
         optimizer |= {"direction_every": recipe.direction_every}
         probe |= {"rows": recipe.rows}
+    if options.get("safety_loss") == "derta":
+        options["safety_loss"] = derta_loss
     if method.trainer is ControlTrainer:
         options["control"] = run.method
     if method.has_probe:

@@ -28,7 +28,14 @@ from benchmarks.alignment import aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.study.data import Split, Task, load_task, requests_of, safety_pairs
 from benchmarks.study.methods import METHODS, Run, options_of, run_of
-from sap_fast.baselines import find_safety_layers, freeze_layers, merge_with_aligned
+from sap_fast.baselines import (
+    AsFTTrainer,
+    find_safety_layers,
+    freeze_layers,
+    interleave,
+    merge_with_aligned,
+    project_onto_alignment,
+)
 from sap_fast.cli.finetune import peak_bytes
 from sap_fast.cli.models import add_lora, load_model
 from sap_fast.data import (
@@ -99,6 +106,8 @@ def execute(run: Run, split: Split, threads: int) -> tuple[Row, list[Row]]:
                 save_adapter(model, tokenizer, figures, adapter)
         if "aligned_share" in values:
             merge_with_aligned(model, None, values["aligned_share"])
+        if method.after == "project":
+            project_onto_alignment(model, unaligned_weights(), values["threshold"])
         # Quicker to ask without its adapter.
         model = cast(Any, model).merge_and_unload()
     # As a chat model is served; it also halves the time of the evaluation.
@@ -113,12 +122,14 @@ def execute(run: Run, split: Split, threads: int) -> tuple[Row, list[Row]]:
 def tuning_of(run: Run) -> Run:
     """Return the run whose adapter a run starts from: itself, or what it merges with the aligned.
 
-    AdamW's for plain merging; for another method with an `aligned_share`, that without it.
+    AdamW's for plain merging and for a projection; for another method with an `aligned_share`, that
+    without it.
     """
     setting = json.loads(run.setting)
-    if setting.pop("aligned_share", None) is None:
+    if not {"aligned_share", "threshold"} & set(setting):
         return run
-    method = "adamw" if METHODS[run.method].after == "merge" else run.method
+    setting = {word: v for word, v in setting.items() if word not in ("aligned_share", "threshold")}
+    method = "adamw" if METHODS[run.method].after in ("merge", "project") else run.method
     return run_of(method, setting, run.seed, run.task)
 
 
@@ -153,22 +164,29 @@ def tune(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
+    pairs = load_safety_dataset(
+        write_rows(
+            WORK / "data" / f"pairs-{run.key}.jsonl",
+            safety_pairs(training["safety_pairs"], varied),
+        ),
+        tokenizer,
+        128,
+    )
+    rows = encoded(f"{run.task}-trained", task.trained, tokenizer, task.max_length)
+    if "share" in run.values:
+        rows = interleave(rows, [pair["chosen"] for pair in pairs], run.values["share"])
+    options = options_of(run)
+    if method.trainer is AsFTTrainer:
+        options["unaligned"] = unaligned_weights()
     trainer = method.trainer(
         model=model,
         args=arguments,
-        train_dataset=encoded(f"{run.task}-trained", task.trained, tokenizer, task.max_length),
+        train_dataset=rows,
         data_collator=TaskCollator(pad),
-        safety_dataset=load_safety_dataset(
-            write_rows(
-                WORK / "data" / f"pairs-{run.key}.jsonl",
-                safety_pairs(training["safety_pairs"], varied),
-            ),
-            tokenizer,
-            128,
-        ),
+        safety_dataset=pairs,
         safety_collator=SafetyCollator(pad),
         safety_batch_size=training["safety_batch_size"],
-        **options_of(run),
+        **options,
     )
     look = _Look(run, model, tokenizer, looked_at)
     trainer.add_callback(look)
@@ -283,6 +301,11 @@ def row_of(run: Run, split: Split, result: EvaluationResult, figures: Row) -> Ro
             "harmless_refusals": "".join(str(int(refused)) for refused in result.harmless_refused),
         }
     )
+
+
+def unaligned_weights() -> dict[str, torch.Tensor]:
+    """Return the weights of the model as published, which was then aligned."""
+    return load_model(str(assets.smollm2_folder()), "fp32", trainable=False)[0].state_dict()
 
 
 def safety_layers(seed: int, model: nn.Module, tokenizer: Any) -> range:

@@ -70,8 +70,9 @@ def test_rows_that_are_committed_are_found_again() -> None:
 
 def test_what_has_run_is_not_run_again() -> None:
     done = results.finished(results.read(results.RESULTS), "selection")
-    left = [run for run in selection_runs(METHODS) if run.key not in done]
-    assert 0 < len(left) < len(list(selection_runs(METHODS))) / 2
+    planned = list(selection_runs(METHODS))
+    left = [run for run in planned if run.key not in done]
+    assert len(planned) - len(left) > 110  # 119 had run when rivals were added
 
 
 @pytest.mark.parametrize(("method", "setting"), EVERY, ids=str)
