@@ -404,7 +404,11 @@ def _converted(name: str, archives: Sequence[Archive], chat_template: str | None
     folder = cache_folder() / name
     if _is_intact(folder):
         return folder
-    parts = [fetch(archive) / PurePosixPath(*archive.members).name for archive in archives]
+    parts = [
+        fetch(archive) / PurePosixPath(member).name
+        for archive in archives
+        for member in archive.members
+    ]
     with _workspace() as workspace:
         if _is_intact(folder):
             return folder

@@ -31,6 +31,8 @@ from sap_fast.baselines import (
 Setting = dict[str, Any]
 
 TASKS = ("alpaca", "poisoned", "gsm8k")
+#: Run where they are asked for, with the settings that were chosen on the others.
+MORE_TASKS = ("sentiment", "poisoned-5", "poisoned-30")
 SEEDS = (0, 1, 2)
 #: Tasks and seed on which the settings of a method are compared, on the selection split.
 SELECTION = (("alpaca", 0), ("poisoned", 0), ("gsm8k", 0))
@@ -198,7 +200,10 @@ METHODS: dict[str, Method] = {
     "safegrad": Method(
         "SafeGrad",
         SAPTrainer,
-        tuple({"rule": "project", "safety_loss": loss} for loss in ("kl", "contrastive", "joint")),
+        tuple(
+            {"rule": "project", "safety_weight": 1.0, "safety_loss": loss}
+            for loss in ("kl", "contrastive", "joint")
+        ),
     ),
     "floor": Method(
         "γ as a floor",
@@ -275,6 +280,7 @@ class Run:
     setting: str
     seed: int
     task: str
+    model: str = "smollm2"
 
     @property
     def values(self) -> Setting:
@@ -289,8 +295,12 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What identifies the run in `results.csv`: a hash of all that decides its outcome."""
-        content = json.dumps([asdict(self), self.training], sort_keys=True)
+        """What identifies the run in `results.csv`: a hash of all that decides its outcome.
+
+        But for the model: every model has files of its own.
+        """
+        decides = {name: value for name, value in asdict(self).items() if name != "model"}
+        content = json.dumps([decides, self.training], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -318,6 +328,8 @@ def options_of(run: Run) -> dict[str, Any]:
     recipe = RECIPES[label_of(values.pop("preset"))] if "preset" in values else Recipe()
     options = {word: values.pop(word) for word in _OF_TRAINER & set(values)}
     probe = {name: values.pop(word) for word, name in _OF_PROBE.items() if word in values}
+    if run.model != "smollm2" and probe.get("layers") == EARLY:
+        probe["layers"] = "early"
     optimizer = {word: values.pop(word) for word in _OF_OPTIMIZER & set(values)}
     if values:
         raise ValueError(f"{run.method} {run.setting}: {', '.join(values)} is no more to be had")
@@ -337,12 +349,12 @@ def options_of(run: Run) -> dict[str, Any]:
     return {"safety_loss": SAFETY_LOSS} | options | {"sap_options": OPTIMIZER | optimizer}
 
 
-def run_of(method: str, setting: Setting, seed: int, task: str) -> Run:
+def run_of(method: str, setting: Setting, seed: int, task: str, model: str = "smollm2") -> Run:
     """Return a run."""
-    return Run(method, json.dumps(setting, sort_keys=True), seed, task)
+    return Run(method, json.dumps(setting, sort_keys=True), seed, task, model)
 
 
-def selection_runs(methods: Iterable[str]) -> Iterator[Run]:
+def selection_runs(methods: Iterable[str], model: str = "smollm2") -> Iterator[Run]:
     """Yield the runs among which the setting of each method is chosen.
 
     Every method with its first setting comes before any with its second.
@@ -353,12 +365,14 @@ def selection_runs(methods: Iterable[str]) -> Iterator[Run]:
         for task, seed in SELECTION:
             for name in chosen:
                 if number < len(METHODS[name].settings):
-                    yield run_of(name, METHODS[name].settings[number], seed, task)
+                    yield run_of(name, METHODS[name].settings[number], seed, task, model)
 
 
-def report_runs(settings: dict[str, Setting]) -> Iterator[Run]:
+def report_runs(
+    settings: dict[str, Setting], tasks: Iterable[str] = TASKS, model: str = "smollm2"
+) -> Iterator[Run]:
     """Yield the runs that are reported, given the setting of each method."""
     for seed in SEEDS:
-        for task in TASKS:
+        for task in tasks:
             for name, setting in settings.items():
-                yield run_of(name, setting, seed, task)
+                yield run_of(name, setting, seed, task, model)
