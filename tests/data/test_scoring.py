@@ -23,6 +23,7 @@ from tests.data.chats import (
     CALL,
     CHAT,
     CHATML,
+    SENTENCES,
     TOOLS,
     build_tokenizer,
     chat,
@@ -106,15 +107,30 @@ def test_what_the_template_marks_is_scored(template: str, scored: list[str]) -> 
 
 
 def test_a_token_that_is_marked_in_part_is_scored() -> None:
-    # "The" is one token of this tokenizer; the marks begin inside of it.
-    halved = "{{ m['content'][:2] }}{% generation %}{{ m['content'][2:] }}"
-    tokenizer = build_tokenizer(CONTENT.replace("{% generation %}{{ m['content'] }}", halved))
-    question = {"role": "user", "content": "Write"}
-    answer = {"role": "assistant", "content": " sea is"}
-    (row,) = encode_turns(tokenizer, [question, answer], scoring=BY_TEMPLATE)
-    tokens = [tokenizer.decode([t]) for t in row["labels"] if t != -100]
-    assert "".join(tokens) in (" sea is", "ea is", "sea is")
-    assert len(tokens[0]) > 1 or "".join(tokens) == "ea is"
+    tokenizer = build_tokenizer(None)
+
+    def first_token(content: str) -> str:
+        return tokenizer.decode(tokenizer.encode(content, add_special_tokens=False)[:1])
+
+    words = [word for sentence in SENTENCES for word in sentence.split()]
+    content = next(word for word in words if 1 < len(first_token(word)) < len(word))
+    answer = {"role": "assistant", "content": content}
+    plain = "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    for marked, scored in (
+        ("{{ c[:1] }}{% generation %}{{ c[1:] }}{% endgeneration %}", content),
+        ("{% generation %}{{ c[:1] }}{% endgeneration %}{{ c[1:] }}", first_token(content)),
+    ):
+        tokenizer.chat_template = CONTENT.replace(plain, marked.replace("c[", "m['content']["))
+        (row,) = encode_turns(tokenizer, [CHAT[0], answer], scoring=BY_TEMPLATE)
+        assert scored_text(tokenizer, row) == scored
+
+
+def test_a_thought_that_the_prompt_opens_is_scored_before_what_is_marked() -> None:
+    opened = CONTENT.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+    tokenizer = build_tokenizer(opened)
+    assert opened != CONTENT
+    (row,) = encode_turns(tokenizer, [CHAT[0], CHAT[1] | {"thinking": "Hm"}], scoring=BY_TEMPLATE)
+    assert scored_texts(tokenizer, [row]) == ["Hm\n</think>\n\ni"]
 
 
 def test_turns_that_are_only_read_stay_so() -> None:
