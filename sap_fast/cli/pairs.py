@@ -26,6 +26,7 @@ from sap_fast.data import (
     build_safety_pair,
     builtin_requests,
     load_requests,
+    spread_requests,
 )
 from sap_fast.evaluation import own_refusals
 
@@ -44,6 +45,7 @@ class PairsSettings:
     output: str
     requests: str = BUILTIN
     not_refused: str = "stock"
+    limit: int | None = None
     precision: str = "fp32"
     batch_size: int = 16
     trust_remote_code: bool = False
@@ -86,7 +88,7 @@ def pairs(settings: PairsSettings) -> PairsCount:
         raise UserError(f"--output {output}: expected the name of a .jsonl file")
     if output.exists():
         raise UserError(f"--output {output}: exists already; remove it or choose another name")
-    requests = requests_to_train_on(settings.requests)
+    requests = spread_requests(requests_to_train_on(settings.requests), settings.limit)
     work = _unfinished(output)
     # The answers are the same whatever becomes of those that do not refuse.
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k != "not_refused"}
