@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 
 #: Of a long stretch of tokens, how many are shown at its beginning, and as many at its end.
 _SHOWN = 40
-_LEGEND = (
-    "⟦ … ⟧ is scored; the rest is only read. │ parts tokens, ↵ is a line break, and "
-    "é² a\ncharacter of two tokens."
-)
+_LEGEND = "⟦ … ⟧ is scored, the rest is only read. │ parts tokens; é² is made of two."
 #: How many tokens can be one character, and what a part of one is decoded to.
 _BYTES, _UNREADABLE = 4, "�"
 _SUPERSCRIPT = str.maketrans("234", "²³⁴")
