@@ -58,8 +58,8 @@ COMMANDS = (
     ),
     Command("sap-fast evaluate --model tuned --task held-out.jsonl --limit 36", 14),
     Command(
-        "sap-fast compare --model chat-model --task rows.jsonl --held-out held-out.jsonl "
-        f"--limit 36 --output compared {_TRAINING}",
+        "sap-fast compare --model chat-model --task rows.jsonl --safety pairs.jsonl "
+        f"--held-out held-out.jsonl --limit 36 --output compared {_TRAINING}",
         30,
     ),
     Command("sap-fast merge --model tuned --output merged --dtype bf16 --gguf q8_0", 2),
