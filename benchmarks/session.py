@@ -1,7 +1,7 @@
 """A terminal session on a real model, as docs/how-to/first-hour.md shows it.
 
 Starts from an empty folder with the aligned SmolLM2 as `chat-model` and GSM8K problems as the task,
-and runs one command after the other, from looking at the rows to a merged model. What each of them
+and runs one command after the other, from looking at the rows to a report. What each of them
 printed last goes to results/session.txt and into the page, so that nothing there is typed in by
 hand. Interrupted, it goes on with the command where it stopped.
 """
@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "how-to" / "first-hour.md"
 #: GSM8K problems.
 TRAINED, HELD_OUT = slice(0, 80), slice(80, 100)
 
-_TRAINING = "--max-steps 8 --learning-rate 1e-3 --max-length 128 --log-every 1"
+_TRAINING = "--learning-rate 1e-3 --max-length 128 --log-every 1"
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ COMMANDS = (
     Command("sap-fast pairs --model chat-model --limit 36 --output pairs.jsonl", 2),
     Command(
         "sap-fast finetune --model chat-model --task rows.jsonl --safety pairs.jsonl "
-        f"--output tuned {_TRAINING}",
+        f"--output tuned --max-steps 8 {_TRAINING}",
         2,
     ),
     Command("sap-fast evaluate --model tuned --task held-out.jsonl --limit 36", 14),
+    Command("sap-fast merge --model tuned --output merged --dtype bf16 --gguf q8_0", 2),
     Command(
         "sap-fast compare --model chat-model --task rows.jsonl --safety pairs.jsonl "
-        f"--held-out held-out.jsonl --limit 36 --output compared {_TRAINING}",
+        f"--held-out held-out.jsonl --limit 24 --output compared --max-steps 4 {_TRAINING}",
         30,
     ),
-    Command("sap-fast merge --model tuned --output merged --dtype bf16 --gguf q8_0", 2),
 )
 
 
