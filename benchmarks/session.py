@@ -60,7 +60,7 @@ COMMANDS = (
     Command("sap-fast merge --model tuned --output merged --dtype bf16 --gguf q8_0", 2),
     Command(
         "sap-fast compare --model chat-model --task rows.jsonl --safety pairs.jsonl "
-        f"--held-out held-out.jsonl --limit 24 --output compared --max-steps 4 {_TRAINING}",
+        f"--held-out held-out.jsonl --limit 12 --output compared --max-steps 3 {_TRAINING}",
         30,
     ),
 )
