@@ -1,7 +1,7 @@
 """A terminal session on a real model, as docs/how-to/first-hour.md shows it.
 
 Starts from an empty folder with the aligned SmolLM2 as `chat-model` and GSM8K problems as the task,
-and runs one command after the other, from looking at the rows to a report. What each of them
+and runs one command after the other, from looking at the rows to a merged model. What each of them
 printed last goes to results/session.txt and into the page, so that nothing there is typed in by
 hand. Interrupted, it goes on with the command where it stopped.
 """
@@ -58,11 +58,6 @@ COMMANDS = (
     ),
     Command("sap-fast evaluate --model tuned --task held-out.jsonl --limit 36", 14),
     Command("sap-fast merge --model tuned --output merged --dtype bf16 --gguf q8_0", 2),
-    Command(
-        "sap-fast compare --model chat-model --task rows.jsonl --safety pairs.jsonl "
-        f"--held-out held-out.jsonl --limit 12 --output compared --max-steps 3 {_TRAINING}",
-        30,
-    ),
 )
 
 
