@@ -57,7 +57,7 @@ COMMANDS = (
         2,
     ),
     Command("sap-fast evaluate --model tuned --task held-out.jsonl --limit 36", 14),
-    Command("sap-fast merge --model tuned --output merged --dtype bf16 --gguf q8_0", 2),
+    Command("sap-fast merge --model tuned --output merged --dtype bf16 --gguf q8_0", 1),
 )
 
 
