@@ -27,6 +27,7 @@ def estimate(
     keep_direction: bool,
     measure_rounding: bool = False,
     keep_lower_forward: bool = False,
+    all_rows: bool = True,
 ) -> None:
     """Run two probe passes at `record.rho`, and leave h in `probes.estimates`.
 
@@ -44,6 +45,8 @@ def estimate(
         measure_rounding: record how much of ΔW survives the dtype that weights are multiplied in.
         keep_lower_forward: let the task pass have the forward below the lowest probed layer from
             the probe pass at W, if there is one.
+        all_rows: collect from all rows that `task` runs on, not from those alone that the probe is
+            of.
     """
     assert direction.tensors is not None
     # The buffers hold W during the passes. No weight gradients exist meanwhile, so that a copy of
@@ -69,7 +72,9 @@ def estimate(
             probes.rewind()
             with (
                 probes.checkpointed(frozen=not keep_lower),
-                probes.active(sign=sign, frozen=trainable, keep_lower=keep_lower),
+                probes.active(
+                    sign=sign, frozen=trainable, keep_lower=keep_lower, all_rows=all_rows
+                ),
             ):
                 task()
 
