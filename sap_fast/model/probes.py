@@ -25,12 +25,20 @@ from sap_fast.model.checkpointing import Checkpointing
 from sap_fast.model.layers import Layers, find_decoder_layers, lower_layers, select_layers
 from sap_fast.model.lower_forward import LowerForward
 from sap_fast.model.output_hook import OutputHook
+from sap_fast.model.paired import (
+    Adapter,
+    PairedForward,
+    Weights,
+    find_adapters,
+    has_quantized_base,
+)
 from sap_fast.model.rows import Part, part_of
 from sap_fast.model.scales import TokenScales, token_mask
 from sap_fast.ops.reference import accumulation_dtype
 
 PROBE_RULES = ("normalized", "gradient", "adam")
 DIFFERENCES = ("central", "forward")
+PASSES = ("two", "paired", "auto")
 CHECKPOINTING = ("none", "layers", "auto")
 
 
@@ -60,6 +68,11 @@ class ProbeSet:
             from, 1/√(their part of the batch) times as large. That takes one forward pass with
             gradients per micro-batch, and its backward before the next one. By default V serves all
             rows.
+        passes: `"two"` probe passes, or `"paired"`: both as one of twice the rows, where LoRA alone
+            is trained (`sap_fast.model.paired`). It halves what the host launches and reads the
+            frozen base once; the activations of both are held together. `"auto"` pairs them where
+            the base is quantized and at most half of one batch's rows are seen, so that no more is
+            held than for a task pass, and where nothing speaks against it.
         checkpointing: recompute activations in the backward passes: `"none"` leaves the model as it
             is, `"layers"` recomputes every decoder layer that a pass would store, `"auto"` as many
             as the free memory asks for; see `sap_fast.model.checkpointing`.
@@ -91,10 +104,17 @@ class ProbeSet:
         difference: Literal["central", "forward"] = "central",
         rows: float = 1.0,
         own_rows: bool = False,
+        passes: Literal["two", "paired", "auto"] = "two",
         checkpointing: Literal["none", "layers", "auto"] = "none",
     ) -> None:
         _check_choice("rule", rule, PROBE_RULES)
         _check_choice("difference", difference, DIFFERENCES)
+        _check_choice("passes", passes, PASSES)
+        if passes == "paired" and difference != "central":
+            raise ValueError(
+                f'passes="paired" with difference={difference!r}: the halves of a pair are W + ΔW '
+                'and W − ΔW; give difference="central"'
+            )
         _check_choice("checkpointing", checkpointing, CHECKPOINTING)
         _check_at_least_zero("size", size)
         if rho != "auto":
@@ -110,6 +130,7 @@ class ProbeSet:
         self.difference = difference
         self.rows = rows
         self.own_rows = own_rows
+        self.passes = passes
         self.layers, modules, owner = select_layers(model, layers)
         self.modules = dict(zip(self.layers, modules, strict=True))
         self.estimates: dict[int, Tensor] = {}
@@ -140,6 +161,9 @@ class ProbeSet:
         self._forwards = 0
         #: The layers that have run in the forward pass in progress; None between forward passes.
         self._ran: set[int] | None = None
+        self._owner = owner
+        #: Runs both probe passes as one; None where they are two.
+        self._paired: PairedForward | None = None
         #: The rows of the step's batch that its probe passes see.
         self._part = Part(None, None)
         #: Their part of all rows of all ranks, 0-d.
@@ -268,6 +292,42 @@ class ProbeSet:
             self._mask = self._index = self._ran = self._own_rows = self._own = None
             self._lower.end()
 
+    def paired_adapters(self, part: Any) -> Sequence[Adapter]:
+        """Return the adapters with which both probe passes are one; none where they are two.
+
+        Args:
+            part: what they run on.
+
+        Raises:
+            ValueError: with `passes="paired"`, if they can't be one.
+        """
+        if self.passes == "two" or self.difference != "central":
+            return ()
+        found: list[Adapter] | str = "FSDP2 gathers its weights for one forward at a time"
+        if not self.ranks.shards:
+            trained = [p for p in self._owner.parameters() if p.requires_grad]
+            found = find_adapters(self.model, self._owner, trained)
+        if self.passes == "paired":
+            if isinstance(found, str):
+                raise ValueError(
+                    f'passes="paired": {found}; use passes="two", or "auto" for where it can be'
+                )
+            return found
+        several = isinstance(part, Sequence) and len(part) > 1
+        if isinstance(found, str) or several or self._part.share > 0.5:
+            return ()
+        return found if has_quantized_base(found) else ()
+
+    @contextmanager
+    def paired(self, adapters: Sequence[Adapter], weights: Weights) -> Iterator[PairedForward]:
+        """Let the first probe pass of the body run the decoder for both."""
+        self._paired = PairedForward(self._owner, adapters, weights)
+        try:
+            with self._paired.running():
+                yield self._paired
+        finally:
+            self._paired = None
+
     def checkpointed(self, *, frozen: bool = False) -> AbstractContextManager[None]:
         """Checkpoint activations in the body, as `checkpointing` says.
 
@@ -359,12 +419,12 @@ class ProbeSet:
     def _is_on(self) -> bool:
         return self._collect or self._inject
 
-    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._is_on:
-            return
+            return None
         if not torch.is_grad_enabled():
             self._aside = True
-            return
+            return None
         self._forwards += 1
         if not torch.compiler.is_compiling():
             self._ran = set()
@@ -381,6 +441,18 @@ class ProbeSet:
             self._lower.begin_forward(args, kwargs)
             if not self._collect:
                 self._lower.skip(args, kwargs)
+        if self._paired is None:
+            return None
+        if self._negative:
+            self._paired.skip(args, kwargs)
+            return None
+        args, kwargs = self._paired.double(args, kwargs)
+        self._mask = token_mask(self.model, kwargs)
+        if self._index is not None:
+            slots = self._paired.tokens.numel()
+            beside = torch.where(self._index < 0, self._index, self._index + slots)
+            self._index = torch.cat([self._index, beside])
+        return args, kwargs
 
     def _own_rows_of_next_forward(self) -> list[bool] | None:
         if self._own_rows is None or self._forwards >= len(self._own_rows):
@@ -412,8 +484,15 @@ class ProbeSet:
         flat.scatter_(0, places, own[:, None].expand(index.shape).flatten())
         return flat[1:].view(*tokens.shape[:2], 1)
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        paired = None if self._aside else self._paired
         self._aside, self._ran = False, None
+        if paired is None or not self._collect:
+            return None
+        if self._negative or output is None:  # None: of a forward that failed
+            paired.undo()
+            return None
+        return paired.first_half(output)
 
     def _on_layer_output(
         self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -441,6 +520,11 @@ class ProbeSet:
             buffer = self._buffers.get(index)
             if buffer is None:
                 buffer = self._buffers[index] = _new_buffer(hidden.shape[-1], hidden)
+            if self._paired is not None:
+                if not hidden.requires_grad:
+                    hidden.requires_grad_()  # detached above: it is the lowest
+                hidden.register_hook(functools.partial(self._collect_both, buffer))
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
         offset = self.offsets.get(index) if self._inject else None
         in_place = offset is not None and buffer is None and self._own is None
         if in_place and _may_be_written(hidden, args):
@@ -458,6 +542,11 @@ class ProbeSet:
             # The other rows take no V, and what comes back of them is not collected.
             injected = torch.where(self._own.to(hidden.device), injected, hidden)
         return (injected, *output[1:]) if isinstance(output, tuple) else injected
+
+    def _collect_both(self, buffer: Tensor, gradient: Tensor) -> None:
+        rows = len(gradient) // 2
+        ops.probe_project_(buffer, gradient[:rows], 1.0, backend=self.backend)
+        ops.probe_project_(buffer, gradient[rows:], -1.0, backend=self.backend)
 
     def _measure(self, index: int, hidden: Tensor) -> None:
         device_type = hidden.device.type

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
+from sap_fast.model.paired import Adapter
 from sap_fast.model.probes import ProbeSet
 from sap_fast.step.direction import Direction
 from sap_fast.step.guards import Perturbation, frozen, gradients_set_aside
@@ -28,6 +29,7 @@ def estimate(
     measure_rounding: bool = False,
     keep_lower_forward: bool = False,
     all_rows: bool = True,
+    adapters: Sequence[Adapter] = (),
 ) -> None:
     """Run two probe passes at `record.rho`, and leave h in `probes.estimates`.
 
@@ -47,6 +49,8 @@ def estimate(
             the probe pass at W, if there is one.
         all_rows: collect from all rows that `task` runs on, not from those alone that the probe is
             of.
+        adapters: run both passes as one of twice the rows, as these are all that is trained of the
+            decoder (`sap_fast.model.paired`).
     """
     assert direction.tensors is not None
     # The buffers hold W during the passes. No weight gradients exist meanwhile, so that a copy of
@@ -79,12 +83,18 @@ def estimate(
                 task()
 
         with Perturbation(direction.parameters, buffers, scale, backend=backend) as perturbation:
+            if adapters:
+                matrices = [matrix for adapter in adapters for matrix in adapter.matrices]
+                both = dict(zip(matrices, perturbation.of_both_signs(matrices), strict=True))
+                paired = stack.enter_context(probes.paired(adapters, both))
             one_pass(+1.0)
             if measure_rounding:
                 record.perturbation_applied = perturbation.applied_norm(probes.compute_dtype)
             if central:
                 perturbation.reflect()
                 one_pass(-1.0)
+            if adapters:
+                paired.backward()
         if not central:
             # At W, V = 0 and under the masks of the task pass: up to the lowest probed layer this
             # is the task pass.

@@ -234,6 +234,7 @@ class SinglePasses:
                 backend=self.backend,
                 maximize=self.maximize,
                 all_rows=all_rows,
+                adapters=probes.paired_adapters(part) if all_rows else (),
                 **options,
             )
 
