@@ -28,6 +28,7 @@ What they share:
 - *Result.* fp32 (fp64 for an fp64 model), and in nats.
 """
 
+from sap_fast.losses.aligned import kl_loss
 from sap_fast.losses.batches import Batch
 from sap_fast.losses.host import IGNORE_INDEX, to_device
 from sap_fast.losses.pairs import (
@@ -46,6 +47,7 @@ __all__ = [
     "contrastive_loss",
     "difference_loss",
     "joint_loss",
+    "kl_loss",
     "refusal_loss",
     "response_log_probs",
     "task_loss",
