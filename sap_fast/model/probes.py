@@ -184,7 +184,7 @@ class ProbeSet:
             OutputHook(module, functools.partial(self._on_layer_output, index))
             for index, module in self.modules.items()
         ]
-        self._handles = [
+        self._handles: list[Any] = [
             owner.register_forward_pre_hook(self._on_forward, with_kwargs=True),
             owner.register_forward_hook(self._after_forward, always_call=True),
             *self._layer_hooks,
@@ -526,8 +526,8 @@ class ProbeSet:
                 hidden.register_hook(functools.partial(self._collect_both, buffer))
                 return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
         offset = self.offsets.get(index) if self._inject else None
-        in_place = offset is not None and buffer is None and self._own is None
-        if in_place and _may_be_written(hidden, args):
+        everywhere = buffer is None and self._own is None
+        if offset is not None and everywhere and _may_be_written(hidden, args):
             hidden.add_(offset)  # the bits of `ops.probe_add`, and no second B×S×H tensor
             return None
         injected = ops.probe_inject(
