@@ -30,6 +30,7 @@ from sap_fast.losses import (
     refusal_loss,
     task_loss,
 )
+from sap_fast.losses.host import carry_views
 from sap_fast.model.probes import ProbeSet
 from sap_fast.optimizer import BlendedAdamW
 from sap_fast.sap import FusedSAP
@@ -265,6 +266,12 @@ class SAPTrainerMixin(_Base):
         samples = [self._prepare_inputs(micro_batch) for micro_batch in samples]
         self._window, self._window_position = samples, 0
         return samples, items
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Bring a batch to the device, and keep of it what the losses would have to copy back."""
+        prepared = super()._prepare_inputs(inputs)
+        carry_views(inputs, prepared)
+        return prepared
 
     def compute_safety_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Return the safety loss of a batch of `safety_collator`; override for another one."""
