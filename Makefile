@@ -13,7 +13,7 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow test-oldest test-cpus matrix sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity wheels hub clean
+.PHONY: help demo study test test-slow test-oldest test-cpus matrix sanitize gpu gpu-build kernels ops step recipes launches before-after cost docs lint format install fidelity wheels hub clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -35,6 +35,7 @@ help:
 	@echo "make step       time and memory of a whole step against AdamW's, two hours; CSVs, pictures"
 	@echo "                (STEP='--table memory --only lora,bf16' for less)"
 	@echo "make recipes    what leaving work out costs in fidelity; writes CSV and picture"
+	@echo "make launches   operations of every pass, with the probe passes as two and as one; writes CSV"
 	@echo "make before-after BEFORE=CHECKOUT"
 	@echo "                time and memory of a step here beside those of another checkout"
 	@echo "make cost       check the cost model against make step, predict Llama-3 on H100s"
@@ -139,6 +140,9 @@ step: install
 
 recipes: install
 	$(BIN)/python -m benchmarks.recipes
+
+launches: install
+	$(BIN)/python -m benchmarks.launches
 
 # Alone on the machine: it times.
 before-after: install

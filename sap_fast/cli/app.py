@@ -19,9 +19,12 @@ from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import (
     BLENDING_WEIGHT,
     LOAD_IN,
+    REASONING_HELP,
+    SCORED_HELP,
     TRUST_HELP,
     Accepted,
     FinetuneSettings,
+    answer_scoring,
     refuse_gone_options,
     refuse_repetition,
     with_settings,
@@ -99,6 +102,8 @@ IncludePath = Annotated[
     ),
 ]
 Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
+Scored = Annotated[str, typer.Option(help=SCORED_HELP)]
+Reasoning = Annotated[str, typer.Option(help=REASONING_HELP)]
 LoadIn = Annotated[
     str | None,
     typer.Option(
@@ -191,6 +196,8 @@ def inspect(
     task: Annotated[str, typer.Option(help="Task rows, as for finetune.")],
     rows: Annotated[int, typer.Option(help="Rows to show, from the shortest to the longest.")] = 3,
     max_length: Annotated[int, typer.Option(help="Tokens to keep of a row.")] = 512,
+    scored: Scored = "auto",
+    reasoning: Reasoning = "train",
     trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
 ) -> None:
     """Show what the model's chat template makes of task rows, before anything is trained.
@@ -203,7 +210,13 @@ def inspect(
 
     Accepted(least=0).check("rows", rows)
     Accepted(least=1).check("max_length", max_length)
-    inspection = read(model, task, max_length=max_length, trust_remote_code=trust_remote_code)
+    inspection = read(
+        model,
+        task,
+        max_length=max_length,
+        scoring=answer_scoring(scored, reasoning),
+        trust_remote_code=trust_remote_code,
+    )
     console.print(inspection_page(inspection, rows))
 
 
@@ -222,6 +235,8 @@ def evaluate(
     limit: Limit = None,
     lm_eval: LmEval = None,
     include_path: IncludePath = None,
+    scored: Scored = "auto",
+    reasoning: Reasoning = "train",
     output: Annotated[
         Path | None, typer.Option(help="Write the result, per request too, as JSON.")
     ] = None,
@@ -244,11 +259,14 @@ def evaluate(
     # Before the work, which would be lost.
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output}: expected a file in a folder that exists")
+    answer_scoring(scored, reasoning)
     files = EvaluationFiles.given(
         task,
         harmful,
         harmless,
         max_length=max_length,
+        scored=scored,
+        reasoning=reasoning,
         limit=limit,
         lm_eval=lm_eval,
         include_path=include_path,
@@ -314,6 +332,8 @@ def compare(
         harmful,
         harmless,
         max_length=settings.max_length,
+        scored=settings.scored,
+        reasoning=settings.reasoning,
         limit=limit,
         lm_eval=lm_eval,
         include_path=include_path,
@@ -488,6 +508,7 @@ def landscape(
         "lora_alpha",
         "lora_dropout",
         "lora_target",
+        "modules_to_save",
         "load_in",
         "trust_remote_code",
         "precision",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from sap_fast.cli.console import UserError, progress_bar
-from sap_fast.cli.models import load_model
-from sap_fast.cli.settings import Accepted
+from sap_fast.cli.models import load_model, refuse_without_marks
+from sap_fast.cli.settings import Accepted, answer_scoring
 from sap_fast.data import (
     BUILTIN,
+    EncodedRow,
     Request,
     builtin_requests,
     load_requests,
@@ -23,6 +24,9 @@ from sap_fast.data import (
 from sap_fast.data.builtin import Kind
 from sap_fast.evaluation import EvaluationResult, Interval, Judge, JudgeError, evaluate_model
 from sap_fast.evaluation.harness import HarnessError, known_tasks, task_accuracies
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: What asks for no requests at all.
 NO_REQUESTS = "none"
@@ -37,6 +41,8 @@ class EvaluationFiles:
         harmful: A file of requests, or "builtin" for those that come with the package.
         harmless: Likewise.
         max_length: Tokens to keep of a task row.
+        scored: Which of them are scored, as `--scored` says.
+        reasoning: Whether thoughts are, as `--reasoning` says.
         limit: Ask at most so many requests of each kind, and questions of each task of lm-eval.
         lm_eval: Tasks of lm-eval, with commas between them.
         include_path: A folder with more such tasks.
@@ -46,6 +52,8 @@ class EvaluationFiles:
     harmful: str | None = None
     harmless: str | None = None
     max_length: int = 512
+    scored: str = "auto"
+    reasoning: str = "train"
     limit: int | None = None
     lm_eval: str | None = None
     include_path: str | None = None
@@ -95,6 +103,17 @@ class EvaluationFiles:
             return known_tasks(self.tasks, self.include_path)
         except HarnessError as error:
             raise UserError(f"--lm-eval {self.lm_eval}: {error}") from error
+
+    def task_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[EncodedRow] | None:
+        """Returns the task rows, encoded.
+
+        Raises:
+            DataError: for a row that cannot be used.
+        """
+        if self.task is None:
+            return None
+        scoring = answer_scoring(self.scored, self.reasoning)
+        return load_task_dataset(self.task, tokenizer, self.max_length, scoring=scoring)
 
     def requests(self) -> tuple[list[Request] | None, list[Request] | None]:
         """Returns the harmful and the harmless requests.
@@ -154,7 +173,9 @@ def evaluate(
     loaded, tokenizer = load_model(
         model, precision, trust_remote_code=trust_remote_code, load_in=load_in
     )
-    task_rows = load_task_dataset(files.task, tokenizer, files.max_length) if files.task else None
+    if files.task is not None:
+        refuse_without_marks(files.scored, model, tokenizer)
+    task_rows = files.task_rows(tokenizer)
     try:
         result = evaluate_model(
             loaded,

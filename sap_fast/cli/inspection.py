@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from sap_fast.cli.models import load_tokenizer
-from sap_fast.data import EncodedRow, InspectedRow, inspect_task_rows
+from sap_fast.cli.models import load_tokenizer, refuse_without_marks
+from sap_fast.data import AnswerScoring, EncodedRow, InspectedRow, inspect_task_rows
 from sap_fast.data.encoding import cut_row
+from sap_fast.data.scoring import AS_MARKED, WHOLE_ANSWERS
+from sap_fast.data.templates import ChatTemplate
 from sap_fast.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -39,10 +42,22 @@ class Inspection:
     tokenizer: PreTrainedTokenizerBase
     rows: list[InspectedRow]
     max_length: int
+    scoring: AnswerScoring
+    has_marks: bool
+    """Whether the chat template marks what is generated."""
+    beyond_marks: int
+    """Tokens of the answers that the template's marks leave out."""
+    of_thoughts: int
+    """Tokens of thoughts in the answers."""
 
 
 def inspect(
-    model: str, task: str, *, max_length: int, trust_remote_code: bool = False
+    model: str,
+    task: str,
+    *,
+    max_length: int,
+    scoring: AnswerScoring = AS_MARKED,
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Reads and encodes a task file with a model's tokenizer; the model's weights are not read.
 
@@ -50,6 +65,7 @@ def inspect(
         model: folder or hub name of a model or adapter.
         task: the file of task rows.
         max_length: tokens to keep of a row.
+        scoring: what of the answers is scored.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
@@ -57,7 +73,29 @@ def inspect(
         DataError: for a row that cannot be used.
     """
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    return Inspection(tokenizer, inspect_task_rows(task, tokenizer, max_length), max_length)
+    refuse_without_marks(scoring.by, model, tokenizer)
+    rows = inspect_task_rows(task, tokenizer, max_length, scoring=scoring)
+    has_marks = ChatTemplate(tokenizer).has_marks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are those of the rows above
+
+        def left_out(other: AnswerScoring) -> int:
+            """How many tokens are scored of whole answers, and not so."""
+            pairs = zip(whole, inspect_task_rows(task, tokenizer, scoring=other), strict=True)
+            return sum(
+                _scored(one.whole) - _scored(two.whole) for one, two in pairs if not two.refused
+            )
+
+        whole = inspect_task_rows(task, tokenizer, scoring=WHOLE_ANSWERS)
+        return Inspection(
+            tokenizer,
+            rows,
+            max_length,
+            scoring,
+            has_marks,
+            left_out(AnswerScoring("template")) if has_marks else 0,
+            left_out(AnswerScoring("turns", "mask")),
+        )
 
 
 def inspection_page(inspection: Inspection, shown: int = 3) -> RenderableType:
@@ -89,11 +127,16 @@ def _counts(inspection: Inspection) -> Table:
     cut = [row for row in rows if row.kept and row.is_cut]
     sequences = [sequence for row in rows for sequence in row.kept]
     tokens = sum(len(sequence["labels"]) for sequence in sequences)
-    scored = sum(_is_scored(sequence).count(True) for sequence in sequences)
+    scored = _scored(sequences)
     table.add_row(str(len(rows)), "rows")
     table.add_row(str(len(sequences)), "sequences to train on")
     share = f" ({scored / tokens:.0%})" if tokens else ""
     table.add_row(f"{tokens:,}", f"tokens, of which {scored:,} are scored{share}")
+    table.add_row("", Text(_how_scored(inspection)))
+    if inspection.of_thoughts:
+        masked = inspection.scoring.reasoning == "mask"
+        how = "read, not scored" if masked else "scored; --reasoning mask: read alone"
+        table.add_row(str(inspection.of_thoughts), Text(f"tokens of thoughts, {how}"))
     for kind, found in (
         ("refused", refused),
         (f"dropped: no answer left within {limit} tokens", dropped),
@@ -106,6 +149,15 @@ def _counts(inspection: Inspection) -> Table:
     if refused:
         table.add_row("", Text(f"the first: {refused[0].refused}"))
     return table
+
+
+def _how_scored(inspection: Inspection) -> str:
+    if not inspection.has_marks:
+        return "answers are scored by turns; the chat template has no generation marks"
+    beyond = f"they leave {inspection.beyond_marks} tokens of the answers out"
+    if inspection.scoring.by == "turns":
+        return f"answers are scored by turns, not by the chat template's marks: {beyond}"
+    return f"answers are scored as the chat template marks them; {beyond}"
 
 
 def _lengths(lengths: Sequence[int], limit: int) -> RenderableType:
@@ -258,6 +310,10 @@ def _shown(character: str) -> str:
     if character == "\t":
         return "⇥"
     return character if character.isprintable() else repr(character)[1:-1]
+
+
+def _scored(sequences: Sequence[EncodedRow]) -> int:
+    return sum(_is_scored(sequence).count(True) for sequence in sequences)
 
 
 def _is_scored(sequence: EncodedRow) -> list[bool]:

@@ -26,9 +26,11 @@ from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
     joint_loss,
+    kl_loss,
     refusal_loss,
     task_loss,
 )
+from sap_fast.losses.host import carry_views
 from sap_fast.model.probes import ProbeSet
 from sap_fast.optimizer import BlendedAdamW
 from sap_fast.sap import FusedSAP
@@ -40,6 +42,7 @@ _SAFETY_LOSSES: dict[str, SafetyLoss] = {
     "difference": difference_loss,
     "refusal": refusal_loss,
     "joint": joint_loss,
+    "kl": kl_loss,
 }
 
 
@@ -81,9 +84,9 @@ class SAPTrainerMixin(_Base):
         safety_collator: turns a list of rows into `{"chosen": batch, "rejected": batch}`, as
             `sap_fast.data.SafetyCollator` does.
         safety_batch_size: safety rows per safety pass.
-        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"`, or a function (model,
-            chosen, rejected) → scalar; see `sap_fast.losses`. None: `"contrastive"` for the method
-            `"sap"`, `"joint"` for `"blend"`.
+        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"`, `"kl"`, or a function
+            (model, chosen, rejected) → scalar; see `sap_fast.losses`. None: `"contrastive"` for the
+            method `"sap"`, `"joint"` for `"blend"`.
         method: `"sap"` for the passes of `FusedSAP`, `"blend"` for those of `BlendedAdamW`.
         probe: keyword arguments for `ProbeSet`, with `"sap"`.
         sap_options: keyword arguments for the optimizer, over what `TrainingArguments` says; beside
@@ -263,6 +266,12 @@ class SAPTrainerMixin(_Base):
         samples = [self._prepare_inputs(micro_batch) for micro_batch in samples]
         self._window, self._window_position = samples, 0
         return samples, items
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Bring a batch to the device, and keep of it what the losses would have to copy back."""
+        prepared = super()._prepare_inputs(inputs)
+        carry_views(inputs, prepared)
+        return prepared
 
     def compute_safety_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Return the safety loss of a batch of `safety_collator`; override for another one."""

@@ -300,6 +300,12 @@ def probe_rule_(
     return _run("probe_rule_", backend, buffers[0].device, *arguments)
 
 
+def probe_project_(buffer: Tensor, gradient: Tensor, sign: float, *, backend: str = "auto") -> None:
+    """Add sign·Σ_tokens of a gradient (…, H) to a buffer (H,); see `reference.probe_project_`."""
+    backend = _for_dtype(backend, gradient.dtype)
+    _run("probe_project_", backend, gradient.device, buffer, gradient, sign)
+
+
 def _for_dtype(backend: str, dtype: torch.dtype) -> str:
     # Compiled graphs choose when they are traced, before an operation could refuse fp64.
     return "reference" if dtype == torch.float64 and is_auto(backend) else backend
@@ -328,8 +334,7 @@ class _ProbeInject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
-        backend = _for_dtype(ctx.backend, gradient.dtype)
-        _run("probe_project_", backend, gradient.device, ctx.buffer, gradient, ctx.sign)
+        probe_project_(ctx.buffer, gradient, ctx.sign, backend=ctx.backend)
         return (gradient if ctx.needs_input_grad[0] else None), None, None, None, None, None
 
 
