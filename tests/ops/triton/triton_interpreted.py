@@ -26,6 +26,7 @@ if not backend.interpreted:
 import triton.language as tl
 
 from sap_fast.ops.triton import perturb, probe, table
+from sap_fast.step.guards import Perturbation
 
 ADAMW: dict[str, Any] = {
     "lr": torch.tensor(3e-3, dtype=torch.float64),
@@ -141,6 +142,55 @@ def test_an_interrupt_waits_until_the_version_is_counted(monkeypatch: pytest.Mon
     finally:
         signal.signal(signal.SIGINT, before)
     assert torch.equal(parameter, wanted) and parameter._version > version
+
+
+class FailingLauncher:
+    """Runs `good` launches, fails in the next `failures`, and runs the others."""
+
+    def __init__(self, good: int, failures: int) -> None:
+        self._failing = range(good, good + failures)
+        self._run, self.count = table.launcher, 0
+
+    def __call__(self, *arguments: Any) -> None:
+        self.count += 1
+        if self.count - 1 in self._failing:
+            raise RuntimeError("out of memory")
+        self._run(*arguments)
+
+
+@pytest.mark.parametrize("failures", [1, 9])
+@pytest.mark.parametrize("good", range(6))
+def test_a_launch_that_fails_after_others_leaves_the_weights(
+    good: int, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two launches each of perturb, reflect and restore: one for each dtype.
+    dtypes = [torch.float32, torch.bfloat16, torch.float32]
+    params, buffers = ([torch.randn(5).to(dtype) for dtype in dtypes] for _ in range(2))
+    before = [parameter.clone() for parameter in params]
+    monkeypatch.setattr(table, "launcher", FailingLauncher(good, failures))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        with Perturbation(params, buffers, torch.tensor(0.1), backend="triton") as perturbation:
+            perturbation.reflect()
+    assert table.launcher.count > good
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_versions_are_those_of_the_launches_that_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float32]
+    params, buffers = ([torch.randn(5).to(dtype) for dtype in dtypes] for _ in range(2))
+    monkeypatch.setattr(table, "launcher", FailingLauncher(1, 1))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ops.perturb_swap_(params, buffers, torch.tensor(0.1), backend="triton")
+    assert [tensor._version for tensor in params + buffers] == [1, 0, 1] * 2
+    # The counters of the first dtype, and then its parameters, which fail.
+    lists = [params, buffers, *([torch.ones(5) for _ in dtypes] for _ in range(2))]
+    steps = [torch.tensor(0.0) for _ in dtypes]
+    monkeypatch.setattr(table, "launcher", FailingLauncher(1, 1))
+    before = [tensor._version for tensors in lists for tensor in tensors]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ops.adamw_blend_(*lists, steps, **ADAMW, backend="triton")
+    assert [step._version for step in steps] == [1, 0, 1] == [step.item() for step in steps]
+    assert [tensor._version for tensors in lists for tensor in tensors] == before
 
 
 # ---- second stages that read more than one block ----
