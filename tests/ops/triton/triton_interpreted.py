@@ -25,7 +25,7 @@ if not backend.interpreted:
 
 import triton.language as tl
 
-from sap_fast.ops.triton import perturb, probe, table
+from sap_fast.ops.triton import adamw, perturb, probe, table
 from sap_fast.step.guards import Perturbation
 
 ADAMW: dict[str, Any] = {
@@ -73,15 +73,31 @@ def test_tables_of_the_same_memory_are_made_once() -> None:
         assert (new.hits, new.misses) == (old.hits + 1, old.misses)
 
 
-@pytest.mark.parametrize("whole", [0, 1])
-def test_offsets_have_64_bits(whole: int) -> None:
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "not aligned"])
+def test_a_tensor_of_several_chunks_and_some_more_is_gone_through_to_its_end(start: int) -> None:
+    size = 2 * table.CHUNK + adamw.BLOCK + table.TAIL.value + 7
+    params, buffers = (torch.randn(size + start)[start:] for _ in range(2))
+    square = ops.sum_squares([params], backend="triton")
+    torch.testing.assert_close(square, params.square().sum())
+    state = [[x.clone()[start:]] for x in torch.rand(4, size + start)] + [[torch.tensor(3.0)]]
+    wanted = [[tensor.clone() for tensor in tensors] for tensors in state]
+    ops.adamw_blend_(*state, **ADAMW, backend="triton")
+    reference.adamw_blend_(*wanted, [], **ADAMW)
+    torch.testing.assert_close(state, wanted, rtol=1e-6, atol=1e-6)
+    reflected = 2 * buffers - params
+    ops.reflect_([params], [buffers], backend="triton")
+    assert torch.equal(params, reflected)
+
+
+@pytest.mark.parametrize("aligned", [0, 1])
+def test_offsets_have_64_bits(aligned: int) -> None:
     # The tensors begin 2³³ elements before what is in memory; 2³³ is zero in 32 bits.
-    offset, size = 2**33, perturb.BLOCK if whole else 9
+    offset, size = 2**33, perturb.BLOCK if aligned else 9
     params, buffers = torch.randn(perturb.BLOCK), torch.randn(perturb.BLOCK)
     wanted = params.clone()
     wanted[:size] = 2 * buffers[:size] - params[:size]
     addresses = torch.tensor([[x.data_ptr() - 4 * offset for x in (params, buffers)]])
-    chunks = torch.tensor([[0, offset, size, whole]])
+    chunks = torch.tensor([[0, offset, size, aligned]])
     perturb.reflect_kernel[(1,)](addresses, chunks, (tl.float32, tl.float32), perturb.BLOCK)
     assert torch.equal(params, wanted)
 
