@@ -80,7 +80,8 @@ Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
 LoadIn = Annotated[
     str | None,
     typer.Option(
-        help="Quantize the weights to 4bit or 8bit with bitsandbytes, as an adapter was trained."
+        help="Quantize the weights to 4bit or 8bit with bitsandbytes, for less memory, or as an "
+        "adapter was trained."
     ),
 ]
 
@@ -128,6 +129,7 @@ def pairs(
         ),
     ] = "stock",
     precision: Precision = "fp32",
+    load_in: LoadIn = None,
     batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
     trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
 ) -> None:
@@ -142,6 +144,7 @@ def pairs(
 
     Accepted(("stock", "drop")).check("not_refused", not_refused)
     Accepted(("fp32", "bf16")).check("precision", precision)
+    Accepted(LOAD_IN).check("load_in", load_in)
     Accepted(least=1).check("batch_size", batch_size)
     settings = PairsSettings(
         model=model,
@@ -151,6 +154,7 @@ def pairs(
         precision=precision,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        load_in=load_in,
     )
     with _interruptible():
         make_pairs(settings)
