@@ -195,7 +195,7 @@ def test_the_example_has_keys_that_the_plugin_takes(plugin: Any) -> None:
     plugin.SAPPlugin().register(yaml.safe_load(EXAMPLE.read_text(encoding="utf-8")))
 
 
-@pytest.mark.skipif(not IS_INSTALLED, reason="needs axolotl, which `make test-stacks` installs")
+@pytest.mark.skipif(not IS_INSTALLED, reason="needs axolotl, which `make test-axolotl` installs")
 @pytest.mark.parametrize("method", ["blend", "sap"])
 def test_axolotl_trains_by_the_example(
     method: str, chat_model: Path, files: dict[str, str], tmp_path: Path

@@ -159,7 +159,7 @@ def test_what_cuts_sequences_or_has_passes_of_its_own_is_refused(
 
 
 @pytest.mark.skipif(
-    find_spec("swift") is None, reason="needs ms-swift, which `make test-stacks` installs"
+    find_spec("swift") is None, reason="needs ms-swift, which `make test-swift` installs"
 )
 @pytest.mark.parametrize("method", ["blend", "sap"])
 def test_swift_sft_trains_with_a_plugin_file(
