@@ -178,12 +178,14 @@ def _with_sap(base: type[Trainer], settings: SAPSettings, max_length: int | None
             """What `include_tkps` counts, as `compute_loss` begins it."""
             if not getattr(self.args, "include_tkps", False):
                 raise AttributeError("nothing is counted")
-            if not hasattr(self.state, "tokens"):
-                self.state.tokens = {name: torch.zeros(1) for name in ("trainable", "total")}
-            return self.state.tokens
+            state: Any = self.state
+            if not hasattr(state, "tokens"):
+                state.tokens = {name: torch.zeros(1) for name in ("trainable", "total")}
+            return state.tokens
 
         @_tokens_seen.setter
         def _tokens_seen(self, tokens: dict[str, torch.Tensor]) -> None:
-            self.state.tokens = tokens
+            state: Any = self.state
+            state.tokens = tokens
 
     return SAPAxolotlTrainer

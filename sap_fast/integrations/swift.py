@@ -88,8 +88,9 @@ class SAPSeq2SeqTrainer(SAPTrainerMixin, Seq2SeqTrainer):
         return self._prepare_input(inputs)
 
     def _find_other_update(self) -> str | None:
-        if self.args.optimizer not in (None, "default"):
-            return f"--optimizer {self.args.optimizer}"
+        args: Any = self.args
+        if args.optimizer not in (None, "default"):
+            return f"--optimizer {args.optimizer}"
         return super()._find_other_update()
 
 
