@@ -13,7 +13,7 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow test-oldest test-cpus matrix sanitize gpu kernels ops step recipes launches before-after cost docs lint format install fidelity wheels hub clean
+.PHONY: help demo study test test-slow test-oldest test-axolotl test-swift test-cpus matrix sanitize gpu kernels ops step recipes launches before-after cost docs lint format install fidelity wheels hub clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -23,6 +23,7 @@ help:
 	@echo "make test       every test that is not marked slow"
 	@echo "make test-slow  the rest"
 	@echo "make test-oldest  the tests of trainers, losses, probes and commands on requirements/oldest.txt"
+	@echo "make test-axolotl, make test-swift  the tests of these stacks, each in an environment with its versions"
 	@echo "make matrix     what fits what: environments of several ages, in each the trainers and the tests"
 	@echo "                (MATRIX='--only oldest' for less); writes CSV and table"
 	@echo "make test-cpus  the tests of the kernels and of what computes with them, as on CPUs without AVX-512"
@@ -90,6 +91,18 @@ $(OLDEST)/.installed: pyproject.toml requirements/oldest.txt
 test-oldest: install $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 \
 		--dist worksteal $(OLDEST_TESTS)
+
+# Stacks that ask for other versions than requirements/newest.txt has.
+build/axolotl/.installed build/swift/.installed: build/%/.installed: pyproject.toml $(LOCK) requirements/%.txt
+	test -x build/$*/bin/python || $(PYTHON) -m venv build/$*
+	SAP_FAST_BUILD=0 build/$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(LOCK) "$(TORCH)" ".[train,trl,qlora]" pytest hypothesis psutil schedulefree
+	build/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement requirements/$*.txt
+	touch $@
+
+test-axolotl test-swift: test-%: install build/%/.installed
+	OMP_NUM_THREADS=1 build/$*/bin/python -m pytest tests/integrations/test_$*.py
 
 # It downloads what it does not find in pip's cache: a torch for GPUs where there is no other.
 matrix: install
