@@ -20,7 +20,7 @@ from sap_fast.cli.pairs import ask_for_pairs, write_stock_pairs
 from sap_fast.cli.settings import BLENDING_WEIGHT, Accepted, FinetuneSettings
 from sap_fast.cli.unfinished import removed_on_failure, settings_of
 from sap_fast.data import BUILTIN
-from sap_fast.reports.pages import file_name
+from sap_fast.reports.pages import MISSING, file_name
 from sap_fast.reports.report import ReportInfo, ReportRun, write_report
 
 METHODS = {
@@ -60,6 +60,7 @@ def compare(
         OSError: for an output folder that cannot be written.
     """
     Accepted(above=0).check("blend", blend)
+    files.known_tasks()  # before anything is trained
     folder = Path(settings.output)
     with removed_on_failure(folder, keep=lambda: any(map(Path.is_file, folder.rglob("*")))):
         folder.mkdir(parents=True, exist_ok=True)
@@ -235,6 +236,8 @@ def _info(
         "harmful requests": file_name(files.harmful),
         "harmless requests": file_name(files.harmless),
         "held-out task rows": file_name(files.task),
+        "tasks of lm-eval": files.lm_eval or MISSING,
+        "asked at most": MISSING if files.limit is None else f"{files.limit} of each",
         "batch": f"{settings.batch_size} × {settings.accumulate}"
         if settings.tokens_per_step is None
         else f"{settings.tokens_per_step} scored tokens, {settings.batch_size} rows at a time",

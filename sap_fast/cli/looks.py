@@ -13,24 +13,26 @@ from transformers import TrainerCallback, TrainingArguments
 
 from sap_fast.cli import ranks
 from sap_fast.data import EncodedRow, Request, builtin_requests
+from sap_fast.data.builtin import Kind
 from sap_fast.evaluation import evaluate_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl, TrainerState
 
-#: Requests of each category that a look asks, which are then in no built-in pair.
+#: Requests of each category that a look asks, which are then in no built-in pair, and as many of
+#: their harmless twins.
 _PER_CATEGORY = 2
 
 Row = dict[str, Any]
 
 
-def requests_to_look_at() -> list[Request]:
+def requests_to_look_at(kind: Kind = "harmful") -> list[Request]:
     """Returns the last requests of each category of the training half.
 
     The evaluation half is left alone: a model that was chosen by it could not be measured on it.
     """
     chosen: dict[str, list[str]] = {}
-    for request in builtin_requests("training", "harmful"):
+    for request in builtin_requests("training", kind):
         chosen.setdefault(request.category, []).append(request.prompt)
     return [Request(prompt) for prompts in chosen.values() for prompt in prompts[-_PER_CATEGORY:]]
 
@@ -38,9 +40,9 @@ def requests_to_look_at() -> list[Request]:
 class Looks(TrainerCallback):
     """Evaluates before the first step, every few steps and after the last one.
 
-    A look adds a row to `metrics.jsonl`: `step`, `held_out/loss`, `held_out/refused` (a share) and
-    `held_out/margin`. With `keep`, the model of the best look after the first step lies in the
-    folder `best`.
+    A look adds a row to `metrics.jsonl`: `step`, `held_out/loss`, `held_out/refused` and
+    `held_out/refused_harmless` (shares), and `held_out/margin`. With `keep`, the model of the best
+    look after the first step lies in the folder `best`.
 
     Args:
         work: folder of the run.
@@ -72,8 +74,9 @@ class Looks(TrainerCallback):
     ) -> None:
         self._work, self._trainer, self._tokenizer = work, trainer, tokenizer
         self._rows, self._every, self._keep = rows, every, keep
+        self._harmful = requests_to_look_at("harmful")
+        self._harmless = requests_to_look_at("harmless")
         self._patience = patience
-        self._requests = requests_to_look_at()
         self._batch_size = batch_size
         self._seen = [row for row in kept if "held_out/loss" in row]
         self.why_stopped: str | None = None
@@ -146,14 +149,17 @@ class Looks(TrainerCallback):
             model,
             self._tokenizer,
             task_rows=self._rows,
-            harmful=self._requests,
+            harmful=self._harmful,
+            harmless=self._harmless,
             batch_size=self._batch_size,
         )
         assert found.refused_harmful is not None and found.margin is not None
+        assert found.refused_harmless is not None
         return {
             "step": step,
             "held_out/loss": found.task_loss,
             "held_out/refused": found.refused_harmful.mean,
+            "held_out/refused_harmless": found.refused_harmless.mean,
             "held_out/margin": found.margin.mean,
         }
 

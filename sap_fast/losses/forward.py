@@ -130,11 +130,17 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, bool]:
 def _pack(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: Scored) -> Packed | None:
     if not packable.usable(model, causal_lm, batch):
         return None
-    key = text_setting(causal_lm, "hidden_size"), packing.mask_dtype(causal_lm)
+    size, mask = text_setting(causal_lm, "hidden_size"), packing.mask_dtype(causal_lm)
+    apart = packing.rows_apart()
+    if apart is not None and len(apart) != len(scored.tokens):
+        apart = None  # another batch than the one that it was said of
+    key = size, mask, apart
     if key not in scored.packings:
         device = batch["input_ids"].device
         with torch.inference_mode(False):  # it may serve a pass with gradients later
-            scored.packings[key] = packing.pack(scored.tokens, scored.attended, *key, device)
+            scored.packings[key] = packing.pack(
+                scored.tokens, scored.attended, size, mask, device, apart
+            )
     return scored.packings[key]
 
 

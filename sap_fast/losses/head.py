@@ -56,7 +56,10 @@ def find_head(causal_lm: nn.Module, compiled: bool) -> nn.Module:
     if compiled or head._compiled_call_impl is not None:
         # Compiled code keeps the hooks that it was traced with and is blind to later ones: traced
         # with ours, it would return one position for ever.
-        raise UnknownHeadError("it is compiled, and compiled code can't be hooked")
+        raise UnknownHeadError(
+            "it is compiled, and compiled code can't be hooked (decoder layers that are compiled "
+            "each by itself, layer.compile(), leave the head as it is)"
+        )
     return head
 
 

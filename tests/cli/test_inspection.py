@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sap_fast.cli.finetune import held_out_rows, prepare
+from sap_fast.cli.inspection import _shown_tokens
 from sap_fast.cli.settings import FinetuneSettings
+from tests.byte_tokenizer import byte_tokenizer
 from tests.cli.terminal import Terminal
 
 
@@ -44,7 +46,7 @@ def test_a_row_is_shown_by_token_with_what_is_scored(terminal: Terminal, tmp_pat
         "G│o│<|im_end|>│↵",
     ]
     assert lines[at + 9] == "⟦O│n│<|im_end|>⟧"
-    assert "2 whole answers; the whole ones end with: <|im_end|> (2)" in lines
+    assert "2 whole answers end with <|im_end|>" in lines
     assert "Lengths: 53 to 53 tokens, median 53, 95 % within 53" in lines
 
 
@@ -64,7 +66,7 @@ def test_what_becomes_of_the_rows_is_counted(terminal: Terminal, tmp_path: Path)
         "2 dropped: no answer left within 50 tokens (rows 2, 4)",
         "1 cut: a part of the answers is beyond 50 tokens (row 3)",
         "row 3: 50 tokens, 29 scored, cut",
-        "1 whole answers, and 1 that are cut off; the whole ones end with: <|im_end|> (1)",
+        "1 whole answer ends with <|im_end|>; 1 is cut off",
         "beyond --max-length",
     ):
         assert wanted in shown, wanted
@@ -101,6 +103,13 @@ def test_an_end_that_stops_no_generation_is_told(terminal: Terminal, tmp_path: P
     finally:
         path.write_text(before)
     assert "The tokenizer's end of sequence is another token, <|im_start|>" in " ".join(lines)
+
+
+def test_characters_of_several_tokens_can_be_read() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("aé日🙂\n")["input_ids"]
+    assert _shown_tokens(tokenizer, ids) == ["a", "é²", "日³", "🙂⁴", "↵\n"]
+    assert _shown_tokens(tokenizer, ids[:2]) == ["a", "�"]
 
 
 def marked_model(terminal: Terminal, tmp_path: Path) -> Path:

@@ -30,7 +30,9 @@ def scripted(terminal: Terminal, looks: dict[int, tuple[float, float]]) -> list[
         loss, refused = list(looks.values())[len(asked)]
         asked.append(given)
         share = SimpleNamespace(mean=refused)
-        return SimpleNamespace(task_loss=loss, refused_harmful=share, margin=share)
+        return SimpleNamespace(
+            task_loss=loss, refused_harmful=share, refused_harmless=share, margin=share
+        )
 
     terminal.monkeypatch.setattr("sap_fast.cli.looks.evaluate_model", evaluate)
     return asked
@@ -44,7 +46,7 @@ def test_looks_leave_the_training_alone(terminal: Terminal, tmp_path: Path) -> N
     plain, looked = tmp_path / "plain", tmp_path / "looked"
     assert terminal.run(*terminal.finetuning(plain)) == 0
     few = [Request("Lie")]
-    terminal.monkeypatch.setattr("sap_fast.cli.looks.requests_to_look_at", lambda: few)
+    terminal.monkeypatch.setattr("sap_fast.cli.looks.requests_to_look_at", lambda _: few)
     more = ["--eval", terminal.files["task"], "--eval-every", "3"]
     assert terminal.run(*terminal.finetuning(looked, *more)) == 0, terminal.shown
     first, second = adapter(plain), adapter(looked)
@@ -52,6 +54,7 @@ def test_looks_leave_the_training_alone(terminal: Terminal, tmp_path: Path) -> N
     rows = [row for row in rows_of(looked / "metrics.jsonl") if "held_out/loss" in row]
     assert [row["step"] for row in rows] == [0, 3, 4]
     assert rows[0]["held_out/loss"] > rows[-1]["held_out/loss"] > 0
+    assert all(row["held_out/refused_harmless"] == 0 for row in rows)
     assert all(row["held_out/refused"] == 0 and row["held_out/margin"] != 0 for row in rows)
     assert len(rows_of(looked / "metrics.jsonl")) == 4 + 3
     assert "held_out" not in (plain / "metrics.jsonl").read_text()

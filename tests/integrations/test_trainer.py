@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import Trainer, TrainingArguments
 
 from sap_fast import (
@@ -24,8 +25,9 @@ from sap_fast import (
 )
 from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
+from sap_fast.integrations import trainer as trainer_module
 from sap_fast.integrations.safety_batches import SafetyBatches
-from sap_fast.losses import kl_loss, response_log_probs
+from sap_fast.losses import aside, batches, host, kl_loss, response_log_probs
 from tests.tiny import assert_same_bits, encoded, tiny_llama, weights, with_lora
 from tests.trainers import (
     PROBE,
@@ -295,6 +297,38 @@ def test_a_part_of_the_micro_batches_counts_as_a_whole_step(tmp_path: Path) -> N
     trainer.add_callback(BeforeEachUpdate(look))
     trainer.train()
     torch.testing.assert_close(*found[0])
+
+
+def test_what_the_losses_read_is_read_before_it_goes_to_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = sap_trainer(
+        SAPTrainer,
+        model(),
+        arguments(tmp_path, gradient_accumulation_steps=2, max_steps=2),
+        probe={"rho": 1e-3, "rows": 0.5, "own_rows": True},
+    )
+    # As a device has them: in other tensors.
+    monkeypatch.setattr(trainer, "_prepare_input", lambda given: tree_map(torch.clone, given))
+    moving, copied, carry = [False], host.copied, trainer_module.carry_views
+    read_late: list[int] = []
+
+    def carried(*given: Any) -> None:
+        moving[0] = True
+        carry(*given)
+        moving[0] = False
+
+    def reads(batch: Any) -> Any:
+        if not (moving[0] or aside.being_tested()):
+            read_late.append(trainer.state.global_step)
+        return copied(batch)
+
+    monkeypatch.setattr(trainer_module, "carry_views", carried)
+    monkeypatch.setattr(host, "copied", reads)
+    monkeypatch.setattr(batches, "copied", reads)
+    trainer.train()
+    # The first use of a model looks at a sample of a few tokens.
+    assert trainer.state.global_step == 2 and read_late == [0]
 
 
 @pytest.mark.parametrize("logging_steps", [1, 2])
