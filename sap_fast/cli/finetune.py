@@ -117,6 +117,11 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
             f"--accumulate {settings.accumulate}: how many micro-batches a step has follows from "
             f"--tokens-per-step {settings.tokens_per_step}; leave one of them out"
         )
+    if settings.compile and settings.optimizer == "sap" and settings.checkpointing != "none":
+        raise UserError(
+            f"--checkpointing {settings.checkpointing}: with --optimizer sap it is switched pass by "
+            "pass, which compiled layers cannot be; leave it or --compile out"
+        )
     for name in ("eval_every", "keep_best", "early_stop"):
         if settings.eval is None and getattr(settings, name) is not None:
             raise UserError(f"{flag(name)} needs --eval: task rows to look at")

@@ -187,7 +187,7 @@ class FinetuneSettings:
         _MODEL,
         "Compile every decoder layer by itself, with this backend of torch.compile. inductor: to "
         "machine code; aot_eager, eager: traced alone, to find faults. The head is still applied "
-        "in chunks; batches are not packed.",
+        "in chunks, and batches are packed.",
         choices=("inductor", "aot_eager", "eager"),
     )
     liger: bool = _option(

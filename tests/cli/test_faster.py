@@ -46,7 +46,7 @@ def test_compiled_layers_train_as_those_that_are_not(
         compile_(self, *args, **given)
 
     terminal.monkeypatch.setattr(torch.nn.Module, "compile", counted)
-    # Without dropout, whose masks are others where batches are not packed.
+    # Without dropout, for which compiled code draws other masks.
     more = ["--optimizer", optimizer, "--max-steps", str(steps), "--lora-dropout", "0"]
     assert terminal.run(*terminal.finetuning(plain, *more)) == 0
     assert not graphs
@@ -70,6 +70,9 @@ def test_a_compiler_that_does_not_work_is_one_line(terminal: Terminal, tmp_path:
     assert line.endswith("--compile inductor: does not work on this machine: No C++ compiler found")
     line = terminal.refusal(*terminal.finetuning(tmp_path / "tuned", "--compile", "gcc"))
     assert "--compile gcc: expected inductor or aot_eager or eager" in line
+    more = ["--compile", "eager", "--checkpointing", "layers"]
+    line = terminal.refusal(*terminal.finetuning(tmp_path / "tuned", *more))
+    assert "--checkpointing layers: with --optimizer sap it is switched pass by pass" in line
 
 
 def liger(monkeypatch: pytest.MonkeyPatch, *model_types: str) -> list[dict[str, Any]]:
