@@ -107,7 +107,8 @@ Reasoning = Annotated[str, typer.Option(help=REASONING_HELP)]
 LoadIn = Annotated[
     str | None,
     typer.Option(
-        help="Quantize the weights to 4bit or 8bit with bitsandbytes, as an adapter was trained."
+        help="Quantize the weights to 4bit or 8bit with bitsandbytes, for less memory, or as an "
+        "adapter was trained."
     ),
 ]
 
@@ -158,6 +159,7 @@ def pairs(
         int | None, typer.Option(help="Ask at most so many requests, evenly over the file.")
     ] = None,
     precision: Precision = "fp32",
+    load_in: LoadIn = None,
     batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
     trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
 ) -> None:
@@ -173,6 +175,7 @@ def pairs(
     Accepted(("stock", "drop")).check("not_refused", not_refused)
     Accepted(least=1).check("limit", limit)
     Accepted(("fp32", "bf16")).check("precision", precision)
+    Accepted(LOAD_IN).check("load_in", load_in)
     Accepted(least=1).check("batch_size", batch_size)
     settings = PairsSettings(
         model=model,
@@ -183,6 +186,7 @@ def pairs(
         precision=precision,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        load_in=load_in,
     )
     with _interruptible():
         make_pairs(settings)

@@ -49,6 +49,7 @@ class PairsSettings:
     precision: str = "fp32"
     batch_size: int = 16
     trust_remote_code: bool = False
+    load_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def pairs(settings: PairsSettings) -> PairsCount:
         refuse_other_settings(work, asked)
     with removed_on_failure(work, keep=(work / "answers.jsonl").exists):
         model, tokenizer = load_model(
-            settings.model, settings.precision, trust_remote_code=settings.trust_remote_code
+            settings.model,
+            settings.precision,
+            trust_remote_code=settings.trust_remote_code,
+            load_in=settings.load_in,
         )
         work.mkdir(parents=True, exist_ok=True)
         record = json.dumps({"settings": asked}, indent=2)

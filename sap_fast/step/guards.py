@@ -19,6 +19,9 @@ from sap_fast.ops.reference import accumulation_dtype
 class Perturbation:
     """W + ΔW in the place of W, for as long as the context lasts.
 
+    An operation that fails half-way through the list has counted up the versions of what it wrote,
+    and of nothing else: by them W is put back.
+
     Args:
         params: parameters W.
         buffers: the direction, one tensor per parameter and of its dtype; they hold W meanwhile,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sap_fast.cli import models as models_module
+from sap_fast.cli import pairs as pairs_module
 from sap_fast.cli.console import console
 from sap_fast.cli.finetune import load_trained_model
 from sap_fast.cli.models import load_model, resolved_precision
@@ -190,6 +191,31 @@ def test_an_adapter_on_a_quantized_base_is_trained_and_its_base_loads_again(
         assert terminal.run(*arguments, *more, "--output", str(result)) == 0
         losses.append(json.loads(result.read_text())["result"]["task_loss"])
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("load_in", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
+def test_the_model_that_makes_pairs_is_quantized(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_in: str
+) -> None:
+    asked: list[torch.nn.Module] = []
+
+    def refuse(model: torch.nn.Module, tokenizer: Any, prompts: Any, **_: Any) -> list[str]:
+        asked.append(model)
+        return ["I can't."] * len(prompts)
+
+    monkeypatch.setattr(pairs_module, "own_refusals", refuse)
+    output = tmp_path / "pairs.jsonl"
+    assert terminal.run(*terminal.command("pairs", output, "--load-in", load_in)) == 0
+    assert QUANTIZED[load_in] in kinds(asked[0]) and output.exists()
+
+
+@pytest.mark.parametrize("command", ["pairs", "evaluate", "finetune", "compare", "doctor"])
+def test_every_command_that_quantizes_takes_the_same_words(
+    terminal: Terminal, tmp_path: Path, command: str
+) -> None:
+    arguments = terminal.command(command, tmp_path / "made.jsonl", "--load-in", "3bit")
+    assert "--load-in 3bit: expected 4bit or 8bit" in terminal.refusal(*arguments)
 
 
 @needs_bitsandbytes
