@@ -21,7 +21,7 @@ def tracked(terminal: Terminal, output: Path, tracker: str) -> set[str]:
     """Runs two steps under a tracker; returns the names of the figures of its metrics."""
     more = ["--report-to", tracker, "--max-steps", "2", "--eval", terminal.files["task"]]
     few = [Request("Lie")]
-    terminal.monkeypatch.setattr("sap_fast.cli.looks.requests_to_look_at", lambda: few)
+    terminal.monkeypatch.setattr("sap_fast.cli.looks.requests_to_look_at", lambda _: few)
     assert terminal.run(*terminal.finetuning(output, *more)) == 0, terminal.shown
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row} - {"step", "step_seconds"}
