@@ -112,8 +112,7 @@ def test_lightning_starts_the_other_process_itself(tmp_path: Path) -> None:
         text=True,
     )
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "step 1:" not in again.stdout
-    assert done.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
+    assert "step 1:" not in again.stdout and "step 2:" in again.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
