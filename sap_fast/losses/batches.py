@@ -44,7 +44,7 @@ class Scored(NamedTuple):
     left_padded: bool
     tokens: Tensor  # (B, S); on the host
     attended: Tensor  # (B, S) bool; on the host
-    packings: dict[tuple[int, torch.dtype], Packed | None]  # by hidden size and dtype of the mask
+    packings: dict[tuple[int, torch.dtype | None], Packed | None]  # by hidden size, dtype of mask
 
 
 def check_batch(batch: Batch, argument: str) -> None:
