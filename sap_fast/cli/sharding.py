@@ -79,6 +79,12 @@ def refuse_what_is_not_supported(settings: FinetuneSettings) -> None:
             raise UserError(f"{name}: true in Accelerate's configuration: {why}")
     for option, given, why in (
         (
+            "--full",
+            settings.full or None,
+            "Accelerate gives the head a group of shards of its own, and a head that is trained "
+            "in one ended the process in the trials; train an adapter",
+        ),
+        (
             "--save-every",
             settings.save_every,
             "Accelerate's checkpoints of shards leave out what SAP adds to the optimizer",
@@ -91,7 +97,8 @@ def refuse_what_is_not_supported(settings: FinetuneSettings) -> None:
         ),
     ):
         if given is not None:
-            raise UserError(f"{option} {given} with FSDP: {why}; leave it out, or use DDP")
+            value = "" if given is True else f" {given}"
+            raise UserError(f"{option}{value} with FSDP: {why}; leave it out, or use DDP")
 
 
 def accelerator_is_there() -> bool:

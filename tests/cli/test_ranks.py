@@ -17,7 +17,6 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from sap_fast.cli import finetune as finetune_module
 from sap_fast.cli import main, ranks, sharding
@@ -93,8 +92,8 @@ def on_all(
     return on_ranks(meeting, outcome, command, breaks, sharded)
 
 
-def weights(output: Path, name: str = "adapter_model.safetensors") -> list[Any]:
-    saved = load_file(output / name)
+def weights(output: Path) -> list[Any]:
+    saved = load_file(output / "adapter_model.safetensors")
     return [saved[name] for name in sorted(saved)]
 
 
@@ -131,9 +130,8 @@ def test_finetune_on_two_ranks_is_that_on_one_with_the_same_batch(
     ("optimizer", "more"),
     [
         ("sap", []),
-        pytest.param("sap", ["--full", "--learning-rate", "0.001"], marks=pytest.mark.slow),
         pytest.param("sap", ["--precision", "bf16-mixed"], marks=pytest.mark.slow),
-        pytest.param("blend", ["--full", "--learning-rate", "0.001"], marks=pytest.mark.slow),
+        pytest.param("blend", [], marks=pytest.mark.slow),
         pytest.param("adamw", [], marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "lora",
@@ -152,12 +150,11 @@ def test_finetune_on_shards_of_accelerate_is_that_on_one_rank(
 
     whole = ["--batch-size", "4", "--safety-batch-size", "4", "--optimizer", optimizer, *more]
     assert terminal.run(*short(terminal, alone, *whole)) == 0
-    name = "model.safetensors" if "--full" in more else "adapter_model.safetensors"
-    apart = distance(weights(together, name), weights(alone, name))
-    assert apart <= (3e-2 if "bf16-mixed" in more else 1e-3), apart
-    assert [t.dtype for t in weights(together, name)] == [t.dtype for t in weights(alone, name)]
-    kind = AutoModelForCausalLM if "--full" in more else AutoPeftModelForCausalLM
-    assert kind.from_pretrained(together) is not None
+    apart = distance(weights(together), weights(alone))
+    # FSDP2 also casts the adapter, and reduces gradients, in bf16.
+    assert apart <= (0.2 if "bf16-mixed" in more else 1e-3), apart
+    assert [t.dtype for t in weights(together)] == [t.dtype for t in weights(alone)]
+    assert AutoPeftModelForCausalLM.from_pretrained(together) is not None
     if not more and optimizer == "sap":
         assert terminal.run(*short(terminal, plain, *whole[:-1], "adamw")) == 0
         assert distance(weights(plain), weights(alone)) > 1e-2
@@ -172,6 +169,7 @@ def test_finetune_on_shards_of_accelerate_is_that_on_one_rank(
         (FSDP2 | {"FSDP_VERSION": "1"}, [], "asks for FSDP1.*set fsdp_version: 2"),
         (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, [], "fsdp_offload_params: true"),
         (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, [], "give --checkpointing layers"),
+        (FSDP2, ["--full"], "--full with FSDP: .*train an adapter"),
         (FSDP2, ["--save-every", "2"], "--save-every 2 with FSDP"),
         (FSDP2, ["--eval", "rows.jsonl"], "--eval rows.jsonl with FSDP"),
         (FSDP2, ["--load-in", "4bit"], "--load-in 4bit with FSDP"),
@@ -316,13 +314,12 @@ def test_a_configuration_for_fsdp2_is_launched(terminal: Terminal, tmp_path: Pat
     together, alone, configuration = (tmp_path / name for name in ("t", "a", "fsdp2.yaml"))
     configuration.write_text(CONFIGURATION)
     launch = ["accelerate.commands.launch", "--config_file", str(configuration), "--module"]
-    command = [*launch, "tests.cli.sharded_on_cpus", *short(terminal, together, "--full")]
+    command = [*launch, "tests.cli.sharded_on_cpus", *short(terminal, together)]
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Done: ") == 1
-    whole = ["--batch-size", "4", "--safety-batch-size", "4", "--full"]
+    whole = ["--batch-size", "4", "--safety-batch-size", "4"]
     assert terminal.run(*short(terminal, alone, *whole)) == 0
-    name = "model.safetensors"
-    assert distance(weights(together, name), weights(alone, name)) <= 1e-3
+    assert distance(weights(together), weights(alone)) <= 1e-3
