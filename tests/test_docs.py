@@ -22,7 +22,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 #: Pages whose code needs several processes; the examples run the same loops on two ranks.
 ON_SEVERAL_RANKS = {"how-to/fsdp2.md"}
 #: Pages whose code needs packages of `make test-stacks`, where the examples run it.
-OF_STACKS = {"how-to/other-loops.md"}
+OF_STACKS = {"how-to/faster-kernels.md", "how-to/other-loops.md"}
 
 
 def blocks(page: Path) -> list[str]:
