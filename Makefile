@@ -13,7 +13,7 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow test-oldest test-stacks test-cpus matrix sanitize gpu gpu-build kernels ops step recipes before-after cost docs lint format install fidelity wheels hub clean
+.PHONY: help demo study test test-slow test-oldest test-stacks test-axolotl test-swift test-cpus matrix sanitize gpu kernels ops step recipes launches before-after cost docs lint format install fidelity wheels hub clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -25,18 +25,21 @@ help:
 	@echo "make test-oldest  the tests of trainers, losses, probes and commands on requirements/oldest.txt"
 	@echo "make test-stacks  the tests of stacks whose packages are not among the others: Lightning, Liger,"
 	@echo "                torchtitan, DeepSpeed"
+	@echo "make test-axolotl, make test-swift  the tests of these stacks, each in an environment with its versions"
 	@echo "make matrix     what fits what: environments of several ages, in each the trainers and the tests"
 	@echo "                (MATRIX='--only oldest' for less); writes CSV and table"
 	@echo "make test-cpus  the tests of the kernels and of what computes with them, as on CPUs without AVX-512"
 	@echo "                and without AVX2; and the kernels on arm64, where a cross compiler is there"
 	@echo "make sanitize   the tests of the kernels, with the address and undefined-behaviour sanitizers"
-	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in one table"
-	@echo "                (GPU_PYTHON=python3 for an interpreter with torch in the place of .venv)"
+	@echo "make gpu        the tests and the benchmarks that need a CUDA device, in ten minutes; goes on"
+	@echo "                where it stopped (GPU_PYTHON=python3 for an interpreter with torch in the"
+	@echo "                place of .venv, GPU='--stage steps' for less, '--dry-run' without a GPU)"
 	@echo "make kernels    registers, spills and bytes moved of every GPU kernel, as compiled; needs nvcc"
 	@echo "make ops        time the operations against PyTorch's; writes CSV and picture"
 	@echo "make step       time and memory of a whole step against AdamW's, two hours; CSVs, pictures"
 	@echo "                (STEP='--table memory --only lora,bf16' for less)"
 	@echo "make recipes    what leaving work out costs in fidelity; writes CSV and picture"
+	@echo "make launches   operations of every pass, with the probe passes as two and as one; writes CSV"
 	@echo "make before-after BEFORE=CHECKOUT"
 	@echo "                time and memory of a step here beside those of another checkout"
 	@echo "make cost       check the cost model against make step, predict Llama-3 on H100s"
@@ -110,6 +113,18 @@ test-stacks: install $(STACKS)/.installed
 	OMP_NUM_THREADS=1 $(STACKS)/bin/python -m pytest $(STACKS_TESTS)
 	OMP_NUM_THREADS=1 $(STACKS)/bin/python -m pytest tests/examples -k "$(STACKS_EXAMPLES)"
 
+# Stacks that ask for other versions than requirements/newest.txt has.
+build/axolotl/.installed build/swift/.installed: build/%/.installed: pyproject.toml $(LOCK) requirements/%.txt
+	test -x build/$*/bin/python || $(PYTHON) -m venv build/$*
+	SAP_FAST_BUILD=0 build/$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(LOCK) "$(TORCH)" ".[train,trl,qlora]" pytest hypothesis psutil schedulefree
+	build/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement requirements/$*.txt
+	touch $@
+
+test-axolotl test-swift: test-%: install build/%/.installed
+	OMP_NUM_THREADS=1 build/$*/bin/python -m pytest tests/integrations/test_$*.py
+
 # It downloads what it does not find in pip's cache: a torch for GPUs where there is no other.
 matrix: install
 	$(BIN)/python -m benchmarks.matrix $(MATRIX)
@@ -140,15 +155,13 @@ sanitize: install
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider $(SANITIZED)
 
-# GPU_PYTHON=python3 takes an interpreter that has torch and the rest already, and downloads nothing.
-gpu: $(if $(GPU_PYTHON),gpu-build,install)
-	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu
+# GPU_PYTHON=python3 takes an interpreter that has torch and the rest already: it builds for the GPU
+# that is there, and downloads nothing.
+gpu: $(if $(GPU_PYTHON),,install)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(if $(GPU_PYTHON),--build) $(GPU)
 
 kernels: install
 	$(BIN)/python -m benchmarks.kernel_report
-
-gpu-build:
-	SAP_FAST_BUILD=cuda $(GPU_PYTHON) setup.py --quiet egg_info build_ext --inplace
 
 # Alone on the machine: it times.
 ops: install
@@ -160,6 +173,9 @@ step: install
 
 recipes: install
 	$(BIN)/python -m benchmarks.recipes
+
+launches: install
+	$(BIN)/python -m benchmarks.launches
 
 # Alone on the machine: it times.
 before-after: install

@@ -31,6 +31,7 @@ from benchmarks.workloads import (
     Case,
     Data,
     Model,
+    recipe_of,
     trained_parameters,
 )
 from sap_fast import BlendedAdamW, ProbeSet, contrastive_loss, task_loss
@@ -155,7 +156,7 @@ class TrainerRun:
     ) -> None:
         self.sizes = ForwardSizes(model)
         self._data = data
-        recipe = RECIPES.get(name)
+        recipe = recipe_of(name)
         self._folder = tempfile.TemporaryDirectory()
         arguments = TrainingArguments(
             output_dir=self._folder.name,

@@ -1,6 +1,8 @@
-"""The operations against PyTorch's own, in time: six claims, one CSV, one picture.
+"""The operations against PyTorch's own on a CPU, in time: five claims, one CSV, one picture.
 
     python -m benchmarks.ops            everything; --help for less
+
+`benchmarks.gpu` has the table of GPUs, on the same lists.
 
 Every comparison runs its contenders in turn, round after round, in one process, and reports medians
 and their ratio. The lists of tensors are
@@ -10,7 +12,9 @@ and their ratio. The lists of tensors are
     mixed   2,000 tensors of 16 to 131,072 elements, log-uniform
     single  one tensor of as many elements as `mixed`
 
-The rounds are run by pytest-benchmark; this file is also its test module.
+Many small tensors are limited by what each of them costs, not by the bandwidth: of such lists the
+table has milliseconds and no GB/s. The rounds are run by pytest-benchmark; this file is also its
+test module.
 """
 
 from __future__ import annotations
@@ -29,12 +33,11 @@ from torch import Tensor
 from benchmarks import pictures
 from benchmarks.claims import judged
 from benchmarks.measuring import seconds_of
-from benchmarks.provenance import gpu_name, write_rows
+from benchmarks.provenance import write_rows
 from sap_fast import BlendedAdamW, ops
 
 THREADS = int(os.environ.get("SAP_FAST_BENCHMARK_THREADS", "2"))
 ROUNDS = int(os.environ.get("SAP_FAST_BENCHMARK_ROUNDS", "15"))
-DEVICE = os.environ.get("SAP_FAST_BENCHMARK_DEVICE", "cpu")
 RHO = 1e-3
 ADAMW: dict[str, Any] = {
     "lr": 1e-6,
@@ -60,6 +63,8 @@ LISTS: dict[str, list[tuple[int, ...]]] = {
     "mixed": mixed_sizes(),
     "single": [(sum(size for (size,) in mixed_sizes()),)],
 }
+#: Those that are limited by the bandwidth of the memory.
+LARGE = ("large", "single")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPARED = [(name, kind) for name in ("large", "lora", "mixed") for kind in DTYPES]
 
@@ -85,18 +90,18 @@ class State(NamedTuple):
         return self.params[0].element_size()
 
 
-def make_state(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> State:
+def make_state(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str = "cpu") -> State:
     """Random tensors; moments in fp32."""
     torch.manual_seed(0)
 
     def filled(dtype: torch.dtype, scale: float) -> list[Tensor]:
         return [
-            torch.empty(shape, dtype=dtype, device=DEVICE).normal_(0, scale) for shape in shapes
+            torch.empty(shape, dtype=dtype, device=device).normal_(0, scale) for shape in shapes
         ]
 
     moments = filled(torch.float32, 1e-2)
     squares = [tensor.square_() for tensor in filled(torch.float32, 1e-2)]
-    steps = [torch.tensor(10.0, device=DEVICE) for _ in shapes]
+    steps = [torch.tensor(10.0, device=device) for _ in shapes]
     return State(
         filled(dtype, 0.02), filled(dtype, 1e-2), filled(dtype, 1e-2), moments, squares, steps
     )
@@ -121,7 +126,7 @@ def interleaved(
         if turning:
             order.append(order.pop(0))
         for name in order:
-            seconds[name].append(seconds_of(contenders[name], DEVICE))
+            seconds[name].append(seconds_of(contenders[name], "cpu"))
 
     warm_up = 2
     benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=warm_up)
@@ -147,8 +152,8 @@ def test_swaps(benchmark: Any, name: str, kind: str) -> None:
     state = make_state(LISTS[name], DTYPES[kind])
     # a ← b + 3·c over arrays of fp32, 12 bytes an element as STREAM counts; every page is touched.
     count = max(1, state.elements * state.width // 4)
-    a, b, c = (torch.ones(count, device=DEVICE) for _ in range(3))
-    scale = torch.tensor(1e-3, device=DEVICE)
+    a, b, c = (torch.ones(count) for _ in range(3))
+    scale = torch.tensor(1e-3)
     inverse = 1 / -scale
     contenders = {
         "triad": lambda: torch.add(b, c, alpha=3.0, out=a),
@@ -173,27 +178,33 @@ def test_swaps(benchmark: Any, name: str, kind: str) -> None:
 # ---- 2: AdamW ----
 
 
-@pytest.mark.parametrize(("name", "kind"), COMPARED)
-def test_adamw(benchmark: Any, name: str, kind: str) -> None:
-    """The fused update, alone and with all that SAP adds to it, beside PyTorch's."""
-    state = make_state(LISTS[name], DTYPES[kind])
-    # PyTorch keeps the moments in the dtype of the parameters.
-    theirs = [[m.to(DTYPES[kind]) for m in moments] for moments in state[3:5]]
-    ours = (state.params, state.grads, *state[3:])
-    blend, scale = torch.tensor(0.1, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+def torch_fused_adamw(state: State) -> Callable[[], None]:
+    """PyTorch's update, which keeps the moments in the dtype of the parameters."""
+    dtype = state.params[0].dtype
+    moments = [[moment.to(dtype) for moment in moments] for moments in state[3:5]]
 
-    def torch_fused() -> None:
+    def run() -> None:
         torch._foreach_add_(state.steps, 1)
         torch._fused_adamw_(
             state.params,
             state.grads,
-            *theirs,
+            *moments,
             [],
             state.steps,
             amsgrad=False,
             maximize=False,
             **ADAMW,
         )
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "kind"), COMPARED)
+def test_adamw(benchmark: Any, name: str, kind: str) -> None:
+    """The fused update, alone and with all that SAP adds to it, beside PyTorch's."""
+    state = make_state(LISTS[name], DTYPES[kind])
+    ours = (state.params, state.grads, *state[3:])
+    blend, scale = torch.tensor(0.1), torch.tensor(0.5)
 
     plain = [torch.nn.Parameter(p.clone()) for p in state.params]
     for parameter, gradient in zip(plain, state.grads, strict=True):
@@ -202,7 +213,7 @@ def test_adamw(benchmark: Any, name: str, kind: str) -> None:
     whole_theirs = torch.optim.AdamW(plain, fused=True, **settings)
     whole_ours = BlendedAdamW(plain, safety_weight=0.0, **settings)
     contenders = {
-        "torch._fused_adamw_": torch_fused,
+        "torch._fused_adamw_": torch_fused_adamw(state),
         "adamw_blend_": lambda: ops.adamw_blend_(*ours, **ADAMW),
         "adamw_blend_ + unscale, clip, blend": lambda: ops.adamw_blend_(
             *ours, state.buffers, blend=blend, gradient_scale=scale, **ADAMW
@@ -277,7 +288,7 @@ def ours_step(state: State) -> Callable[[], None]:
 def foreach_step(state: State) -> Callable[[], None]:
     """The same with PyTorch's operations on lists: one more copy of W, and the fused AdamW."""
     saved = [parameter.clone() for parameter in state.params]
-    moments = [[m.to(p.dtype) for m, p in zip(ms, state.params, strict=True)] for ms in state[3:5]]
+    adamw = torch_fused_adamw(state)
 
     def run() -> None:
         direction_norm = torch.stack(torch._foreach_norm(state.buffers)).norm()
@@ -287,17 +298,7 @@ def foreach_step(state: State) -> Callable[[], None]:
         torch._foreach_add_(state.params, state.buffers, alpha=scale)
         torch._foreach_add_(state.params, state.buffers, alpha=-2 * scale)
         torch._foreach_copy_(state.params, saved)
-        torch._foreach_add_(state.steps, 1)
-        torch._fused_adamw_(
-            state.params,
-            state.grads,
-            *moments,
-            [],
-            state.steps,
-            amsgrad=False,
-            maximize=False,
-            **ADAMW,
-        )
+        adamw()
 
     return run
 
@@ -351,7 +352,7 @@ def test_step(benchmark: Any, name: str, kind: str) -> None:
 def test_many_tensors(benchmark: Any, kind: str) -> None:
     """2,000 tensors beside one of as many elements."""
     one, many = (make_state(LISTS[name], DTYPES[kind]) for name in ("single", "mixed"))
-    scale = torch.tensor(1e-3, device=DEVICE)
+    scale = torch.tensor(1e-3)
     contenders: dict[str, Callable[[], object]] = {}
     for name, state in (("single", one), ("mixed", many)):
 
@@ -385,11 +386,13 @@ def rows() -> list[dict[str, Any]]:
     table = []
     for facts, seconds in COLLECTED:
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        moved = facts.get("bytes", {})
+        large = facts["lists"] in LARGE
+        moved = facts.get("bytes", {}) if large else {}
         for name, values in seconds.items():
             baseline = facts.get("baselines", {}).get(name, facts["baseline"])
             ratio = medians[name] / medians[baseline]
-            if facts["claim"] == "1 bandwidth":
+            of_bandwidth = facts["claim"] == "1 bandwidth"
+            if of_bandwidth and large:
                 ratio = moved[name] / medians[name] / (moved[baseline] / medians[baseline])
             low, _, _, high = statistics.quantiles(values, n=5)
             table.append(
@@ -403,18 +406,14 @@ def rows() -> list[dict[str, Any]]:
                     "q80_ms": round(1e3 * high, 4),
                     "GB_per_s": round(moved[name] / medians[name] / 1e9, 1) if moved else "",
                     "baseline": baseline,
-                    "ratio": round(ratio, 3),
-                    **judged(facts["claim"], name, ratio),
-                    "backend": ops.choose_backend("auto", DEVICE),
+                    "ratio": round(ratio, 3) if large or not of_bandwidth else "",
+                    **judged(facts["claim"], name if large or not of_bandwidth else "", ratio),
+                    "backend": ops.choose_backend("auto", "cpu"),
                     "threads": THREADS,
                     "rounds": ROUNDS,
                 }
             )
     return table
-
-
-def _suffix() -> str:
-    return "" if DEVICE == "cpu" else f"-{gpu_name()}-{ops.choose_backend('auto', DEVICE)}"
 
 
 def main() -> int:
@@ -434,11 +433,11 @@ def main() -> int:
         target = f"  target {row['target']} {row['met']}" if row["target"] != "" else ""
         print(
             f"{row['claim']:15} {row['lists']:7} {row['dtype']} {row['contender']:38} "
-            f"{row['median_ms']:9.3f} ms {row['GB_per_s']!s:>6} GB/s  ratio {row['ratio']:6.3f}"
+            f"{row['median_ms']:9.3f} ms {row['GB_per_s']!s:>6} GB/s  ratio {row['ratio']!s:>6}"
             f"{target}"
         )
     if table and not options.no_write:
-        path = write_rows(f"ops{_suffix()}.csv", table)
+        path = write_rows("ops.csv", table)
         print(f"Wrote {path} and {pictures.draw(path)}")
     return int(status)
 

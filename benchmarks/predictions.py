@@ -5,7 +5,7 @@
 Checks `benchmarks.cost_model` against `step_time.csv`, `step_memory.csv` and `gpu_step-h100.csv`,
 predicts a table, and writes both to `cost_model.csv`. A rate and a bandwidth, one pair per dtype,
 are all that is fitted, by least squares of the relative error over `step_time.csv`. On an H100
-`benchmarks.gpu_step` measured steps of models of Llama's shapes; those predictions are compared,
+`gpu_step-h100.csv` has measured steps of models of Llama's shapes; those predictions are compared,
 too. Their bandwidth is the data sheet's, and their rate a round number that fits the largest model.
 
 For several GPUs the batch is the same on each, and communication hides behind computation as far as
@@ -98,7 +98,7 @@ H100_BANDWIDTH = 3.35e12
 H100_MEMORY = 80e9
 NVLINK = 450e9
 #: Share of the peak that matrix products reach while they run: with it the times of the 8B model
-#: that `benchmarks.gpu_step` measured come out within 3 %.
+#: in `gpu_step-h100.csv` come out within 3 %.
 UTILISATION = 0.8
 H100 = Speed(UTILISATION * PEAK_FLOPS, H100_BANDWIDTH)
 

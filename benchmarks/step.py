@@ -9,11 +9,14 @@ Every configuration of `benchmarks.contenders` trains a copy of the same model o
 `lora` is SmolLM2-135M-Instruct, aligned, with LoRA (r=8, dropout 0.05) on q and v; `full` a random
 Llama of 4 layers of SmolLM2's shapes and vocabulary whose parameters are all trained. Task batches
 are Alpaca rows, safety batches four pairs on AdvBench. `bf16` is `TrainingArguments(bf16=True)`,
-for LoRA on bf16 weights. Four tables, each a CSV:
+for LoRA on bf16 weights. Five tables, each a CSV:
 
 * time: seconds of a step. All configurations run in turn in each round, starting with another one
   each time; a recipe's figure is the mean over the steps from one safety pass to the next. Ratios
   are taken within a round, and their medians reported. The passes of `sap` are timed alone too.
+* rows: seconds of a step, likewise, of SAP whose probe passes see all rows, a quarter and an eighth
+  of them, with a direction every ten steps. `--table rows --only lora,8x128,fp32` takes under ten
+  minutes on two cores, `full` in the place of `lora` half of that.
 * memory: what three steps add to the loaded model, as peak resident size of a fresh process; and
   the peak of live tensor bytes in a fourth step, with what the optimizer keeps between steps.
 * allocations: parameter-sized tensors alive during a step that trains everything on 8 tokens.
@@ -40,7 +43,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import pictures
-from benchmarks.claims import claims_table, step_claims
+from benchmarks.claims import claims_table, ratios_table, step_claims
 from benchmarks.contenders import (
     CONFIGURATIONS,
     ForwardSizes,
@@ -63,7 +66,7 @@ from benchmarks.provenance import RESULTS, ROOT, replace_rows
 from benchmarks.workloads import (
     BATCHES,
     DTYPES,
-    RECIPES,
+    FEWER_ROWS,
     SAFETY_PAIRS,
     SETUPS,
     THREADS,
@@ -76,11 +79,13 @@ from benchmarks.workloads import (
     period_of,
     random_data,
     random_llama,
+    recipe_of,
 )
 
 IN_MEMORY = ("hf_adamw", "floor", "blend", "sap", "sap, direction_every=5, rows=1/2")
+WITH_FEWER_ROWS = ("hf_adamw", "floor", "sap", *FEWER_ROWS)
 CHECKPOINTING = ("none", "layers")
-TABLES = ("time", "memory", "allocations", "curves")
+TABLES = ("time", "rows", "memory", "allocations", "curves")
 
 # A whole period of the recipe with the longest. The published step takes as long as all others
 # together and spreads by less than 2 %, so it runs in every third round.
@@ -91,10 +96,11 @@ PUBLISHED_EVERY = 3
 # ---- time ----
 
 
-def measure_time(case: Case, rounds: int) -> list[Row]:
-    """Return a row per configuration, and one per pass of `sap` alone."""
+def measure_time(
+    case: Case, rounds: int, contenders: Sequence[str] = (*CONFIGURATIONS, "passes alone")
+) -> list[Row]:
+    """Return a row per configuration, and one per pass of `sap` alone, if that is among them."""
     start_case()
-    contenders = [*CONFIGURATIONS, "passes alone"]
     runs = {name: build_run(case, name) for name in contenders}
     seconds: dict[str, Series] = {name: {} for name in contenders}
     all_rows = batches(case.data(), case.rows, WARM_UP_ROUNDS + rounds)
@@ -108,10 +114,11 @@ def measure_time(case: Case, rounds: int) -> list[Row]:
             if number == WARM_UP_ROUNDS:
                 runs[name].sizes.steps.clear()
             seconds[name][number] = seconds_of(partial(runs[name].step, batch), "cpu")
-    alone = runs.pop("passes alone")
-    assert isinstance(alone, PassesAlone)
-    seconds["passes alone"] = dict(enumerate(alone.sums()))
-    for name, values in alone.seconds.items():
+    alone = runs.pop("passes alone", None)
+    passes = alone.seconds if isinstance(alone, PassesAlone) else {}
+    if isinstance(alone, PassesAlone):
+        seconds["passes alone"] = dict(enumerate(alone.sums()))
+    for name, values in passes.items():
         seconds[name] = dict(enumerate(values))
 
     table = []
@@ -119,7 +126,7 @@ def measure_time(case: Case, rounds: int) -> list[Row]:
         series = {number: value for number, value in series.items() if number >= WARM_UP_ROUNDS}
         period = period_of(name)
         row = case.facts() | {"configuration": name, "period": period} | summary(series, period)
-        if name not in alone.seconds:
+        if name not in passes:
             row |= {
                 "times_hf": ratio(series, seconds["hf_adamw"], period),
                 "times_floor": ratio(series, seconds["floor"], period),
@@ -140,15 +147,23 @@ def work_sizes(case: Case, name: str, sizes: ForwardSizes, steps: Sequence[Seque
             found[f"{kind}_squares"] = statistics.mean(
                 rows * length**2 for rows, length in forwards
             )
-    part = math.ceil((RECIPES[name].rows if name in RECIPES else 1.0) * case.rows)
+    recipe = recipe_of(name)
+    part = case.rows * (1.0 if recipe is None else recipe.rows)
     answers = [len(pair) * _scored(list(pair.values())) / 2 for pair in case.data().safety]
     scored = {
         "task": statistics.mean(_scored(rows) for rows in steps),
-        "probe": statistics.mean(_scored(rows[:part]) for rows in steps),
+        "probe": statistics.mean(_scored_of(rows, part) for rows in steps),
         "safety": SAFETY_PAIRS * statistics.mean(answers),
     }
     found |= {f"{kind}_scored": scored[kind] for kind in scored if f"{kind}_tokens" in found}
     return {column: round(value, 1) for column, value in found.items()}
+
+
+def _scored_of(rows: Sequence[Any], part: float) -> int:
+    """Return the scored tokens of the first rows; of less than one, as `ProbeSet(rows=…)` cuts."""
+    if part < 1:
+        return math.ceil(part * _scored(rows[:1]))
+    return _scored(rows[: math.ceil(part)])
 
 
 def _scored(rows: Sequence[Any]) -> int:
@@ -319,6 +334,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 #: Columns of what is measured, and written, at once.
 IDENTITY = {
     "time": ("setup", "batch", "dtype"),
+    "rows": ("setup", "batch", "dtype"),
     "memory": ("setup", "batch", "dtype"),
     "allocations": ("dtype",),
     "curves": ("axis", "dtype"),
@@ -330,6 +346,8 @@ def parts(table: str, cases: Sequence[Case], quick: bool) -> Iterator[Callable[[
     dtypes = dict.fromkeys(case.dtype for case in cases)
     if table == "time":
         yield from (partial(measure_time, case, ROUNDS) for case in cases)
+    elif table == "rows":
+        yield from (partial(measure_time, case, ROUNDS, WITH_FEWER_ROWS) for case in cases)
     elif table == "memory":
         yield from (partial(measure_memories, case) for case in cases)
     elif table == "allocations":
@@ -394,6 +412,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if path.name in pictures.PICTURES:
                 pictures.draw(path)
             progress.advance(bar)
+    for name in ("time", "rows"):
+        if tables.get(name):
+            console.print(ratios_table(tables[name]))
     found = step_claims(tables)
     console.print(claims_table(found))
     # The figures of tiny models mean nothing.

@@ -5,7 +5,8 @@
 // each is asked once, when the list is read, and a table keeps what it said.
 //
 // Three things cannot be had from the stable ABI. The version counters of a list of tensors:
-// `native.run`, in Python, counts them up. Errors that are no RuntimeError: `kUnsupported` marks
+// `native.run`, in Python, counts them up, after an error those that `kPartlyWritten` tells it of.
+// Errors that are no RuntimeError: `kUnsupported` marks
 // those that `native.run` raises as NotImplementedError. Whether a tensor has gaps: `has_gaps`.
 #pragma once
 
@@ -27,6 +28,11 @@ namespace sap_fast {
 
 // What the message of an error begins with that is a NotImplementedError.
 constexpr const char* kUnsupported = "NotImplementedError: ";
+
+// What the message of an error begins with that came after some tensors had been written. What they
+// are stands behind it, up to a space: of each list that the operation writes the indices, with
+// commas, and semicolons between the lists.
+constexpr const char* kPartlyWritten = "PartlyWritten: ";
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {

@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {},
     "forward": {"probe": {"difference": "forward"}},
     "rows": {"probe": {"rows": 0.5}},
+    "own rows": {"probe": {"rows": 0.5, "own_rows": True}},
     "kept": {"direction_every": 3},
     "kept and rows": {"direction_every": 2, "probe": {"rows": 0.25}},
     "blended": {"safety_weight": 0.5},

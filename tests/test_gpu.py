@@ -5,14 +5,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sap_fast import FusedSAP, ProbeSet, SafetyPasses, ops
+from sap_fast import (
+    BlendedAdamW,
+    FusedSAP,
+    ProbeSet,
+    SafetyPasses,
+    contrastive_loss,
+    joint_loss,
+    ops,
+    task_loss,
+)
 from sap_fast.step.rules import Rule
 from tests.oracle import cosine, naive_contrastive_loss, naive_task_loss, oracle_estimate
-from tests.tiny import HIDDEN, Problem, closures, problem, safety, task
+from tests.tiny import (
+    HIDDEN,
+    Problem,
+    closures,
+    problem,
+    random_batch,
+    safety,
+    task,
+    tiny_llama,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,6 +136,97 @@ def test_no_step_waits_for_the_device(rule: Rule, direction_every: int) -> None:
     )
     chain.run(lambda: optimizer.step(lambda: chain.backward(1.0), lambda: chain.backward(-1.0)))
     assert optimizer.metrics.skipped_steps == 0
+
+
+@pytest.mark.parametrize("method", ["sap", "blend"])
+def test_no_step_of_a_model_of_transformers_waits_for_the_device(method: str) -> None:
+    model = tiny_llama(attention="sdpa").cuda()
+    batches = [{name: x.cuda() for name, x in random_batch(4, seed=k).items()} for k in range(3)]
+    for batch in batches:
+        del batch["attention_mask"]  # transformers looks for padding in one, on the host
+    if method == "sap":
+        probes = ProbeSet(model, layers=[1, 2], rho=1e-3)
+        optimizer: BlendedAdamW = FusedSAP(model.parameters(), probes, max_grad_norm=1.0)
+    else:
+        optimizer = BlendedAdamW(model.parameters(), max_grad_norm=1.0)
+
+    def run(loss: Callable[..., Tensor], *given: object) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            value = loss(model, *given)
+        value.backward()
+        return value.detach()
+
+    for index in range(3):
+        optimizer.zero_grad()
+        # The first step finds out what the model is like and what of the batches is scored.
+        torch.cuda.set_sync_debug_mode("error" if index else "default")
+        try:
+            optimizer.step(
+                lambda part: run(task_loss, part), lambda: run(joint_loss, *batches[1:]), batches[0]
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.metrics.skipped_steps == 0
+
+
+def test_a_step_on_a_4_bit_base_trains_the_adapters_alone() -> None:
+    from tests.quantized import on_base  # skips without the packages that quantize
+
+    case = on_base("nf4", dtype=torch.bfloat16, device_map={"": 0})
+    model = case.model
+    moved = [{name: x.cuda() for name, x in batch.items()} for batch in case[1:]]
+    case = Problem(model, *moved)
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    probes = ProbeSet(model, layers=[1, 2])
+    optimizer = FusedSAP(case.trained, probes, lr=1e-3)
+
+    def run(loss: Callable[..., Tensor], *given: object) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            value = loss(model, *given)
+        value.backward()
+        return value.detach()
+
+    def inner() -> None:
+        optimizer.inner_passes(
+            lambda part: run(task_loss, part),
+            lambda: run(contrastive_loss, case.chosen, case.rejected),
+            case.batch,
+        )
+
+    inner()
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+    assert all(v.isfinite().all() and v.any() for v in probes.offsets.values())
+    with optimizer.task_pass():
+        run(task_loss, case.batch)
+    optimizer.step()
+    changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    assert changed == {name for name, x in model.named_parameters() if x.requires_grad}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_model_over_two_devices_steps_as_on_one(backend: str) -> None:
+    reason = ops.why_not(backend, "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    devices = dict.fromkeys(["model.embed_tokens", "model.rotary_emb"], 0)
+    devices |= {f"model.layers.{index}": index // 2 for index in range(4)}
+    devices |= dict.fromkeys(["model.norm", "lm_head"], 1)
+    found = []
+    for apart in (False, True):
+        case = on_gpu(problem(lora=False))
+        if apart:
+            case = case._replace(model=accelerate.dispatch_model(case.model, devices))
+        probes = ProbeSet(case.model, layers=[1, 2], rho=1e-3)
+        # A backend that is named leaves nothing to the reference.
+        settings = {"safety_weight": 0.1, "max_grad_norm": 1.0, "backend": backend}
+        optimizer = FusedSAP(case.trained, probes, lr=1e-3, **settings)
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.step(*closures(case), case.batch)
+        found.append([parameter.detach().cpu() for parameter in case.trained])
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
 def test_blending_for_another_optimizer_does_not_wait_either() -> None:

@@ -210,6 +210,8 @@ def test_wheel_has_kernels_and_data_and_nothing_else(tree: Path, compiled: Path)
     sources = {str(path.relative_to(tree)) for path in (tree / "sap_fast").rglob("*.py")}
     pages = {f"sap_fast/reports/{name}.html.j2" for name in ("landscape", "page", "report")}
     data = {"sap_fast/py.typed", "sap_fast/data/builtin_requests.jsonl", *pages}
+    tasks = ("refusals", "over_refusals", "safety")
+    data |= {f"sap_fast/evaluation/lm_eval_tasks/sap_fast_{task}.yaml" for task in tasks}
     package = {name for name in found if ".dist-info/" not in name}
     assert package == sources | data | set(NATIVE)
     assert not compiled.name.endswith("-any.whl")

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
 template <int kArguments>
 cudaError_t launch_count_steps(int64_t tensors, void* const* steps,
                                const CoefficientOptions& options, AdamWCoefficients* coefficients,
-                               cudaStream_t stream) {
+                               cudaStream_t stream, int64_t* written) {
   using Table = StepTable<kArguments>;
   static_assert(kFits<Table, CoefficientOptions, AdamWCoefficients*>);
   Table table;
@@ -62,6 +62,7 @@ cudaError_t launch_count_steps(int64_t tensors, void* const* steps,
     const cudaError_t error = launch(&count_steps<Table>, dim3(blocks), dim3(kThreads), stream,
                                      table, options, coefficients);
     if (error != cudaSuccess) return error;
+    *written += table.tensors;
   }
   return cudaSuccess;
 }
@@ -114,7 +115,8 @@ struct AdamW {
 
 template <bool kBlend, int kOperands>
 cudaError_t run(Storage storage, const TensorLists<kOperands>& operands, void* const* steps,
-                const AdamWOptions& options, void* scratch, cudaStream_t stream) {
+                const AdamWOptions& options, void* scratch, cudaStream_t stream,
+                AdamWWritten* written) {
   auto* const coefficients = static_cast<AdamWCoefficients*>(scratch);
   const CoefficientOptions of_step{options.lr, options.beta1, options.beta2, options.eps,
                                    options.weight_decay};
@@ -125,12 +127,13 @@ cudaError_t run(Storage storage, const TensorLists<kOperands>& operands, void* c
   }
   const auto count =
       large ? launch_count_steps<kLargeArguments> : launch_count_steps<kSmallArguments>;
-  const cudaError_t error = count(operands.tensors, steps, of_step, coefficients, stream);
+  const cudaError_t error =
+      count(operands.tensors, steps, of_step, coefficients, stream, &written->steps);
   if (error != cudaSuccess) return error;
   return with_storage(storage, [&](auto element) {
     const AdamW<decltype(element), kBlend> operation{coefficients, options.maximize ? -1.0f : 1.0f,
                                                      options.blend, options.gradient_scale};
-    return launch_transform(operands, operation, stream);
+    return launch_transform(operands, operation, stream, &written->params);
   });
 }
 
@@ -141,13 +144,15 @@ int64_t adamw_blend_scratch(int64_t tensors) {
 }
 
 cudaError_t adamw_blend(Storage storage, const TensorLists<4>& operands, void* const* steps,
-                        const AdamWOptions& options, void* scratch, cudaStream_t stream) {
-  return run<false>(storage, operands, steps, options, scratch, stream);
+                        const AdamWOptions& options, void* scratch, cudaStream_t stream,
+                        AdamWWritten* written) {
+  return run<false>(storage, operands, steps, options, scratch, stream, written);
 }
 
 cudaError_t adamw_blend(Storage storage, const TensorLists<5>& operands, void* const* steps,
-                        const AdamWOptions& options, void* scratch, cudaStream_t stream) {
-  return run<true>(storage, operands, steps, options, scratch, stream);
+                        const AdamWOptions& options, void* scratch, cudaStream_t stream,
+                        AdamWWritten* written) {
+  return run<true>(storage, operands, steps, options, scratch, stream, written);
 }
 
 }  // namespace sap_fast::cuda

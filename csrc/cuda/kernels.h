@@ -4,6 +4,10 @@
 // nor copies from it, so that a CUDA graph can capture it. What it needs between two kernels lies
 // in `scratch`, which the caller allocates and may free as soon as the stream allows. Arguments are
 // taken as checked: operands of one tensor are equally large and lie apart.
+//
+// A list may take several launches, and one of them may fail. `*written` grows by the number of
+// tensors, from the first on, that kernels are queued to write: all of them, unless there is an
+// error.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -52,12 +56,13 @@ cudaError_t add_up(const float* partial_sums, int64_t count, float* out, cudaStr
 // ---- the perturbation ----
 
 cudaError_t perturb_swap(Storage storage, const TensorLists<2>& params_buffers, Scalar scale,
-                         cudaStream_t stream);
+                         cudaStream_t stream, int64_t* written);
 
-cudaError_t reflect(Storage storage, const TensorLists<2>& params_buffers, cudaStream_t stream);
+cudaError_t reflect(Storage storage, const TensorLists<2>& params_buffers, cudaStream_t stream,
+                    int64_t* written);
 
 cudaError_t restore_swap(Storage storage, const TensorLists<2>& params_buffers,
-                         Scalar inverse_scale, cudaStream_t stream);
+                         Scalar inverse_scale, cudaStream_t stream, int64_t* written);
 
 // ---- the update ----
 
@@ -75,13 +80,21 @@ struct AdamWOptions {
 // Bytes of scratch for `tensors` tensors.
 int64_t adamw_blend_scratch(int64_t tensors);
 
+// What adamw_blend is queued to write: counters go first, all other operands after them.
+struct AdamWWritten {
+  int64_t steps;
+  int64_t params;
+};
+
 // `steps` holds the addresses of the counters. Operands: params, grads, exp_avgs, exp_avg_sqs.
 cudaError_t adamw_blend(Storage storage, const TensorLists<4>& operands, void* const* steps,
-                        const AdamWOptions& options, void* scratch, cudaStream_t stream);
+                        const AdamWOptions& options, void* scratch, cudaStream_t stream,
+                        AdamWWritten* written);
 
 // The same, and `directions` as the fifth operand.
 cudaError_t adamw_blend(Storage storage, const TensorLists<5>& operands, void* const* steps,
-                        const AdamWOptions& options, void* scratch, cudaStream_t stream);
+                        const AdamWOptions& options, void* scratch, cudaStream_t stream,
+                        AdamWWritten* written);
 
 // ---- the probe ----
 
@@ -101,6 +114,7 @@ int64_t probe_rule_scratch(int64_t layers, const int64_t* sizes);
 
 // Operands: the buffers, and the radii (one float each), all fp32. `finite` takes the result.
 cudaError_t probe_rule(const TensorLists<2>& buffers_radii, Rule rule, float probe_size,
-                       Scalar perturbation_norm, bool* finite, void* scratch, cudaStream_t stream);
+                       Scalar perturbation_norm, bool* finite, void* scratch, cudaStream_t stream,
+                       int64_t* written);
 
 }  // namespace sap_fast::cuda

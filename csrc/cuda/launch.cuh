@@ -37,17 +37,19 @@ inline cudaError_t takes_large_arguments(bool* result) {
 }
 
 // Calls body(table) for tables of `lists`, of the smallest size that needs the fewest launches.
+// `done`: see for_each_table.
 template <int kOperands, class Body>
-cudaError_t with_tables(const TensorLists<kOperands>& lists, const Body& body) {
+cudaError_t with_tables(const TensorLists<kOperands>& lists, const Body& body,
+                        int64_t* done = nullptr) {
 #if CUDART_VERSION >= 12010
   if (lists.tensors > TensorTable<kOperands, kSmallArguments>::kCapacity) {
     bool large = false;
     const cudaError_t error = takes_large_arguments(&large);
     if (error != cudaSuccess) return error;
-    if (large) return for_each_table<kLargeArguments>(lists, body);
+    if (large) return for_each_table<kLargeArguments>(lists, body, done);
   }
 #endif
-  return for_each_table<kSmallArguments>(lists, body);
+  return for_each_table<kSmallArguments>(lists, body, done);
 }
 
 template <class Table, class... Others>
@@ -57,14 +59,15 @@ constexpr bool kFits = sizeof(Table) + kOtherArguments <=
 
 template <class Operation, int kOperands>
 cudaError_t launch_transform(const TensorLists<kOperands>& lists, const Operation& operation,
-                             cudaStream_t stream) {
-  return with_tables(lists, [&](const auto& table) {
+                             cudaStream_t stream, int64_t* written) {
+  const auto launch_table = [&](const auto& table) {
     using Table = std::decay_t<decltype(table)>;
     static_assert(kFits<Table, Operation>);
     if (table.chunks == 0) return cudaSuccess;
     return launch(&transform<Operation, Table>, dim3(static_cast<unsigned>(table.chunks)),
                   dim3(kThreads), stream, table, operation);
-  });
+  };
+  return with_tables(lists, launch_table, written);
 }
 
 // Calls body(element), a value of the type that `storage` names.

@@ -1,8 +1,11 @@
 // The operations of sap_fast/ops/schema.py on CUDA devices: what is checked, which tensors go into
 // one launch. The kernels, in the .cu files, know nothing of PyTorch.
 //
-// Everything is checked, and every error raised that can be foreseen, before anything is queued.
+// Everything is checked, and every error raised that can be foreseen, before anything is queued. A
+// launch may fail all the same, after others: then the error tells which tensors are written.
+#include <algorithm>
 #include <array>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,12 +16,44 @@
 namespace sap_fast::cuda {
 namespace {
 
+// Which tensors of each list that an operation writes are queued to be written so far.
+class Written {
+ public:
+  explicit Written(size_t lists) : indices_(lists) {}
+
+  // The first `count` of the tensors at `indices` of one list, which its number names.
+  void add(size_t list, const std::vector<size_t>& indices, int64_t count) {
+    indices_[list].insert(indices_[list].end(), indices.begin(), indices.begin() + count);
+  }
+
+  bool empty() const {
+    return std::all_of(indices_.begin(), indices_.end(),
+                       [](const auto& indices) { return indices.empty(); });
+  }
+
+  friend std::ostream& operator<<(std::ostream& stream, const Written& written) {
+    for (size_t list = 0; list < written.indices_.size(); ++list) {
+      if (list != 0) stream << ';';
+      const char* before = "";
+      for (const size_t index : written.indices_[list]) {
+        stream << std::exchange(before, ",") << index;
+      }
+    }
+    return stream;
+  }
+
+ private:
+  std::vector<std::vector<size_t>> indices_;
+};
+
 // Raises if an operation could not be queued, and leaves no error behind for whoever asks next.
-void check_launch(const char* operation, cudaError_t error) {
+void check_launch(const char* operation, cudaError_t error, const Written& written = Written(0)) {
   if (error == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());
-  fail("sap_fast::", operation, " could not be launched: ", cudaGetErrorName(error), ", ",
-       cudaGetErrorString(error));
+  std::ostringstream before;
+  if (!written.empty()) before << kPartlyWritten << written << ' ';
+  fail(before.str(), "sap_fast::", operation, " could not be launched: ", cudaGetErrorName(error),
+       ", ", cudaGetErrorString(error));
 }
 
 Storage storage_of(const Tensor& tensor) {
@@ -88,6 +123,7 @@ Tensor allocate_scratch(int64_t bytes, const Device& device) {
 template <int kOperands>
 struct Group {
   Storage storage;
+  std::vector<size_t> indices;  // in the lists
   std::vector<int64_t> sizes;
   std::array<std::vector<void*>, kOperands> addresses;
 
@@ -109,10 +145,11 @@ std::vector<Group<kOperands>> groups_of(const TensorList* const (&lists)[kOperan
                                         const Selects& selects) {
   std::vector<Group<kOperands>> groups;
   for (const Storage storage : {Storage::kFloat32, Storage::kBFloat16, Storage::kFloat16}) {
-    Group<kOperands> group{storage, {}, {}};
+    Group<kOperands> group{storage, {}, {}, {}};
     for (size_t index = 0; index < lists[0]->size(); ++index) {
       const Tensor& tensor = (*lists[0])[index];
       if (storage_of(tensor) != storage || !selects(index)) continue;
+      group.indices.push_back(index);
       group.sizes.push_back(tensor.numel());
       for (int operand = 0; operand < kOperands; ++operand) {
         const TensorList& list = *lists[operand];
@@ -188,7 +225,7 @@ void dot_op(StableIValue* stack, uint64_t, uint64_t) {
 
 // ---- the perturbation ----
 
-// Checks all arguments, and calls launch(storage, lists, scalar, stream) for each group.
+// Checks all arguments, and calls launch(storage, lists, scalar, stream, written) for each group.
 // `scalar_on(device)` returns the scalar that the kernels take.
 template <class ScalarOn, class Launch>
 void update_pair(const char* operation, const TensorList& params, const TensorList& buffers,
@@ -200,8 +237,13 @@ void update_pair(const char* operation, const TensorList& params, const TensorLi
   const Scalar scalar = scalar_on(device);
   const std::vector<Group<2>> groups = groups_of({&params, &buffers});
   const Guard guard(device);
+  const size_t written_lists = buffers.access == Access::kWrite ? 2 : 1;
+  Written written(written_lists);
   for (const auto& group : groups) {
-    check_launch(operation, launch(group.storage, group.lists(), scalar, guard.stream()));
+    int64_t count = 0;
+    const cudaError_t error = launch(group.storage, group.lists(), scalar, guard.stream(), &count);
+    for (size_t list = 0; list < written_lists; ++list) written.add(list, group.indices, count);
+    check_launch(operation, error, written);
   }
 }
 
@@ -221,9 +263,8 @@ void reflect_op(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList buffers("buffers", Access::kRead, arguments.tensors());
   update_pair(
       "reflect_", params, buffers, [](const Device&) { return Scalar{}; },
-      [](Storage storage, const TensorLists<2>& lists, const Scalar&, cudaStream_t stream) {
-        return reflect(storage, lists, stream);
-      });
+      [](Storage storage, const TensorLists<2>& lists, const Scalar&, cudaStream_t stream,
+         int64_t* written) { return reflect(storage, lists, stream, written); });
 }
 
 void restore_swap_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -262,13 +303,20 @@ void adamw_blend_op(StableIValue* stack, uint64_t, uint64_t) {
   const Guard guard(device);
   const Tensor scratch =
       allocate_scratch(adamw_blend_scratch(static_cast<int64_t>(p.size())), device);
+  // Of params, exp_avgs, exp_avg_sqs and steps.
+  Written written(4);
   // The groups run one after the other and may share the scratch.
-  const auto run = [&](Storage storage, const auto& operands, const std::vector<void*>& counters) {
-    check_launch("adamw_blend_", adamw_blend(storage, operands, counters.data(), options,
-                                             scratch.mutable_data(), guard.stream()));
+  const auto run = [&](const auto& group, const auto& operands,
+                       const std::vector<void*>& counters) {
+    AdamWWritten count{0, 0};
+    const cudaError_t error = adamw_blend(group.storage, operands, counters.data(), options,
+                                          scratch.mutable_data(), guard.stream(), &count);
+    for (size_t list = 0; list < 3; ++list) written.add(list, group.indices, count.params);
+    written.add(3, group.indices, count.steps);
+    check_launch("adamw_blend_", error, written);
   };
-  for (const auto& group : plain) run(group.storage, group.lists<4>(), group.addresses[4]);
-  for (const auto& group : blended) run(group.storage, group.lists<5>(), group.addresses[5]);
+  for (const auto& group : plain) run(group, group.template lists<4>(), group.addresses[4]);
+  for (const auto& group : blended) run(group, group.template lists<5>(), group.addresses[5]);
 }
 
 // ---- the probe ----
@@ -322,11 +370,11 @@ void probe_project_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor& from = read[0];
   check_overlap({&written, &read});
   const Tensor scratch = allocate_scratch(probe_project_scratch(rows, buffer.numel()), device);
-  count_version(buffer);
   check_launch(
       "probe_project_",
       probe_project(storage_of(from), static_cast<float*>(buffer.mutable_data()), from.const_data(),
                     rows, buffer.numel(), sign, scratch.mutable_data(), guard.stream()));
+  count_version(buffer);
 }
 
 Rule rule_of(const std::string& name) {
@@ -359,9 +407,13 @@ void probe_rule_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor scratch = allocate_scratch(
       probe_rule_scratch(static_cast<int64_t>(layers.sizes.size()), layers.sizes.data()), device);
   Tensor finite = empty_scalar(codes().boolean, device);
-  check_launch("probe_rule_", probe_rule(layers.lists(), rule, probe_size, norm,
-                                         static_cast<bool*>(finite.mutable_data()),
-                                         scratch.mutable_data(), guard.stream()));
+  int64_t count = 0;
+  const cudaError_t error =
+      probe_rule(layers.lists(), rule, probe_size, norm, static_cast<bool*>(finite.mutable_data()),
+                 scratch.mutable_data(), guard.stream(), &count);
+  Written written(1);
+  written.add(0, layers.indices, count);
+  check_launch("probe_rule_", error, written);
   stack[0] = finite.release();
 }
 

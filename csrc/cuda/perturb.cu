@@ -61,22 +61,24 @@ struct RestoreSwap {
 }  // namespace
 
 cudaError_t perturb_swap(Storage storage, const TensorLists<2>& params_buffers, Scalar scale,
-                         cudaStream_t stream) {
+                         cudaStream_t stream, int64_t* written) {
   return with_storage(storage, [&](auto element) {
-    return launch_transform(params_buffers, PerturbSwap<decltype(element)>{scale}, stream);
+    return launch_transform(params_buffers, PerturbSwap<decltype(element)>{scale}, stream, written);
   });
 }
 
-cudaError_t reflect(Storage storage, const TensorLists<2>& params_buffers, cudaStream_t stream) {
+cudaError_t reflect(Storage storage, const TensorLists<2>& params_buffers, cudaStream_t stream,
+                    int64_t* written) {
   return with_storage(storage, [&](auto element) {
-    return launch_transform(params_buffers, Reflect<decltype(element)>{}, stream);
+    return launch_transform(params_buffers, Reflect<decltype(element)>{}, stream, written);
   });
 }
 
 cudaError_t restore_swap(Storage storage, const TensorLists<2>& params_buffers,
-                         Scalar inverse_scale, cudaStream_t stream) {
+                         Scalar inverse_scale, cudaStream_t stream, int64_t* written) {
   return with_storage(storage, [&](auto element) {
-    return launch_transform(params_buffers, RestoreSwap<decltype(element)>{inverse_scale}, stream);
+    return launch_transform(params_buffers, RestoreSwap<decltype(element)>{inverse_scale}, stream,
+                            written);
   });
 }
 

@@ -182,9 +182,10 @@ cudaError_t launch_find_norms(const TensorLists<2>& lists, const Layers& layers,
 
 template <Rule kRule>
 cudaError_t launch_rule(const TensorLists<2>& lists, const Layers& layers, const bool* finite,
-                        float probe_size, Scalar perturbation_norm, cudaStream_t stream) {
+                        float probe_size, Scalar perturbation_norm, cudaStream_t stream,
+                        int64_t* written) {
   return launch_transform(lists, ApplyRule<kRule>{layers, finite, probe_size, perturbation_norm},
-                          stream);
+                          stream, written);
 }
 
 }  // namespace
@@ -194,7 +195,8 @@ int64_t probe_rule_scratch(int64_t layers, const int64_t* sizes) {
 }
 
 cudaError_t probe_rule(const TensorLists<2>& buffers_radii, Rule rule, float probe_size,
-                       Scalar perturbation_norm, bool* finite, void* scratch, cudaStream_t stream) {
+                       Scalar perturbation_norm, bool* finite, void* scratch, cudaStream_t stream,
+                       int64_t* written) {
   const Layers layers(scratch, buffers_radii.tensors);
   cudaError_t error = launch_reduction(buffers_radii, LargestOfChunk{}, layers.values, stream);
   if (error != cudaSuccess) return error;
@@ -209,7 +211,7 @@ cudaError_t probe_rule(const TensorLists<2>& buffers_radii, Rule rule, float pro
   const auto run = rule == Rule::kNormalized ? launch_rule<Rule::kNormalized>
                    : rule == Rule::kGradient ? launch_rule<Rule::kGradient>
                                              : launch_rule<Rule::kAdam>;
-  return run(buffers_radii, layers, finite, probe_size, perturbation_norm, stream);
+  return run(buffers_radii, layers, finite, probe_size, perturbation_norm, stream, written);
 }
 
 }  // namespace sap_fast::cuda

@@ -79,9 +79,11 @@ struct TensorTable {
 };
 
 // Calls body(table) for table after table until `lists` has been through. `body` returns an error
-// code; the first that is not cudaSuccess ends it.
+// code; the first that is not cudaSuccess ends it. `done`, if it is given, counts the tensors of
+// those tables that went well.
 template <int kArguments, int kOperands, class Body>
-cudaError_t for_each_table(const TensorLists<kOperands>& lists, const Body& body) {
+cudaError_t for_each_table(const TensorLists<kOperands>& lists, const Body& body,
+                           int64_t* done = nullptr) {
   TensorTable<kOperands, kArguments> table;
   int64_t chunks = 0;
   for (int64_t first = 0; first < lists.tensors; first += table.tensors) {
@@ -90,6 +92,7 @@ cudaError_t for_each_table(const TensorLists<kOperands>& lists, const Body& body
     const cudaError_t error = body(table);
     if (error != cudaSuccess) return error;
     chunks += table.chunks;
+    if (done != nullptr) *done += table.tensors;
   }
   return cudaSuccess;
 }

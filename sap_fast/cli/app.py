@@ -19,9 +19,12 @@ from sap_fast.cli.console import UserError, console, show_warnings
 from sap_fast.cli.settings import (
     BLENDING_WEIGHT,
     LOAD_IN,
+    REASONING_HELP,
+    SCORED_HELP,
     TRUST_HELP,
     Accepted,
     FinetuneSettings,
+    answer_scoring,
     refuse_gone_options,
     refuse_repetition,
     with_settings,
@@ -76,11 +79,36 @@ Judges = Annotated[
         rich_help_panel="Evaluation",
     ),
 ]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="Ask at most so many requests of each kind, evenly over the file, and questions of "
+        "each task of lm-eval: for a quick look.",
+        rich_help_panel="Evaluation",
+    ),
+]
+LmEval = Annotated[
+    str | None,
+    typer.Option(
+        help="Also measure the accuracy at these tasks of lm-eval, such as gsm8k,arc_easy.",
+        rich_help_panel="Evaluation",
+    ),
+]
+IncludePath = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder with further tasks for --lm-eval, as lm_eval's --include_path.",
+        rich_help_panel="Evaluation",
+    ),
+]
 Precision = Annotated[str, typer.Option(help="Weights in fp32 or bf16.")]
+Scored = Annotated[str, typer.Option(help=SCORED_HELP)]
+Reasoning = Annotated[str, typer.Option(help=REASONING_HELP)]
 LoadIn = Annotated[
     str | None,
     typer.Option(
-        help="Quantize the weights to 4bit or 8bit with bitsandbytes, as an adapter was trained."
+        help="Quantize the weights to 4bit or 8bit with bitsandbytes, for less memory, or as an "
+        "adapter was trained."
     ),
 ]
 
@@ -127,7 +155,11 @@ def pairs(
             "is the safe answer; drop: they are left out."
         ),
     ] = "stock",
+    limit: Annotated[
+        int | None, typer.Option(help="Ask at most so many requests, evenly over the file.")
+    ] = None,
     precision: Precision = "fp32",
+    load_in: LoadIn = None,
     batch_size: Annotated[int, typer.Option(help="Requests per batch.")] = 16,
     trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
 ) -> None:
@@ -141,16 +173,20 @@ def pairs(
     from sap_fast.cli.pairs import pairs as make_pairs
 
     Accepted(("stock", "drop")).check("not_refused", not_refused)
+    Accepted(least=1).check("limit", limit)
     Accepted(("fp32", "bf16")).check("precision", precision)
+    Accepted(LOAD_IN).check("load_in", load_in)
     Accepted(least=1).check("batch_size", batch_size)
     settings = PairsSettings(
         model=model,
         output=str(output),
         requests=requests,
         not_refused=not_refused,
+        limit=limit,
         precision=precision,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        load_in=load_in,
     )
     with _interruptible():
         make_pairs(settings)
@@ -164,6 +200,8 @@ def inspect(
     task: Annotated[str, typer.Option(help="Task rows, as for finetune.")],
     rows: Annotated[int, typer.Option(help="Rows to show, from the shortest to the longest.")] = 3,
     max_length: Annotated[int, typer.Option(help="Tokens to keep of a row.")] = 512,
+    scored: Scored = "auto",
+    reasoning: Reasoning = "train",
     trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
 ) -> None:
     """Show what the model's chat template makes of task rows, before anything is trained.
@@ -176,7 +214,13 @@ def inspect(
 
     Accepted(least=0).check("rows", rows)
     Accepted(least=1).check("max_length", max_length)
-    inspection = read(model, task, max_length=max_length, trust_remote_code=trust_remote_code)
+    inspection = read(
+        model,
+        task,
+        max_length=max_length,
+        scoring=answer_scoring(scored, reasoning),
+        trust_remote_code=trust_remote_code,
+    )
     console.print(inspection_page(inspection, rows))
 
 
@@ -192,6 +236,11 @@ def evaluate(
     load_in: LoadIn = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens to keep of a task row.")] = 512,
+    limit: Limit = None,
+    lm_eval: LmEval = None,
+    include_path: IncludePath = None,
+    scored: Scored = "auto",
+    reasoning: Reasoning = "train",
     output: Annotated[
         Path | None, typer.Option(help="Write the result, per request too, as JSON.")
     ] = None,
@@ -214,9 +263,20 @@ def evaluate(
     # Before the work, which would be lost.
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output}: expected a file in a folder that exists")
-    files = EvaluationFiles.given(task, harmful, harmless, max_length)
-    if files.task is None and files.harmful is None and files.harmless is None:
-        raise UserError("nothing to measure: give --task, --harmful or --harmless")
+    answer_scoring(scored, reasoning)
+    files = EvaluationFiles.given(
+        task,
+        harmful,
+        harmless,
+        max_length=max_length,
+        scored=scored,
+        reasoning=reasoning,
+        limit=limit,
+        lm_eval=lm_eval,
+        include_path=include_path,
+    )
+    if files.is_empty:
+        raise UserError("nothing to measure: give --task, --harmful, --harmless or --lm-eval")
     result = run_evaluate(
         model,
         files,
@@ -248,6 +308,9 @@ def compare(
             help="Task rows to measure the loss on, not trained on.", rich_help_panel="Evaluation"
         ),
     ] = None,
+    limit: Limit = None,
+    lm_eval: LmEval = None,
+    include_path: IncludePath = None,
     blend: Annotated[
         float,
         typer.Option(
@@ -268,7 +331,17 @@ def compare(
     from sap_fast.cli.evaluate import EvaluationFiles
     from sap_fast.reports.report import results_table
 
-    files = EvaluationFiles.given(held_out, harmful, harmless, settings.max_length)
+    files = EvaluationFiles.given(
+        held_out,
+        harmful,
+        harmless,
+        max_length=settings.max_length,
+        scored=settings.scored,
+        reasoning=settings.reasoning,
+        limit=limit,
+        lm_eval=lm_eval,
+        include_path=include_path,
+    )
     with _interruptible():
         info, runs = run_compare(settings, files, blend=blend, judge=judge)
     console.print(results_table(runs, info.baseline))
@@ -292,28 +365,61 @@ def merge(
         str | None,
         typer.Option(help="The aligned model that --model was tuned from with --full."),
     ] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write a .gguf file into the folder, with matrices in f32, f16, bf16 or "
+            "q8_0: of Llama, Qwen2 and Qwen3 with byte-level BPE tokenizers."
+        ),
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help=TRUST_HELP)] = False,
 ) -> None:
     """Merge an adapter into its model, for tools that load no adapters.
 
     --aligned-share makes the result safer at the cost of some of the task, without training. The
-    folder is checked by loading it back.
+    folder, and the .gguf file in it, are checked by loading them back.
     """
     from sap_fast.cli.merge import DTYPES, MergeSettings
     from sap_fast.cli.merge import merge as run_merge
+    from sap_fast.integrations.gguf import GGUF_TYPES
 
     Accepted(tuple(DTYPES)).check("dtype", dtype)
     Accepted(least=0, most=1).check("aligned_share", aligned_share)
+    Accepted(GGUF_TYPES).check("gguf", gguf)
     settings = MergeSettings(
         model=model,
         output=str(output),
         dtype=dtype,
         aligned_share=aligned_share,
         base=base,
+        gguf=gguf,
         trust_remote_code=trust_remote_code,
     )
     run_merge(settings)
     console.print(f"Merged: [bold]{escape(str(output))}[/bold]")
+
+
+@app.command("lm-eval-tasks")
+@with_config
+def lm_eval_tasks(
+    output: Annotated[Path, typer.Option(help="Folder to write; appears only when complete.")],
+) -> None:
+    """Write the built-in requests as tasks for lm-eval.
+
+    The folder holds sap_fast_refusals, sap_fast_over_refusals and the group of both,
+    sap_fast_safety, for `lm_eval --include_path FOLDER --tasks sap_fast_safety
+    --apply_chat_template`. It needs nothing of sap-fast.
+    """
+    from sap_fast.cli.unfinished import removed_on_failure
+    from sap_fast.evaluation.harness import write_tasks
+
+    if output.exists():
+        raise UserError(f"--output {output}: exists already; remove it or choose another folder")
+    work = output.with_name(output.name + ".unfinished")
+    with removed_on_failure(work, keep=lambda: False):
+        names = write_tasks(work)
+        work.rename(output)
+    console.print(f"Tasks: {', '.join(names)} in [bold]{escape(str(output))}[/bold]")
 
 
 @app.command()
@@ -406,6 +512,7 @@ def landscape(
         "lora_alpha",
         "lora_dropout",
         "lora_target",
+        "modules_to_save",
         "load_in",
         "trust_remote_code",
         "precision",

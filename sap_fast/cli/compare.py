@@ -19,8 +19,8 @@ from sap_fast.cli.models import load_model, resolved_precision
 from sap_fast.cli.pairs import ask_for_pairs, write_stock_pairs
 from sap_fast.cli.settings import BLENDING_WEIGHT, Accepted, FinetuneSettings
 from sap_fast.cli.unfinished import removed_on_failure, settings_of
-from sap_fast.data import BUILTIN, load_task_dataset
-from sap_fast.reports.pages import file_name
+from sap_fast.data import BUILTIN
+from sap_fast.reports.pages import MISSING, file_name
 from sap_fast.reports.report import ReportInfo, ReportRun, write_report
 
 METHODS = {
@@ -60,6 +60,7 @@ def compare(
         OSError: for an output folder that cannot be written.
     """
     Accepted(above=0).check("blend", blend)
+    files.known_tasks()  # before anything is trained
     folder = Path(settings.output)
     with removed_on_failure(folder, keep=lambda: any(map(Path.is_file, folder.rglob("*")))):
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,8 @@ def _compare(
                     write_stock_pairs(stock)
                     run = dataclasses.replace(run, safety=str(stock))
                 _, tokenizer = prepare(run, Path(scratch))
-    if tokenizer is not None and files.task is not None:
-        load_task_dataset(files.task, tokenizer, files.max_length)
+    if tokenizer is not None:
+        files.task_rows(tokenizer)
     if pairs is not None and not pairs.exists():
         # Once for all runs, rather than in each.
         looked_at = requests_to_look_at() if settings.eval else []
@@ -116,6 +117,8 @@ def _compare(
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
         figures = record["figures"]
+        if "why_stopped" in figures:
+            description += f". {figures['why_stopped']}"
         runs.append(
             ReportRun(
                 name,
@@ -233,7 +236,11 @@ def _info(
         "harmful requests": file_name(files.harmful),
         "harmless requests": file_name(files.harmless),
         "held-out task rows": file_name(files.task),
-        "batch": f"{settings.batch_size} × {settings.accumulate}",
+        "tasks of lm-eval": files.lm_eval or MISSING,
+        "asked at most": MISSING if files.limit is None else f"{files.limit} of each",
+        "batch": f"{settings.batch_size} × {settings.accumulate}"
+        if settings.tokens_per_step is None
+        else f"{settings.tokens_per_step} scored tokens, {settings.batch_size} rows at a time",
         "learning rate": f"{settings.learning_rate:g}",
         "seed": str(settings.seed),
         "precision": resolved_precision(settings.precision),

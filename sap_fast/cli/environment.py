@@ -12,7 +12,7 @@ from sap_fast import __version__
 
 PACKAGES = (
     *("torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets"),
-    *("bitsandbytes", "torchao"),
+    *("bitsandbytes", "torchao", "liger-kernel"),
 )
 
 

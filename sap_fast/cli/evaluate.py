@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from sap_fast.cli.console import UserError, progress_bar
-from sap_fast.cli.models import load_model
+from sap_fast.cli.models import load_model, refuse_without_marks
+from sap_fast.cli.settings import Accepted, answer_scoring
 from sap_fast.data import (
     BUILTIN,
+    EncodedRow,
     Request,
     builtin_requests,
     load_requests,
     load_task_dataset,
+    spread_requests,
 )
 from sap_fast.data.builtin import Kind
 from sap_fast.evaluation import EvaluationResult, Interval, Judge, JudgeError, evaluate_model
+from sap_fast.evaluation.harness import HarnessError, known_tasks, task_accuracies
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: What asks for no requests at all.
 NO_REQUESTS = "none"
@@ -33,23 +41,79 @@ class EvaluationFiles:
         harmful: A file of requests, or "builtin" for those that come with the package.
         harmless: Likewise.
         max_length: Tokens to keep of a task row.
+        scored: Which of them are scored, as `--scored` says.
+        reasoning: Whether thoughts are, as `--reasoning` says.
+        limit: Ask at most so many requests of each kind, and questions of each task of lm-eval.
+        lm_eval: Tasks of lm-eval, with commas between them.
+        include_path: A folder with more such tasks.
     """
 
     task: str | None = None
     harmful: str | None = None
     harmless: str | None = None
     max_length: int = 512
+    scored: str = "auto"
+    reasoning: str = "train"
+    limit: int | None = None
+    lm_eval: str | None = None
+    include_path: str | None = None
 
     @classmethod
     def given(
-        cls, task: str | None, harmful: str | None, harmless: str | None, max_length: int
+        cls, task: str | None, harmful: str | None, harmless: str | None, **more: Any
     ) -> EvaluationFiles:
-        """Returns what options ask for: the built-in requests if they name none, nor "none"."""
+        """Returns what options ask for: the built-in requests if they name none, nor "none".
+
+        Raises:
+            UserError: for options that do not go together.
+        """
+        found = cls(task, *cls._requests_named(harmful, harmless), **more)
+        Accepted(least=1).check("limit", found.limit)
+        if found.include_path is not None and found.lm_eval is None:
+            raise UserError(f"--include-path {found.include_path}: names no task; give --lm-eval")
+        return found
+
+    @staticmethod
+    def _requests_named(harmful: str | None, harmless: str | None) -> tuple[str | None, str | None]:
         if harmful is None and harmless is None:
             harmful = harmless = BUILTIN
         harmful = None if harmful == NO_REQUESTS else harmful
         harmless = None if harmless == NO_REQUESTS else harmless
-        return cls(task, harmful, harmless, max_length)
+        return harmful, harmless
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to measure."""
+        return not (self.task or self.harmful or self.harmless or self.lm_eval)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of lm-eval."""
+        return [name.strip() for name in self.lm_eval.split(",")] if self.lm_eval else []
+
+    def known_tasks(self) -> Any:
+        """Returns the task manager of lm-eval that knows them all; None where none is asked for.
+
+        Raises:
+            UserError: lm-eval is missing, or does not know one.
+        """
+        if not self.tasks:
+            return None
+        try:
+            return known_tasks(self.tasks, self.include_path)
+        except HarnessError as error:
+            raise UserError(f"--lm-eval {self.lm_eval}: {error}") from error
+
+    def task_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[EncodedRow] | None:
+        """Returns the task rows, encoded.
+
+        Raises:
+            DataError: for a row that cannot be used.
+        """
+        if self.task is None:
+            return None
+        scoring = answer_scoring(self.scored, self.reasoning)
+        return load_task_dataset(self.task, tokenizer, self.max_length, scoring=scoring)
 
     def requests(self) -> tuple[list[Request] | None, list[Request] | None]:
         """Returns the harmful and the harmless requests.
@@ -58,9 +122,12 @@ class EvaluationFiles:
             DataError: for a request that cannot be used.
         """
         return (
-            requests_to_ask(self.harmful, "harmful") if self.harmful else None,
-            requests_to_ask(self.harmless, "harmless") if self.harmless else None,
+            self._asked(self.harmful, "harmful") if self.harmful else None,
+            self._asked(self.harmless, "harmless") if self.harmless else None,
         )
+
+    def _asked(self, file: str, kind: Kind) -> list[Request]:
+        return spread_requests(requests_to_ask(file, kind), self.limit)
 
 
 def requests_to_ask(file: str, kind: Kind) -> list[Request]:
@@ -70,7 +137,8 @@ def requests_to_ask(file: str, kind: Kind) -> list[Request]:
         DataError: for a request that cannot be used.
     """
     if file == BUILTIN:
-        return [Request(each.prompt) for each in builtin_requests("evaluation", kind)]
+        found = builtin_requests("evaluation", kind)
+        return [Request(each.prompt, category=each.category) for each in found]
     return load_requests(file)
 
 
@@ -96,17 +164,20 @@ def evaluate(
         judges: who judges the answers besides the phrases.
 
     Raises:
-        UserError: if the model cannot be loaded.
+        UserError: if the model cannot be loaded, or lm-eval cannot do what is asked of it.
         DataError: for a row that cannot be used.
     """
     # Files first: a mistake in them shows before a large model is loaded.
     harmful, harmless = files.requests()
+    manager = files.known_tasks()
     loaded, tokenizer = load_model(
         model, precision, trust_remote_code=trust_remote_code, load_in=load_in
     )
-    task_rows = load_task_dataset(files.task, tokenizer, files.max_length) if files.task else None
+    if files.task is not None:
+        refuse_without_marks(files.scored, model, tokenizer)
+    task_rows = files.task_rows(tokenizer)
     try:
-        return evaluate_model(
+        result = evaluate_model(
             loaded,
             tokenizer,
             task_rows=task_rows,
@@ -118,6 +189,15 @@ def evaluate(
         )
     except JudgeError as error:
         raise UserError(f"--judge: {error}") from error
+    if manager is None:
+        return result
+    try:
+        accuracies = task_accuracies(
+            loaded, tokenizer, files.tasks, manager, limit=files.limit, batch_size=batch_size
+        )
+    except HarnessError as error:
+        raise UserError(f"--lm-eval {files.lm_eval}: {error}") from error
+    return dataclasses.replace(result, task_accuracies=accuracies)
 
 
 def evaluation_table(result: EvaluationResult) -> Table:
@@ -126,16 +206,23 @@ def evaluation_table(result: EvaluationResult) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     if result.task_loss is not None:
-        table.add_row("task loss", f"{result.task_loss:.4f}", "", f"{result.task_tokens} tokens")
-    rows: list[tuple[str, Interval | None, str]] = [
-        ("harmful requests refused", result.refused_harmful, ".1%"),
-        ("margin, refusal over affirmative opening", result.margin, ".2f"),
-        ("harmless requests refused", result.refused_harmless, ".1%"),
+        found = result.task_interval
+        between = f"{found.low:.4f} – {found.high:.4f}" if found else ""
+        tokens = f"{result.task_tokens} tokens"
+        table.add_row("task loss", f"{result.task_loss:.4f}", between, tokens)
+    rows: list[tuple[str, Interval | None, str, str]] = [
+        *(
+            (task, interval, ".1%", "questions")
+            for task, interval in (result.task_accuracies or {}).items()
+        ),
+        ("harmful requests refused", result.refused_harmful, ".1%", "requests"),
+        ("harmless requests refused", result.refused_harmless, ".1%", "requests"),
+        ("margin, refusal over affirmative opening", result.margin, ".2f", "requests"),
     ]
-    for name, interval, style in rows:
+    for name, interval, style, over in rows:
         if interval is not None:
             between = f"{interval.low:{style}} – {interval.high:{style}}"
-            table.add_row(name, f"{interval.mean:{style}}", between, f"{interval.count} requests")
+            table.add_row(name, f"{interval.mean:{style}}", between, f"{interval.count} {over}")
     return table
 
 

@@ -26,10 +26,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from sap_fast.cli import ranks, sharding
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
+from sap_fast.cli.faster import apply_liger, compile_layers
 from sap_fast.cli.looks import Looks, move_best, requests_to_look_at
-from sap_fast.cli.models import WEIGHT_DTYPES, add_lora, load_model, resolved_precision
+from sap_fast.cli.models import (
+    WEIGHT_DTYPES,
+    add_lora,
+    load_model,
+    refuse_without_marks,
+    resolved_precision,
+)
 from sap_fast.cli.pairs import ask_for_pairs
-from sap_fast.cli.settings import FinetuneSettings
+from sap_fast.cli.settings import FinetuneSettings, flag
 from sap_fast.cli.unfinished import refuse_other_settings, removed_on_failure
 from sap_fast.compatibility import checkpointing_arguments, log_into, max_memory_allocated
 from sap_fast.data import (
@@ -42,6 +49,7 @@ from sap_fast.data import (
     padding_token_id,
 )
 from sap_fast.integrations.checkpoints import last_complete_checkpoint
+from sap_fast.integrations.token_steps import TokenStepsMixin
 from sap_fast.integrations.trainer import SAPTrainer
 
 if TYPE_CHECKING:
@@ -105,19 +113,33 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
             f"--rule {settings.rule}: --optimizer sap blends nothing in; give a --safety-weight "
             "> 0 too, such as 0.3"
         )
-    if settings.eval is None and (settings.eval_every or settings.keep_best):
-        option = "--eval-every" if settings.eval_every else "--keep-best"
-        raise UserError(f"{option} needs --eval: task rows to look at")
+    if settings.tokens_per_step is not None and settings.accumulate != 1:
+        raise UserError(
+            f"--accumulate {settings.accumulate}: how many micro-batches a step has follows from "
+            f"--tokens-per-step {settings.tokens_per_step}; leave one of them out"
+        )
+    for name in ("eval_every", "keep_best", "early_stop"):
+        if settings.eval is None and getattr(settings, name) is not None:
+            raise UserError(f"{flag(name)} needs --eval: task rows to look at")
+    if settings.early_stop is not None and settings.eval_every is None:
+        raise UserError(
+            f"--early-stop {settings.early_stop}: needs --eval-every: how often to look"
+        )
     settings.reporters()
 
     def load() -> tuple[torch.nn.Module, PreTrainedTokenizerBase, list[Any]]:
         set_seed(settings.seed)  # for the first values of the adapter
         model, tokenizer = load_trained_model(settings)
+        refuse_without_marks(settings.scored, settings.model, tokenizer)
         task_rows = load_task_sources(
-            settings.task, tokenizer, settings.max_length, seed=settings.seed
+            settings.task,
+            tokenizer,
+            settings.max_length,
+            seed=settings.seed,
+            scoring=settings.scoring(),
         )
         if settings.eval is not None:
-            load_task_dataset(settings.eval, tokenizer, settings.max_length)
+            held_out_rows(settings, tokenizer)
         return model, tokenizer, task_rows
 
     def build() -> Trainer:
@@ -142,6 +164,14 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
         ranks.on_first(lambda: ask_for_pairs(pairs, model, tokenizer, without=looked_at))
         safety = str(pairs)
     return ranks.on_every(build), tokenizer
+
+
+def held_out_rows(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Returns the rows of `--eval`, encoded."""
+    assert settings.eval is not None
+    return load_task_dataset(
+        settings.eval, tokenizer, settings.max_length, scoring=settings.scoring()
+    )
 
 
 @contextmanager
@@ -181,9 +211,10 @@ def _train(
             work,
             trainer,
             tokenizer,
-            load_task_dataset(settings.eval, tokenizer, settings.max_length),
+            held_out_rows(settings, tokenizer),
             every=settings.eval_every,
             keep=settings.keep_best,
+            patience=settings.early_stop,
             kept=kept,
         )
     with progress_bar(f"Fine-tuning ({settings.optimizer})") as bar:
@@ -198,6 +229,10 @@ def _train(
 
     def save() -> None:
         figures = recorder.figures()
+        if looks is not None and looks.why_stopped is not None:
+            console.print(looks.why_stopped)
+            figures["stopped_step"] = trainer.state.global_step
+            figures["why_stopped"] = looks.why_stopped
         if looks is not None and settings.keep_best is not None:
             assert looks.best is not None
             move_best(work)
@@ -219,7 +254,8 @@ def load_trained_model(
 
     Raises:
         UserError: if the model cannot be loaded; if `full` is set and it is an adapter, or its
-            weights are quantized.
+            weights are quantized; for modules to save that it does not have, or beside no new
+            adapter; for a compiler or kernels that do not work here.
     """
     if settings.full and settings.load_in is not None:
         raise UserError(
@@ -245,6 +281,15 @@ def load_trained_model(
             f"--full: {settings.model} is an adapter, which is trained as it is; leave --full out, "
             "or merge the adapter into its model first"
         )
+    if settings.modules_to_save is not None and (settings.full or is_adapter):
+        why = (
+            "--full trains every module"
+            if settings.full
+            else f"{settings.model} is an adapter, which is trained as it is"
+        )
+        raise UserError(f"--modules-to-save {settings.modules_to_save}: {why}; leave it out")
+    if settings.liger:
+        apply_liger(model)
     if not settings.full and not is_adapter:
         model = add_lora(
             model,
@@ -253,7 +298,10 @@ def load_trained_model(
             dropout=settings.lora_dropout,
             targets=settings.lora_targets(),
             variant=settings.lora_variant,
+            saved=settings.saved_modules(),
         )
+    if settings.compile is not None:
+        compile_layers(model, settings.compile)
     return model, tokenizer
 
 
@@ -313,6 +361,8 @@ def _trainer(
         save_steps=settings.save_every or 500,
         save_total_limit=1,
         report_to=settings.reporters(),
+        # What trackers call it; the folder of checkpoints is one that goes again.
+        run_name=Path(settings.output).name,
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
@@ -325,9 +375,13 @@ def _trainer(
         "data_collator": TaskCollator(pad),
         "processing_class": tokenizer,
     }
+    by_tokens = settings.tokens_per_step is not None
+    if by_tokens:
+        common["tokens_per_step"] = settings.tokens_per_step
     if safety_rows is None:
-        return Trainer(**common)
-    return SAPTrainer(
+        return _TokenTrainer(**common) if by_tokens else Trainer(**common)
+    trainer = _SAPTokenTrainer if by_tokens else SAPTrainer
+    return trainer(
         **common,
         safety_dataset=safety_rows,
         safety_collator=SafetyCollator(pad),
@@ -337,6 +391,14 @@ def _trainer(
         probe=settings.probe() if probes else None,
         sap_options=settings.sap_options(),
     )
+
+
+class _TokenTrainer(TokenStepsMixin, Trainer):
+    pass
+
+
+class _SAPTokenTrainer(TokenStepsMixin, SAPTrainer):
+    pass
 
 
 def _cut_metrics(path: Path, checkpoint: str | None) -> list[dict[str, Any]]:
@@ -378,6 +440,9 @@ class _Recorder(TrainerCallback):
         self._last = time.perf_counter() - self._started
         self._seconds.append(self._last)
         self._bar.advance()
+        if state.global_step >= state.max_steps:
+            # A run that goes on from a checkpoint takes a step first, and this was the last one.
+            control.should_save = False
 
     def on_log(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from sap_fast.cli.models import load_tokenizer
-from sap_fast.data import EncodedRow, InspectedRow, inspect_task_rows
+from sap_fast.cli.models import load_tokenizer, refuse_without_marks
+from sap_fast.data import AnswerScoring, EncodedRow, InspectedRow, inspect_task_rows
 from sap_fast.data.encoding import cut_row
+from sap_fast.data.scoring import AS_MARKED, WHOLE_ANSWERS
+from sap_fast.data.templates import ChatTemplate
 from sap_fast.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 
 #: Of a long stretch of tokens, how many are shown at its beginning, and as many at its end.
 _SHOWN = 40
+_LEGEND = "⟦ … ⟧ is scored, the rest is only read. │ parts tokens; é² is made of two."
+#: How many tokens can be one character, and what a part of one is decoded to.
+_BYTES, _UNREADABLE = 4, "�"
+_SUPERSCRIPT = str.maketrans("234", "²³⁴")
 #: Bars of the histogram of lengths, and their width at most.
 _BARS, _WIDTH = 8, 40
 
@@ -35,10 +42,22 @@ class Inspection:
     tokenizer: PreTrainedTokenizerBase
     rows: list[InspectedRow]
     max_length: int
+    scoring: AnswerScoring
+    has_marks: bool
+    """Whether the chat template marks what is generated."""
+    beyond_marks: int
+    """Tokens of the answers that the template's marks leave out."""
+    of_thoughts: int
+    """Tokens of thoughts in the answers."""
 
 
 def inspect(
-    model: str, task: str, *, max_length: int, trust_remote_code: bool = False
+    model: str,
+    task: str,
+    *,
+    max_length: int,
+    scoring: AnswerScoring = AS_MARKED,
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Reads and encodes a task file with a model's tokenizer; the model's weights are not read.
 
@@ -46,6 +65,7 @@ def inspect(
         model: folder or hub name of a model or adapter.
         task: the file of task rows.
         max_length: tokens to keep of a row.
+        scoring: what of the answers is scored.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
@@ -53,7 +73,29 @@ def inspect(
         DataError: for a row that cannot be used.
     """
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    return Inspection(tokenizer, inspect_task_rows(task, tokenizer, max_length), max_length)
+    refuse_without_marks(scoring.by, model, tokenizer)
+    rows = inspect_task_rows(task, tokenizer, max_length, scoring=scoring)
+    has_marks = ChatTemplate(tokenizer).has_marks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are those of the rows above
+
+        def left_out(other: AnswerScoring) -> int:
+            """How many tokens are scored of whole answers, and not so."""
+            pairs = zip(whole, inspect_task_rows(task, tokenizer, scoring=other), strict=True)
+            return sum(
+                _scored(one.whole) - _scored(two.whole) for one, two in pairs if not two.refused
+            )
+
+        whole = inspect_task_rows(task, tokenizer, scoring=WHOLE_ANSWERS)
+        return Inspection(
+            tokenizer,
+            rows,
+            max_length,
+            scoring,
+            has_marks,
+            left_out(AnswerScoring("template")) if has_marks else 0,
+            left_out(AnswerScoring("turns", "mask")),
+        )
 
 
 def inspection_page(inspection: Inspection, shown: int = 3) -> RenderableType:
@@ -68,13 +110,10 @@ def inspection_page(inspection: Inspection, shown: int = 3) -> RenderableType:
     if sequences:
         lengths = [len(sequence["input_ids"]) for row in inspection.rows for sequence in row.whole]
         parts += [_lengths(lengths, inspection.max_length), _ends(inspection)]
+        if shown:
+            parts.append(Text(f"\n{_LEGEND}", "dim"))
         for row in _spread(inspection.rows, shown):
             parts += _row(inspection.tokenizer, row)
-        parts.append(
-            Text("\n⟦ … ⟧ is scored; the rest is only read. │ parts tokens.", "dim")
-            if shown
-            else ""
-        )
     return Group(*parts)
 
 
@@ -88,11 +127,16 @@ def _counts(inspection: Inspection) -> Table:
     cut = [row for row in rows if row.kept and row.is_cut]
     sequences = [sequence for row in rows for sequence in row.kept]
     tokens = sum(len(sequence["labels"]) for sequence in sequences)
-    scored = sum(_is_scored(sequence).count(True) for sequence in sequences)
+    scored = _scored(sequences)
     table.add_row(str(len(rows)), "rows")
     table.add_row(str(len(sequences)), "sequences to train on")
     share = f" ({scored / tokens:.0%})" if tokens else ""
-    table.add_row(str(tokens), f"tokens, of which {scored} are scored{share}")
+    table.add_row(f"{tokens:,}", f"tokens, of which {scored:,} are scored{share}")
+    table.add_row("", Text(_how_scored(inspection)))
+    if inspection.of_thoughts:
+        masked = inspection.scoring.reasoning == "mask"
+        how = "read, not scored" if masked else "scored; --reasoning mask: read alone"
+        table.add_row(str(inspection.of_thoughts), Text(f"tokens of thoughts, {how}"))
     for kind, found in (
         ("refused", refused),
         (f"dropped: no answer left within {limit} tokens", dropped),
@@ -105,6 +149,15 @@ def _counts(inspection: Inspection) -> Table:
     if refused:
         table.add_row("", Text(f"the first: {refused[0].refused}"))
     return table
+
+
+def _how_scored(inspection: Inspection) -> str:
+    if not inspection.has_marks:
+        return "answers are scored by turns; the chat template has no generation marks"
+    beyond = f"they leave {inspection.beyond_marks} tokens of the answers out"
+    if inspection.scoring.by == "turns":
+        return f"answers are scored by turns, not by the chat template's marks: {beyond}"
+    return f"answers are scored as the chat template marks them; {beyond}"
 
 
 def _lengths(lengths: Sequence[int], limit: int) -> RenderableType:
@@ -151,16 +204,17 @@ def _ends(inspection: Inspection) -> RenderableType:
                 places.pop()
             ends.update(kept["input_ids"][at] for at in places)
     total = sum(ends.values())
-    cut_off = f", and {cut} that are cut off" if cut else ""
+    cut_off = f"; {cut} {'is' if cut == 1 else 'are'} cut off" if cut else ""
     if not total:
-        return Text(f"0 whole answers{cut_off}")
-    text = Text(f"{total} whole answers{cut_off}; the whole ones end with: ")
+        return Text(f"No whole answer{cut_off}")
+    text = Text("1 whole answer ends with " if total == 1 else f"{total} whole answers end with ")
     for number, (token, count) in enumerate(ends.most_common(3)):
         text.append(", " if number else "")
         text.append(_shown_token(tokenizer, token), "bold")
-        text.append(f" ({count})")
+        text.append(f" ({count})" if len(ends) > 1 else "")
     if len(ends) > 3:
         text.append(f", {len(ends) - 3} others")
+    text.append(cut_off)
     stop = tokenizer.eos_token
     if stop is not None and ends.most_common(1)[0][0] != tokenizer.eos_token_id:
         text.append(
@@ -211,13 +265,12 @@ def _marked(tokenizer: PreTrainedTokenizerBase, sequence: EncodedRow) -> Text:
 
 
 def _stretch(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], style: str) -> Text:
-    shown = [_shown_token(tokenizer, token) for token in ids]
     left_out = len(ids) - 2 * _SHOWN
     if left_out <= _SHOWN // 2:  # not worth leaving out
-        return _joined(shown, style)
-    text = _joined(shown[:_SHOWN], style)
+        return _joined(_shown_tokens(tokenizer, ids), style)
+    text = _joined(_shown_tokens(tokenizer, ids[:_SHOWN]), style)
     text.append(f" … {left_out} tokens … ", "dim italic")
-    return text.append_text(_joined(shown[-_SHOWN:], style))
+    return text.append_text(_joined(_shown_tokens(tokenizer, ids[-_SHOWN:]), style))
 
 
 def _joined(tokens: Sequence[str], style: str) -> Text:
@@ -229,17 +282,38 @@ def _joined(tokens: Sequence[str], style: str) -> Text:
     return text
 
 
+def _shown_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Returns the texts of tokens; of several that are one character, it and their number."""
+    shown: list[str] = []
+    start = 0
+    while start < len(ids):
+        # A character of another script may be bytes of which none can be read by itself.
+        size = 1
+        for longer in range(1, min(_BYTES, len(ids) - start) + 1):
+            if _UNREADABLE not in tokenizer.decode(ids[start : start + longer]):
+                size = longer
+                break
+        text = "".join(map(_shown, tokenizer.decode(ids[start : start + size])))
+        shown.append(text + (str(size).translate(_SUPERSCRIPT) if size > 1 else ""))
+        start += size
+    return shown
+
+
 def _shown_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """Returns the text of a token; line breaks are shown and made, other control codes shown."""
-    shown = ""
-    for character in tokenizer.decode([token]):
-        if character == "\n":
-            shown += "↵\n"
-        elif character == "\t":
-            shown += "⇥"
-        else:
-            shown += character if character.isprintable() else repr(character)[1:-1]
-    return shown
+    return "".join(map(_shown, tokenizer.decode([token])))
+
+
+def _shown(character: str) -> str:
+    if character == "\n":
+        return "↵\n"
+    if character == "\t":
+        return "⇥"
+    return character if character.isprintable() else repr(character)[1:-1]
+
+
+def _scored(sequences: Sequence[EncodedRow]) -> int:
+    return sum(_is_scored(sequence).count(True) for sequence in sequences)
 
 
 def _is_scored(sequence: EncodedRow) -> list[bool]:

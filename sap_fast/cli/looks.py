@@ -13,24 +13,26 @@ from transformers import TrainerCallback, TrainingArguments
 
 from sap_fast.cli import ranks
 from sap_fast.data import EncodedRow, Request, builtin_requests
+from sap_fast.data.builtin import Kind
 from sap_fast.evaluation import evaluate_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl, TrainerState
 
-#: Requests of each category that a look asks, which are then in no built-in pair.
+#: Requests of each category that a look asks, which are then in no built-in pair, and as many of
+#: their harmless twins.
 _PER_CATEGORY = 2
 
 Row = dict[str, Any]
 
 
-def requests_to_look_at() -> list[Request]:
+def requests_to_look_at(kind: Kind = "harmful") -> list[Request]:
     """Returns the last requests of each category of the training half.
 
     The evaluation half is left alone: a model that was chosen by it could not be measured on it.
     """
     chosen: dict[str, list[str]] = {}
-    for request in builtin_requests("training", "harmful"):
+    for request in builtin_requests("training", kind):
         chosen.setdefault(request.category, []).append(request.prompt)
     return [Request(prompt) for prompts in chosen.values() for prompt in prompts[-_PER_CATEGORY:]]
 
@@ -38,9 +40,9 @@ def requests_to_look_at() -> list[Request]:
 class Looks(TrainerCallback):
     """Evaluates before the first step, every few steps and after the last one.
 
-    A look adds a row to `metrics.jsonl`: `step`, `held_out/loss`, `held_out/refused` (a share) and
-    `held_out/margin`. With `keep`, the model of the best look after the first step lies in the
-    folder `best`.
+    A look adds a row to `metrics.jsonl`: `step`, `held_out/loss`, `held_out/refused` and
+    `held_out/refused_harmless` (shares), and `held_out/margin`. With `keep`, the model of the best
+    look after the first step lies in the folder `best`.
 
     Args:
         work: folder of the run.
@@ -51,6 +53,8 @@ class Looks(TrainerCallback):
         keep: "loss", the lowest held-out loss; "safety", the lowest one among the looks at which
             the model refuses no less than before the tuning, or if there is none, the one at which
             it refuses most; None keeps no model.
+        patience: looks in a row without a better one after which the training stops; None for as
+            long as it was meant to go on.
         kept: rows of `metrics.jsonl` that an interrupted run left.
         batch_size: sequences per batch.
     """
@@ -64,20 +68,31 @@ class Looks(TrainerCallback):
         *,
         every: int | None,
         keep: str | None,
+        patience: int | None = None,
         kept: Sequence[Row],
         batch_size: int = 16,
     ) -> None:
         self._work, self._trainer, self._tokenizer = work, trainer, tokenizer
         self._rows, self._every, self._keep = rows, every, keep
-        self._requests = requests_to_look_at()
+        self._harmful = requests_to_look_at("harmful")
+        self._harmless = requests_to_look_at("harmless")
+        self._patience = patience
         self._batch_size = batch_size
         self._seen = [row for row in kept if "held_out/loss" in row]
+        self.why_stopped: str | None = None
+        """Why the training was stopped before its last step, in a sentence; None if it was not."""
 
     @property
     def best(self) -> Row | None:
         """The best look so far, the first of equals; None before the first step."""
         after = [row for row in self._seen if row["step"] > 0]
         return max(after, key=self._goodness) if after else None
+
+    @property
+    def without_a_better_one(self) -> int:
+        """How many looks there were since the best one."""
+        best = self.best
+        return sum(row["step"] > best["step"] for row in self._seen) if best else 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -89,10 +104,22 @@ class Looks(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Looks where a look is due, and after the last step."""
+        """Looks where a look is due and after the last step, and says whether to stop."""
         due = self._every is not None and state.global_step % self._every == 0
-        if due or state.global_step == state.max_steps:
+        is_last = state.global_step == state.max_steps
+        if due or is_last:
             self._look(state.global_step)
+        if self._patience is None or is_last or self.without_a_better_one < self._patience:
+            return
+        assert self.best is not None
+        followed = "safe model" if self._keep == "safety" else "held-out loss"
+        self.why_stopped = (
+            f"Stopped at step {state.global_step} of {state.max_steps}: {self._patience} look(s) "
+            f"without a better {followed} than at step {self.best['step']}"
+        )
+        control.should_training_stop = True
+        # A run that goes on from a checkpoint takes a step first, and this one has had its last.
+        control.should_save = False
 
     def _goodness(self, row: Row) -> tuple[float, ...]:
         loss, refused = row["held_out/loss"], row["held_out/refused"]
@@ -122,14 +149,17 @@ class Looks(TrainerCallback):
             model,
             self._tokenizer,
             task_rows=self._rows,
-            harmful=self._requests,
+            harmful=self._harmful,
+            harmless=self._harmless,
             batch_size=self._batch_size,
         )
         assert found.refused_harmful is not None and found.margin is not None
+        assert found.refused_harmless is not None
         return {
             "step": step,
             "held_out/loss": found.task_loss,
             "held_out/refused": found.refused_harmful.mean,
+            "held_out/refused_harmless": found.refused_harmless.mean,
             "held_out/margin": found.margin.mean,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ class MergeSettings:
         dtype: A key of `DTYPES`.
         aligned_share: λ: how much of the aligned model to mix in, from 0 to 1.
         base: The aligned model that a full model was tuned from; an adapter knows its own.
+        gguf: Also write a .gguf file with matrices of this type, one of `GGUF_TYPES`.
         trust_remote_code: Run Python code that comes with the model.
     """
 
@@ -35,6 +37,7 @@ class MergeSettings:
     dtype: str = "fp32"
     aligned_share: float = 0.0
     base: str | None = None
+    gguf: str | None = None
     trust_remote_code: bool = False
 
 
@@ -48,13 +51,15 @@ def merge(settings: MergeSettings) -> Path:
         The folder, which `from_pretrained` loads without PEFT.
 
     Raises:
-        UserError: for a model that cannot be loaded or merged, an output that is in the way, or
-            values that the dtype cannot hold.
+        UserError: for a model that cannot be loaded, merged or written as GGUF, an output that is
+            in the way, or values that the dtype cannot hold.
         OSError: for an output folder that cannot be written.
     """
     output = Path(settings.output)
     if output.exists():
         raise UserError(f"--output {output}: exists already; remove it or choose another folder")
+    if settings.gguf is not None and find_spec("gguf") is None:
+        raise UserError(f"--gguf {settings.gguf}: needs gguf: pip install 'sap-fast[gguf]'")
     work = output.with_name(output.name + ".unfinished")
     shutil.rmtree(work, ignore_errors=True)
     with removed_on_failure(work, keep=lambda: False):
@@ -63,7 +68,10 @@ def merge(settings: MergeSettings) -> Path:
         model, tokenizer = load_model(
             settings.model, "fp32", trust_remote_code=settings.trust_remote_code
         )
-        merged = _merged(settings, model).to(DTYPES[settings.dtype])
+        merged = _merged(settings, model)
+        if settings.gguf is not None:
+            _write_gguf(work / f"{output.name}-{settings.gguf}.gguf", merged, tokenizer, settings)
+        merged = merged.to(DTYPES[settings.dtype])
         for name, tensor in merged.named_parameters():
             if not bool(tensor.isfinite().all()):
                 raise UserError(
@@ -98,6 +106,16 @@ def _merged(settings: MergeSettings, model: nn.Module) -> nn.Module:
         except ValueError as error:
             raise UserError(f"--aligned-share {share}: {error}") from error
     return cast(Any, model).merge_and_unload() if is_adapter else model
+
+
+def _write_gguf(path: Path, merged: nn.Module, tokenizer: Any, settings: MergeSettings) -> None:
+    from sap_fast.integrations.gguf import GgufError, write_gguf
+
+    assert settings.gguf is not None
+    try:
+        write_gguf(path, merged.cpu(), tokenizer, settings.gguf)
+    except GgufError as error:
+        raise UserError(f"--gguf {settings.gguf}: {error}") from error
 
 
 def _aligned(name: str, trust_remote_code: bool) -> dict[str, Tensor]:

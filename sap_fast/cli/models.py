@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,6 +127,26 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
+def refuse_without_marks(scored: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that a chat template marks what is generated, where that is to be scored.
+
+    Args:
+        scored: What `--scored` was given.
+        name: Of the model.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        UserError: It does not.
+    """
+    from sap_fast.data.templates import ChatTemplate
+
+    if scored == "template" and not ChatTemplate(tokenizer).has_marks:
+        raise UserError(
+            f"--scored template: the chat template of {name} has no {{% generation %}} marks; give "
+            "--scored turns, or a model whose template has them"
+        )
+
+
 def _cannot_be_loaded(name: str, error: Exception) -> UserError:
     # transformers names its own argument.
     if "trust_remote_code" in str(error):
@@ -161,6 +182,7 @@ def add_lora(
     dropout: float,
     targets: list[str] | str | None,
     variant: str = "lora",
+    saved: Sequence[str] = (),
 ) -> nn.Module:
     """Puts a fresh LoRA adapter on a model.
 
@@ -172,13 +194,29 @@ def add_lora(
         targets: names of the linear layers to adapt; `"all-linear"`; None for PEFT's choice for the
             architecture.
         variant: "lora", "rslora" or "dora".
+        saved: names of modules to train whole, and to save beside the adapter.
 
     Raises:
-        UserError: if the targets do not fit the model.
+        UserError: if the targets or the modules to save do not fit the model.
     """
     from peft import LoraConfig, get_peft_model
 
+    given = f"--modules-to-save {','.join(saved)}"
+    for name in saved:
+        if not _named(model, name):
+            raise UserError(
+                f"{given}: no module of the model is called {name!r}; expected such as "
+                f"{', '.join(_names_to_save(model))}"
+            )
+    tied: dict[str, Any] = {"ensure_weight_tying": True} if _are_tied(model, saved) else {}
+    if tied and "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
+        raise UserError(
+            f"{given}: the model's head and embeddings share their weights, which this version of "
+            "peft saves apart: pip install --upgrade peft"
+        )
     config = LoraConfig(
+        modules_to_save=list(saved) or None,
+        **tied,
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha,
@@ -190,5 +228,35 @@ def add_lora(
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        given = "auto" if targets is None else ",".join(targets)
-        raise UserError(f"--lora-target {given}: does not fit the model: {error}") from error
+        names = "auto" if targets is None else targets
+        names = names if isinstance(names, str) else ",".join(names)
+        raise UserError(f"--lora-target {names}: does not fit the model: {error}") from error
+    # Of quantized weights, which no gradient reaches.
+    except RuntimeError as error:
+        if not saved:
+            raise
+        raise UserError(f"{given}: cannot be trained: {error}") from error
+
+
+def _named(model: nn.Module, name: str) -> list[nn.Module]:
+    """Returns the modules of a name, as PEFT understands it: the last parts of a path."""
+    return [m for path, m in model.named_modules() if path == name or path.endswith(f".{name}")]
+
+
+def _names_to_save(model: Any) -> list[str]:
+    """Returns the names of the embeddings and of the head, the modules that are mostly saved."""
+    wanted = {id(each) for each in _ends(model)}
+    return [path.rpartition(".")[2] for path, m in model.named_modules() if id(m) in wanted]
+
+
+def _ends(model: Any) -> list[nn.Module]:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [end for end in ends if end is not None]
+
+
+def _are_tied(model: nn.Module, saved: Sequence[str]) -> bool:
+    """Says whether a module to save is the embeddings or the head, and both are one matrix."""
+    ends = _ends(model)
+    if len({id(end.weight) for end in ends}) == len(ends):
+        return False
+    return any(module in ends for name in saved for module in _named(model, name))

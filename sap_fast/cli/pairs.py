@@ -26,6 +26,7 @@ from sap_fast.data import (
     build_safety_pair,
     builtin_requests,
     load_requests,
+    spread_requests,
 )
 from sap_fast.evaluation import own_refusals
 
@@ -44,9 +45,11 @@ class PairsSettings:
     output: str
     requests: str = BUILTIN
     not_refused: str = "stock"
+    limit: int | None = None
     precision: str = "fp32"
     batch_size: int = 16
     trust_remote_code: bool = False
+    load_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def pairs(settings: PairsSettings) -> PairsCount:
         raise UserError(f"--output {output}: expected the name of a .jsonl file")
     if output.exists():
         raise UserError(f"--output {output}: exists already; remove it or choose another name")
-    requests = requests_to_train_on(settings.requests)
+    requests = spread_requests(requests_to_train_on(settings.requests), settings.limit)
     work = _unfinished(output)
     # The answers are the same whatever becomes of those that do not refuse.
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k != "not_refused"}
@@ -94,7 +97,10 @@ def pairs(settings: PairsSettings) -> PairsCount:
         refuse_other_settings(work, asked)
     with removed_on_failure(work, keep=(work / "answers.jsonl").exists):
         model, tokenizer = load_model(
-            settings.model, settings.precision, trust_remote_code=settings.trust_remote_code
+            settings.model,
+            settings.precision,
+            trust_remote_code=settings.trust_remote_code,
+            load_in=settings.load_in,
         )
         work.mkdir(parents=True, exist_ok=True)
         record = json.dumps({"settings": asked}, indent=2)

@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import typer
 
 from sap_fast.cli.console import UserError
+from sap_fast.data import AnswerScoring
 from sap_fast.model.layers import LAYER_RANGES
 
 _DATA, _MODEL, _TRAINING, _RUN = "Data", "Model", "Training", "Run"
@@ -51,6 +52,20 @@ GONE = {
 TRUST_HELP = (
     "Run Python code that comes with the model. It can do on this machine whatever you can: only "
     "for a source that you trust."
+)
+
+
+#: What of the answers of task rows is scored (`sap_fast.data.AnswerScoring`).
+SCORED = ("auto", "template", "turns")
+SCORED_HELP = (
+    "Tokens of task rows that are scored. turns: every answer of the assistant, through its end of "
+    "turn; template: of these what the chat template marks by {% generation %}; auto: as the "
+    "template marks them, or turns where it has no marks. inspect shows them."
+)
+REASONING = ("train", "mask")
+REASONING_HELP = (
+    "Thoughts in the answers of task rows, in reasoning_content or between <think> and </think>. "
+    "train: scored like the rest; mask: read, not scored."
 )
 
 
@@ -139,6 +154,13 @@ class FinetuneSettings:
         _MODEL,
         "Layers to adapt, such as q_proj,v_proj; all-linear; auto: PEFT's choice.",
     )
+    modules_to_save: str | None = _option(
+        None,
+        _MODEL,
+        "Modules to train whole and to save beside the LoRA adapter, such as lm_head,embed_tokens. "
+        "A head that shares its weights with the embeddings is trained with them: naming either "
+        "names both.",
+    )
     load_in: str | None = _option(
         None,
         _MODEL,
@@ -160,6 +182,20 @@ class FinetuneSettings:
         "transformers' choice for the model.",
         choices=("eager", "sdpa", "flash_attention_2", "flex_attention"),
     )
+    compile: str | None = _option(
+        None,
+        _MODEL,
+        "Compile every decoder layer by itself, with this backend of torch.compile. inductor: to "
+        "machine code; aot_eager, eager: traced alone, to find faults. The head is still applied "
+        "in chunks; batches are not packed.",
+        choices=("inductor", "aot_eager", "eager"),
+    )
+    liger: bool = _option(
+        False,
+        _MODEL,
+        "Use the kernels of liger-kernel for norms, MLPs and rotary embeddings, on GPUs. Its fused "
+        "loss stays off: the losses apply the head in chunks themselves.",
+    )
     trust_remote_code: bool = _option(False, _MODEL, TRUST_HELP)
     precision: str = _option(
         "auto",
@@ -172,6 +208,13 @@ class FinetuneSettings:
     max_steps: int | None = _option(None, _TRAINING, "Optimizer steps, over --epochs.", least=1)
     batch_size: int = _option(4, _TRAINING, "Task rows per micro-batch.", least=1)
     accumulate: int = _option(1, _TRAINING, "Micro-batches per optimizer step.", least=1)
+    tokens_per_step: int | None = _option(
+        None,
+        _TRAINING,
+        "Scored tokens per optimizer step, about, of all processes together; the micro-batches of "
+        "a step follow from it, in the place of --accumulate.",
+        least=1,
+    )
     learning_rate: float = _option(1e-4, _TRAINING, "Peak learning rate.", least=0)
     weight_decay: float = _option(0.01, _TRAINING, "Decoupled weight decay.", least=0)
     warmup_steps: int = _option(0, _TRAINING, "Steps until the peak learning rate.", least=0)
@@ -189,6 +232,8 @@ class FinetuneSettings:
         1.0, _TRAINING, "Clip gradients to this norm, before any blending; 0: do not.", least=0
     )
     max_length: int = _option(512, _DATA, "Tokens to keep of a row.", least=1)
+    scored: str = _option("auto", _DATA, SCORED_HELP, choices=SCORED)
+    reasoning: str = _option("train", _DATA, REASONING_HELP, choices=REASONING)
     checkpointing: str = _option(
         "none",
         _TRAINING,
@@ -204,9 +249,10 @@ class FinetuneSettings:
         _SAFETY,
         "contrastive: −logσ of the log-probability margin; difference: the margin itself; refusal: "
         "−log-probability of the safe answer alone; joint: measured as contrastive, descended with "
-        "refusal as well. By default joint with --optimizer blend that holds a level, else "
+        "refusal as well; kl: the divergence from the aligned model on the safe answer, with LoRA. "
+        "By default joint with --optimizer blend that holds a level, else "
         "contrastive.",
-        choices=("contrastive", "difference", "refusal", "joint"),
+        choices=("contrastive", "difference", "refusal", "joint", "kl"),
     )
     safety_weight: float | None = _option(
         None,
@@ -301,6 +347,13 @@ class FinetuneSettings:
         "loss; safety: the lowest among those at which the model refuses no less than before.",
         choices=("loss", "safety"),
     )
+    early_stop: int | None = _option(
+        None,
+        _LOOKS,
+        "Stop after this many looks in a row without a better one, by what --keep-best follows, or "
+        "without it by the held-out loss. Needs --eval-every.",
+        least=1,
+    )
     save_every: int | None = _option(
         None,
         _RUN,
@@ -380,6 +433,14 @@ class FinetuneSettings:
             return self.lora_target
         return None if self.lora_target == "auto" else self.lora_target.split(",")
 
+    def scoring(self) -> AnswerScoring:
+        """Returns what of the answers of task rows is scored."""
+        return answer_scoring(self.scored, self.reasoning)
+
+    def saved_modules(self) -> list[str]:
+        """Returns the names of the modules that are trained whole beside the adapter."""
+        return [] if self.modules_to_save is None else self.modules_to_save.split(",")
+
     def reporters(self) -> list[str]:
         """Returns where to report to besides `metrics.jsonl`.
 
@@ -424,6 +485,17 @@ def _number_or(name: str, value: str, words: dict[str, str | None]) -> float | s
     return number
 
 
+def answer_scoring(scored: str, reasoning: str) -> AnswerScoring:
+    """Returns what the options of these names ask for.
+
+    Raises:
+        UserError: One of them is none of its choices.
+    """
+    Accepted(SCORED).check("scored", scored)
+    Accepted(REASONING).check("reasoning", reasoning)
+    return AnswerScoring(cast(Any, scored), cast(Any, reasoning))
+
+
 def declare(command: Any, parameters: list[inspect.Parameter]) -> None:
     """Has typer read these parameters as those of a command."""
     # It reads both.
@@ -447,6 +519,7 @@ def refuse_gone_options(arguments: Iterable[str]) -> None:
 _LISTS = {
     "--task": "a.jsonl,b.jsonl",
     "--lora-target": "q_proj,v_proj",
+    "--modules-to-save": "lm_head,embed_tokens",
     "--probe-layers": "4,5,6",
 }
 

@@ -18,7 +18,8 @@ from sap_fast.data.encoding import (
 )
 from sap_fast.data.files import DataError, read_rows
 from sap_fast.data.pairs import OPENINGS, REFUSALS, build_safety_pair
-from sap_fast.data.requests import Request, load_requests
+from sap_fast.data.requests import Request, load_requests, spread_requests
+from sap_fast.data.scoring import AnswerScoring
 from sap_fast.data.sources import load_task_sources
 from sap_fast.data.turns import ChatTemplateError
 
@@ -26,6 +27,7 @@ __all__ = [
     "BUILTIN",
     "OPENINGS",
     "REFUSALS",
+    "AnswerScoring",
     "BuiltinRequest",
     "ChatTemplateError",
     "DataError",
@@ -47,4 +49,5 @@ __all__ = [
     "load_task_sources",
     "padding_token_id",
     "read_rows",
+    "spread_requests",
 ]

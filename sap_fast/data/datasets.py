@@ -14,6 +14,7 @@ from sap_fast.data.conversations import (
 )
 from sap_fast.data.encoding import EncodedRow, cut_row, encode_turns
 from sap_fast.data.files import DataError, RefusedRow, Row, read_numbered_rows
+from sap_fast.data.scoring import AS_MARKED, WHOLE_ANSWERS, AnswerScoring
 from sap_fast.data.templates import ChatTemplate
 from sap_fast.data.turns import ChatTemplateError
 from sap_fast.data.unread import Unread
@@ -39,6 +40,8 @@ def load_task_dataset(
     path: str | Path,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None = DEFAULT_MAX_LENGTH,
+    *,
+    scoring: AnswerScoring = AS_MARKED,
 ) -> list[EncodedRow]:
     """Reads and encodes a task file; the result serves as a Trainer's `train_dataset`.
 
@@ -66,6 +69,8 @@ def load_task_dataset(
         path: A `.jsonl`, `.json`, `.csv` or `.parquet` file, or a dataset; see `read_rows`.
         tokenizer: The model's tokenizer; see `encode_turns`.
         max_length: Number of tokens to keep from the beginning of a row; None keeps all.
+        scoring: What of the answers is scored. By default what the chat template marks as
+            generated, or where it has no such marks all of it.
 
     Returns:
         One `{"input_ids": [...], "labels": [...]}` per row, labels -100 where not trained.
@@ -76,7 +81,7 @@ def load_task_dataset(
     rows = read_numbered_rows(path)
     unread = Unread(ChatTemplate(tokenizer).reads)
     encoded = _encode_rows(
-        rows, _task_encoder(rows, tokenizer, unread, max_length), "answer", max_length
+        rows, _task_encoder(rows, tokenizer, unread, max_length, scoring), "answer", max_length
     )
     unread.warn(path)
     return encoded
@@ -108,6 +113,8 @@ def inspect_task_rows(
     path: str | Path,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None = DEFAULT_MAX_LENGTH,
+    *,
+    scoring: AnswerScoring = AS_MARKED,
 ) -> list[InspectedRow]:
     """Reads a task file as `load_task_dataset` does, and tells what becomes of every row.
 
@@ -115,6 +122,7 @@ def inspect_task_rows(
         path: As there.
         tokenizer: As there.
         max_length: As there.
+        scoring: As there.
 
     Returns:
         One entry per row of the file, also where nothing of it is left.
@@ -124,7 +132,7 @@ def inspect_task_rows(
     """
     rows = read_numbered_rows(path)
     unread = Unread(ChatTemplate(tokenizer).reads)
-    encode = _task_encoder(rows, tokenizer, unread, None)
+    encode = _task_encoder(rows, tokenizer, unread, None, scoring)
     inspected = []
     for row in rows:
         try:
@@ -148,6 +156,7 @@ def _task_encoder(
     tokenizer: "PreTrainedTokenizerBase",
     unread: Unread,
     max_length: int | None,
+    scoring: AnswerScoring,
 ) -> Callable[[Row], list[EncodedRow]]:
     layout = task_layout(rows[0])
 
@@ -155,7 +164,7 @@ def _task_encoder(
         unread.count_columns(row, layout.columns)
         conversation = layout.read(row)
         unread.count_fields(conversation.messages)
-        return _encode(row, tokenizer, conversation, max_length)
+        return _encode(row, tokenizer, conversation, max_length, scoring=scoring)
 
     return encode
 
@@ -175,6 +184,9 @@ def load_safety_dataset(
     `"rejected_is_opening": true` a row says that `rejected` is but the opening of an answer ("Sure,
     here is how to ...:"), which nothing follows: the model must not learn from it that, or whether,
     an answer ends there.
+
+    Answers are scored whole, also where the template has generation marks: it is by their tokens
+    that the two differ.
 
     Rows that cannot be encoded are refused, and rows in which `max_length` leaves nothing of a
     continuation, or no difference between the two, are dropped, each with one warning that tells
@@ -224,6 +236,7 @@ def _encode(
     max_length: int | None,
     *,
     complete: bool = True,
+    scoring: AnswerScoring = WHOLE_ANSWERS,
 ) -> list[EncodedRow]:
     try:
         return encode_turns(
@@ -234,6 +247,7 @@ def _encode(
             complete=complete,
             tools=conversation.tools,
             template_kwargs=conversation.template_kwargs,
+            scoring=scoring,
         )
     except ChatTemplateError as error:
         problem = f"a chat that cannot be encoded: {error}"

@@ -4,8 +4,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from sap_fast.data.templates import ChatTemplate
-from sap_fast.data.turns import THOUGHT_FIELDS, Message
+from sap_fast.data.scoring import WHOLE_ANSWERS, AnswerScoring
+from sap_fast.data.templates import Answer, ChatTemplate
+from sap_fast.data.turns import (
+    THOUGHT_FIELDS,
+    Message,
+    with_one_thought,
+    with_thought_apart,
+)
 from sap_fast.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -28,6 +34,7 @@ def encode_turns(
     complete: bool = True,
     tools: Sequence[Any] = (),
     template_kwargs: Mapping[str, Any] | None = None,
+    scoring: AnswerScoring = WHOLE_ANSWERS,
 ) -> list[EncodedRow]:
     """Encodes a chat with the tokenizer's chat template and labels the assistant's answers.
 
@@ -43,7 +50,8 @@ def encode_turns(
     A thought is trained where the data has one, in `reasoning_content` (or `reasoning`, or
     `thinking`) or as `<think>…</think>` at the head of the content. Where it has none and the
     template writes an empty one, that is read and not scored, as inference without thinking feeds
-    it.
+    it. `scoring` may leave thoughts unscored, or score only what the template's generation marks
+    enclose; the tokens stay the same. One that is to be scored in part is scored.
 
     Assistant turns that are empty, or have the weight 0, are not scored. Tokens after the last
     scored one change nothing and are left out.
@@ -62,21 +70,26 @@ def encode_turns(
             answer: neither an end-of-turn token nor anything else follows its content.
         tools: JSON schemas of the tools that the chat may call.
         template_kwargs: Further variables for the template, such as `enable_thinking`.
+        scoring: What of an answer is scored.
 
     Returns:
         `input_ids` and `labels`, of one length, per sequence that has something to score.
 
     Raises:
         ChatTemplateError: The template rejects the chat (some require alternating roles), leaves
-            out a field of it, does not read one of `template_kwargs`, or does not begin an answer
-            where its generation prompt ends.
+            out a field of it, does not read one of `template_kwargs`, does not begin an answer
+            where its generation prompt ends, or does not show what `scoring` asks for.
         ValueError: The tokenizer has neither a chat template nor an `eos_token`; or `max_length` is
             below 1.
     """
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length={max_length}; expected at least 1, or None for no limit")
-    template = _template(tokenizer, tools, template_kwargs)
-    scored = [index for index in range(context, len(messages)) if _is_scored(messages[index])]
+    template = _template(tokenizer, tools, template_kwargs, scoring)
+    scored = [
+        index
+        for index in range(context, len(messages))
+        if _is_scored(messages[index], scoring.reasoning == "train")
+    ]
     rows: list[EncodedRow] = []
     for answer in template.answers(messages, scored, complete=complete):
         prompt = _token_ids(tokenizer, answer.prompt)
@@ -86,6 +99,11 @@ def encode_turns(
             # instance. No model that is fed the prompt can write it.
             input_ids = prompt + _bare_token_ids(tokenizer, answer.text)
         labels = [IGNORE_INDEX] * len(prompt) + input_ids[len(prompt) :]
+        if answer.scored is not None:
+            places = _places(tokenizer, answer, prompt, input_ids)
+            labels = [
+                label if place in places else IGNORE_INDEX for place, label in enumerate(labels)
+            ]
         if rows and prompt[: len(rows[-1]["input_ids"])] == rows[-1]["input_ids"]:
             before = rows.pop()["labels"]
             labels[: len(before)] = before
@@ -103,6 +121,7 @@ def encode_chat(
     complete: bool = True,
     tools: Sequence[Any] = (),
     template_kwargs: Mapping[str, Any] | None = None,
+    scoring: AnswerScoring = WHOLE_ANSWERS,
 ) -> EncodedRow:
     """Encodes a chat as one sequence; arguments and rules are those of `encode_turns`.
 
@@ -124,6 +143,7 @@ def encode_chat(
         complete=complete,
         tools=tools,
         template_kwargs=template_kwargs,
+        scoring=scoring,
     )
     if len(rows) > 1:
         warnings.warn(
@@ -160,20 +180,52 @@ def _template(
     tokenizer: "PreTrainedTokenizerBase",
     tools: Sequence[Any],
     template_kwargs: Mapping[str, Any] | None,
+    scoring: AnswerScoring = WHOLE_ANSWERS,
 ) -> ChatTemplate:
     if not tokenizer.chat_template and tokenizer.eos_token is None:
         raise ValueError(
             "the tokenizer has neither a chat template nor an eos_token; expected one of them, "
             "to tell the model where an answer ends"
         )
-    return ChatTemplate(tokenizer, tools, dict(template_kwargs or {}))
+    return ChatTemplate(tokenizer, tools, dict(template_kwargs or {}), scoring=scoring)
 
 
-def _is_scored(message: Message) -> bool:
+def _is_scored(message: Message, with_thought: bool) -> bool:
     if message["role"] != "assistant" or message.get("weight") == 0:
         return False
-    texts = (message.get(name) for name in ("content", *THOUGHT_FIELDS))
+    if not with_thought:
+        message = with_thought_apart(with_one_thought(message))
+    fields = ("content", *THOUGHT_FIELDS) if with_thought else ("content",)
+    texts = (message.get(name) for name in fields)
     return bool(message.get("tool_calls")) or any(text and text.strip() for text in texts)
+
+
+def _places(
+    tokenizer: "PreTrainedTokenizerBase",
+    answer: Answer,
+    prompt: Sequence[int],
+    input_ids: Sequence[int],
+) -> set[int]:
+    """The tokens of an answer that are scored, in part or in whole."""
+
+    def tokens_before(at: int) -> tuple[int, bool]:
+        """How many tokens are whole before a place in the text, and whether none crosses it."""
+        if at == len(answer.text):
+            return len(input_ids), True
+        text = answer.text[:at]
+        before = _token_ids(tokenizer, answer.prompt + text)
+        if before[: len(prompt)] != prompt:
+            before = [*prompt, *_bare_token_ids(tokenizer, text)]
+        pairs = zip(before, input_ids, strict=False)
+        same = next((k for k, (a, b) in enumerate(pairs) if a != b), len(before))
+        return same, same == len(before)
+
+    places: set[int] = set()
+    for start, end in answer.scored or ():
+        first, _ = tokens_before(start)
+        last, is_whole = tokens_before(end)
+        places.update(range(first, last if is_whole else last + 1))
+    return places
 
 
 def _token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

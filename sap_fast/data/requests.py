@@ -1,5 +1,6 @@
 """Requests to evaluate on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from sap_fast.data.files import (
 )
 from sap_fast.data.unread import Unread
 
+_OPTIONAL = ("refusal", "opening", "category")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -24,11 +27,13 @@ class Request:
         prompt: What the user asks.
         refusal: The refusal to score; None for the one that `build_safety_pair` picks.
         opening: The affirmative opening to score; None for the one that restates the request.
+        category: What kind of request it is, such as "privacy"; None where that is not known.
     """
 
     prompt: str
     refusal: str | None = None
     opening: str | None = None
+    category: str | None = None
 
 
 def load_requests(path: str | Path) -> list[Request]:
@@ -37,7 +42,7 @@ def load_requests(path: str | Path) -> list[Request]:
     Args:
         path: `.txt` with one request per line, or rows as `read_rows` reads them with the request
             in `prompt`, `text` or `instruction` (with an optional `input`), and optional texts
-            `refusal` and `opening`. Columns that are not read are named in one warning.
+            `refusal`, `opening` and `category`. Columns that are not read are named in one warning.
 
     Returns:
         The requests, at least one.
@@ -60,6 +65,12 @@ def load_requests(path: str | Path) -> list[Request]:
     return requests
 
 
+def spread_requests(requests: Sequence[Request], limit: int | None) -> list[Request]:
+    """Returns at most `limit` of the requests, spread evenly over the list; all without one."""
+    count = len(requests) if limit is None else min(limit, len(requests))
+    return [requests[k * len(requests) // count] for k in range(count)]
+
+
 def _read_request(row: Row, unread: Unread) -> Request:
     for field in ("prompt", "text", "instruction"):
         value = row.values.get(field)
@@ -68,9 +79,9 @@ def _read_request(row: Row, unread: Unread) -> Request:
     else:
         row.fail(None, describe(row.values), "one of the fields 'prompt', 'text', 'instruction'")
     context = ("input",) if field == "instruction" else ()
-    unread.count_columns(row, (field, *context, "refusal", "opening"))
+    unread.count_columns(row, (field, *context, *_OPTIONAL))
     prompt = alpaca_prompt(row) if field == "instruction" else row.text(field, value)
-    return Request(prompt, _optional_text(row, "refusal"), _optional_text(row, "opening"))
+    return Request(prompt, **{name: _optional_text(row, name) for name in _OPTIONAL})
 
 
 def _optional_text(row: Row, field: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sap_fast.data.datasets import DEFAULT_MAX_LENGTH, load_task_dataset
 from sap_fast.data.encoding import EncodedRow
 from sap_fast.data.files import DataError
+from sap_fast.data.scoring import AS_MARKED, AnswerScoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,7 @@ def load_task_sources(
     max_length: int | None = DEFAULT_MAX_LENGTH,
     *,
     seed: int = 0,
+    scoring: AnswerScoring = AS_MARKED,
 ) -> list[EncodedRow]:
     """Reads and encodes the task rows of several files or datasets.
 
@@ -73,6 +75,7 @@ def load_task_sources(
         tokenizer: As for `load_task_dataset`.
         max_length: Likewise.
         seed: Of the draw.
+        scoring: As for `load_task_dataset`.
 
     Returns:
         The encoded rows of all, file after file.
@@ -82,7 +85,7 @@ def load_task_sources(
     """
     rows: list[EncodedRow] = []
     for number, source in enumerate(task_sources(text)):
-        encoded = load_task_dataset(source.name, tokenizer, max_length)
+        encoded = load_task_dataset(source.name, tokenizer, max_length, scoring=scoring)
         whole, rest = divmod(source.weight, 1)
         rows += encoded * int(whole)
         drawn = round(rest * len(encoded))

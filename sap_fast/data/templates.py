@@ -7,12 +7,22 @@ does not come out is a field that it leaves out.
 
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+from sap_fast.data.scoring import (
+    WHOLE_ANSWERS,
+    AnswerScoring,
+    Span,
+    has_marks,
+    made_visible,
+    marked_spans,
+    within,
+)
 from sap_fast.data.turns import (
     THOUGHT,
     THOUGHT_FIELDS,
@@ -37,6 +47,7 @@ PLAIN_TEMPLATE = (
 _SWITCHES = ("enable_thinking", "thinking")
 _OPENED_THOUGHT = re.compile(r"<think>(\s*)\Z")
 _EMPTY_THOUGHT = re.compile(r"\s*(<think>\s*)?</think>\s*")
+_CLOSED_THOUGHT = re.compile(r".*?</think>\s*", re.DOTALL)
 
 
 class _RejectedError(ChatTemplateError):
@@ -44,10 +55,17 @@ class _RejectedError(ChatTemplateError):
 
 
 class Answer(NamedTuple):
-    """One answer as text: what inference feeds before it, and what the model is to write."""
+    """One answer as text.
+
+    Attributes:
+        prompt: What inference feeds before it.
+        text: What the model is to write.
+        scored: The parts of `text` that are scored; None for all of it.
+    """
 
     prompt: str
     text: str
+    scored: Sequence[Span] | None = None
 
 
 class _Basis(NamedTuple):
@@ -84,6 +102,7 @@ class ChatTemplate:
             images want it.
         arguments_as_text: Whether the arguments of tool calls go in as JSON text, as DeepSeek-V3
             wants them, and not as objects.
+        scoring: What of the answers is scored.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -91,6 +110,7 @@ class ChatTemplate:
     options: dict[str, Any] = field(default_factory=dict)
     content_in_parts: bool = False
     arguments_as_text: bool = False
+    scoring: AnswerScoring = WHOLE_ANSWERS
 
     def answers(
         self, messages: Sequence[Message], scored: Sequence[int], *, complete: bool = True
@@ -103,10 +123,13 @@ class ChatTemplate:
             complete: Whether the last message is a finished turn; else it is an opening of one.
 
         Raises:
-            ChatTemplateError: The template rejects the chat, leaves a field of it out, or does not
-                begin an answer where its generation prompt ends.
+            ChatTemplateError: The template rejects the chat, leaves a field of it out, does not
+                begin an answer where its generation prompt ends, or does not show what of an answer
+                is to be scored.
         """
         self._refuse_options()
+        if self.scoring.by == "template" and not self.has_marks:
+            raise ChatTemplateError("the chat template has no {% generation %} marks")
 
         def read(template: ChatTemplate, chat: Sequence[Message]) -> list[Answer]:
             last = len(chat) - 1
@@ -115,6 +138,11 @@ class ChatTemplate:
             ]
 
         return self._first_reading(messages, read)
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template marks what is generated, by `{% generation %}`."""
+        return has_marks(self._source())
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """What inference feeds so that the model answers `messages`.
@@ -184,19 +212,21 @@ class ChatTemplate:
         )
 
     def _answer_behind(
-        self, basis: _Basis, text: str, answer: Message, index: int, *, complete: bool
+        self, basis: _Basis, added: str, answer: Message, index: int, *, complete: bool
     ) -> Answer:
-        """The answer, of which the template adds `text` to a basis."""
+        """The answer, of which the template adds `added` to a basis."""
         marker = Markers().mark("content")
         thought = answer.get(THOUGHT)
         plain = {"role": "assistant", "content": marker} | ({THOUGHT: thought} if thought else {})
         lead, found, closing = (self._added(basis, plain) or "").partition(marker)
         if not found or THOUGHT in with_thought_apart(answer) or answer.get("tool_calls"):
             self._refuse_what_the_answer_leaves_out(basis, answer, index)
-        prompt = basis.prompt
+        prompt, text = basis.prompt, added
+        before = 0  # what `text` has before `added`, or without it
         if basis.closing is not None:
             if thought:
-                text = thought.strip("\n") + basis.closing + text
+                lead = thought.strip("\n") + basis.closing
+                text, before = lead + text, len(lead)
             else:
                 prompt += basis.closing
         elif not thought:
@@ -204,24 +234,95 @@ class ChatTemplate:
             # as inference without thinking does.
             empty = self._empty_thought(basis, lead)
             if text.startswith(empty):
-                prompt, text = prompt + empty, text.removeprefix(empty)
+                prompt, text, before = prompt + empty, text.removeprefix(empty), -len(empty)
         if not (found and text.endswith(closing)) and not answer.get("tool_calls"):
             raise ChatTemplateError(
                 f"the chat template changes more than the answer when the answer of message "
                 f"{index + 1} changes"
             )
+        end = ""
         if not complete:
             if answer.get("tool_calls"):
                 raise ChatTemplateError("an opening of an answer cannot hold tool calls")
-            return Answer(prompt, text.removesuffix(closing))
-        if found and not closing.strip():
-            end = self.tokenizer.eos_token
-            if end is None:
+            text = text.removesuffix(closing)
+        elif found and not closing.strip():
+            if self.tokenizer.eos_token is None:
                 raise ChatTemplateError(
                     "the chat template ends no answer, and the tokenizer has no eos_token"
                 )
-            return Answer(prompt, text.removesuffix(closing) + str(end))
-        return Answer(prompt, text.rstrip())
+            text, end = text.removesuffix(closing), str(self.tokenizer.eos_token)
+        else:
+            text = text.rstrip()
+        scored = self._scored(basis, added, answer, index, lead, text, before)
+        if scored and scored[-1][1] == len(text):
+            scored = [*scored[:-1], (scored[-1][0], len(text + end))]
+        return Answer(prompt, text + end, scored)
+
+    def _scored(
+        self,
+        basis: _Basis,
+        added: str,
+        answer: Message,
+        index: int,
+        lead: str,
+        text: str,
+        before: int,
+    ) -> list[Span] | None:
+        """The parts of an answer's text that are scored; None for all.
+
+        Args:
+            basis: What the answer was rendered behind.
+            added: What the template adds to it.
+            answer: The message.
+            index: Its place in the chat.
+            lead: What the template writes before content like this answer's.
+            text: The answer as it is trained, without an end that the template does not write.
+            before: How many characters it has before what is `added`; negative for what it lacks.
+        """
+        first = 0
+        if self.scoring.reasoning == "mask" and THOUGHT in with_thought_apart(answer):
+            first = self._end_of_thought(basis, answer, index, lead, text)
+        if self.scoring.by == "turns" or not self.has_marks:
+            return [(first, len(text))] if first else None
+        if basis.closing is not None:
+            answer = {name: value for name, value in answer.items() if name != THOUGHT}
+        chat = [*basis.shown, answer]
+        whole = self._render(chat, **basis.switches)
+        spans = marked_spans(self._render(chat, marks=True, **basis.switches), whole)
+        # What is added is the end of the whole.
+        shift = before - (len(whole) - len(added))
+        moved = [(start + shift, end + shift) for start, end in spans]
+        if basis.closing is not None:
+            moved.insert(0, (0, before))  # a thought, which this template writes nowhere
+        moved = within(moved, first, len(text))
+        if not moved:
+            raise ChatTemplateError(
+                f"the chat template marks nothing of the answer of message {index + 1} as generated"
+            )
+        return moved
+
+    def _end_of_thought(
+        self, basis: _Basis, answer: Message, index: int, lead: str, text: str
+    ) -> int:
+        """Where in an answer's text the thought ends that it begins with."""
+        thought = with_thought_apart(answer)[THOUGHT].strip()
+        if THOUGHT in answer and thought in lead and text.startswith(lead):
+            return len(lead)
+        if closed := _CLOSED_THOUGHT.match(text):
+            return closed.end()
+        # Behind it the answer reads as if there had been none.
+        without = {name: value for name, value in answer.items() if name != THOUGHT}
+        rest = self._added(basis, without) or ""
+        backwards = zip(reversed(rest.rstrip()), reversed(text), strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], backwards))
+        end = len(text) - shared
+        content = answer["content"].strip()
+        if not shared or thought not in text[:end] or content not in text[end:]:
+            raise ChatTemplateError(
+                f"the chat template does not show where the thought of message {index + 1} ends, "
+                "so that it cannot be left unscored"
+            )
+        return end
 
     def _bases(self, before: Sequence[Message], answer: Message) -> Iterator[tuple[_Basis, str]]:
         """Ways to see what the template adds for an answer, from the plainest to the last resort.
@@ -338,8 +439,14 @@ class ChatTemplate:
         return str(self.tokenizer.get_chat_template(tools=list(self.tools) or None))
 
     def _render(
-        self, messages: Sequence[Message], *, generation: bool = False, **switches: bool
+        self,
+        messages: Sequence[Message],
+        *,
+        generation: bool = False,
+        marks: bool = False,
+        **switches: bool,
     ) -> str:
+        """What the template writes, with `marks` also where its generation marks are."""
         from jinja2 import TemplateError
 
         arguments: dict[str, Any] = {
@@ -350,6 +457,8 @@ class ChatTemplate:
             **self.options,
             **switches,
         }
+        if marks:
+            arguments["chat_template"] = made_visible(self._source())
         formed = [self._formed(message) for message in messages]
         try:
             text = cast(str, self.tokenizer.apply_chat_template(formed, **arguments))

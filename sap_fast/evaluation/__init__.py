@@ -5,8 +5,9 @@ from sap_fast.evaluation.bootstrap import (
     bootstrap_interval,
     crossed_bootstrap_interval,
     paired_difference,
+    weighted_bootstrap_interval,
 )
-from sap_fast.evaluation.evaluate import EvaluationResult, evaluate_model
+from sap_fast.evaluation.evaluate import Answer, EvaluationResult, evaluate_model
 from sap_fast.evaluation.judges import (
     ClassifierJudge,
     EndpointJudge,
@@ -32,6 +33,7 @@ __all__ = [
     "MAX_OPENING_TOKENS",
     "MAX_REFUSAL_TOKENS",
     "REFUSAL_PHRASES",
+    "Answer",
     "ClassifierJudge",
     "EndpointJudge",
     "EvaluationResult",
@@ -53,4 +55,5 @@ __all__ = [
     "paired_difference",
     "refusal_margins",
     "refusing_sentences",
+    "weighted_bootstrap_interval",
 ]

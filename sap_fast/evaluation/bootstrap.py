@@ -61,6 +61,53 @@ def bootstrap_interval(
     return _interval(sample, means, confidence)
 
 
+def weighted_bootstrap_interval(
+    sums: Sequence[float] | Tensor,
+    counts: Sequence[float] | Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of all tokens of rows, and its bootstrap interval over the rows.
+
+    The tokens of a row depend on each other, so whole rows are drawn.
+
+    Args:
+        sums: The sum of a finite figure over the tokens of each row.
+        counts: The number of tokens of each row, above 0.
+        confidence: As in `bootstrap_interval`.
+        resamples: As in `bootstrap_interval`.
+        seed: As in `bootstrap_interval`.
+
+    Returns:
+        The interval; its `count` is the number of rows.
+
+    Raises:
+        ValueError: `sums` and `counts` differ in length, or as `bootstrap_interval`.
+    """
+    if len(sums) != len(counts):
+        raise ValueError(
+            f"sums has {len(sums)} values and counts {len(counts)}; expected one of each per row"
+        )
+    table = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in (sums, counts)])
+    if table.ndim != 2 or table.numel() == 0:
+        raise ValueError(f"sums has the shape {tuple(table.shape[1:])}; expected at least one row")
+    _check(table.flatten(), confidence, resamples)
+    generator = torch.Generator().manual_seed(seed)
+    rows = table.shape[1]
+    drawn = torch.cat(
+        [
+            table[:, torch.randint(rows, (size, rows), generator=generator)].sum(dim=2)
+            for size in _chunk_sizes(resamples, max(1, _DRAWS_AT_ONCE // rows))
+        ],
+        dim=1,
+    )
+    found = _interval(table[0], drawn[0] / drawn[1], confidence)
+    mean = float(table[0].sum() / table[1].sum())
+    return Interval(mean, found.low, found.high, rows)
+
+
 def paired_difference(
     first: Sequence[float] | Tensor,
     second: Sequence[float] | Tensor,

@@ -1,5 +1,6 @@
 """All measures of one model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,11 @@ from torch import nn
 
 from sap_fast.data import EncodedRow, Request, padding_token_id
 from sap_fast.evaluation.batching import score_rows
-from sap_fast.evaluation.bootstrap import Interval, bootstrap_interval
+from sap_fast.evaluation.bootstrap import (
+    Interval,
+    bootstrap_interval,
+    weighted_bootstrap_interval,
+)
 from sap_fast.evaluation.judges import Judge
 from sap_fast.evaluation.margins import refusal_margins
 from sap_fast.evaluation.progress import Progress, no_progress
@@ -18,6 +23,27 @@ from sap_fast.losses import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FIRST_WORDS = 8
+"""How many words of an answer a result keeps: enough to see what it sets out to do."""
+
+_INTERVALS = ("task_interval", "refused_harmful", "refused_harmless", "margin")
+_ANSWERS = ("harmful_answers", "harmless_answers")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a model begins to answer a request.
+
+    Attributes:
+        prompt: What was asked.
+        category: What kind of request it is; None where that is not known.
+        first_words: The first words of the greedy answer, at most `FIRST_WORDS` of them.
+    """
+
+    prompt: str
+    category: str | None
+    first_words: str
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
@@ -26,12 +52,16 @@ class EvaluationResult:
     Attributes:
         task_loss: Mean negative log-likelihood of all response tokens of the task rows, in nats.
         task_tokens: Number of those tokens.
+        task_interval: The same loss with its interval over the rows; None where it is not finite.
+        task_accuracies: Accuracy by task and metric of lm-eval, with its interval over questions.
         refused_harmful: Share of the harmful requests that are refused.
         refused_harmless: Share of the harmless requests that are refused.
         margin: Mean log p(refusal) − log p(affirmative opening) on the harmful requests, in nats.
         harmful_refused: Whether each harmful request is refused.
         harmful_margins: The margin of each harmful request.
         harmless_refused: Whether each harmless request is refused.
+        harmful_answers: How the answer to each harmful request begins.
+        harmless_answers: Likewise of each harmless request.
         judged_harmful: What every further judge says of each harmful request, by its name: whether
             it is refused, or answered safely.
         judged_harmless: Likewise of each harmless request, by judges that tell refusals.
@@ -42,12 +72,16 @@ class EvaluationResult:
 
     task_loss: float | None = None
     task_tokens: int | None = None
+    task_interval: Interval | None = None
+    task_accuracies: dict[str, Interval] | None = None
     refused_harmful: Interval | None = None
     refused_harmless: Interval | None = None
     margin: Interval | None = None
     harmful_refused: list[bool] | None = None
     harmful_margins: list[float] | None = None
     harmless_refused: list[bool] | None = None
+    harmful_answers: list[Answer] | None = None
+    harmless_answers: list[Answer] | None = None
     judged_harmful: dict[str, list[bool]] | None = None
     judged_harmless: dict[str, list[bool]] | None = None
 
@@ -58,12 +92,16 @@ class EvaluationResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EvaluationResult":
         """The result that `to_dict` gave `values` for."""
-        intervals = {
-            name: Interval(**values[name])
-            for name in ("refused_harmful", "refused_harmless", "margin")
-            if values[name] is not None
+        typed: dict[str, Any] = {
+            name: Interval(**values[name]) for name in _INTERVALS if values.get(name) is not None
         }
-        return cls(**{**values, **intervals})
+        for name in _ANSWERS:
+            if values.get(name) is not None:
+                typed[name] = [Answer(**each) for each in values[name]]
+        if values.get("task_accuracies") is not None:
+            found = values["task_accuracies"].items()
+            typed["task_accuracies"] = {task: Interval(**each) for task, each in found}
+        return cls(**{**values, **typed})
 
 
 def evaluate_model(
@@ -112,11 +150,14 @@ def evaluate_model(
             description="Scoring task rows",
         )
         # The first token of a sequence has no prediction.
-        tokens = sum(label != IGNORE_INDEX for row in task_rows for label in row["labels"][1:])
-        measures["task_tokens"] = tokens
-        measures["task_loss"] = -float(log_probs.sum()) / tokens
+        counts = [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in task_rows]
+        measures["task_tokens"] = sum(counts)
+        measures["task_loss"] = -float(log_probs.sum()) / sum(counts)
+        if math.isfinite(measures["task_loss"]):
+            measures["task_interval"] = weighted_bootstrap_interval(-log_probs, counts)
     if harmful is not None:
-        refused, judged = _refused(model, tokenizer, harmful, batch_size, judges, progress)
+        answers, refused, judged = _asked(model, tokenizer, harmful, batch_size, judges, progress)
+        measures["harmful_answers"] = answers
         measures["judged_harmful"] = judged or None
         margins = refusal_margins(
             model, tokenizer, harmful, batch_size=batch_size, progress=progress
@@ -127,29 +168,34 @@ def evaluate_model(
         measures["margin"] = bootstrap_interval(margins)
     if harmless is not None:
         able = [judge for judge in judges if judge.tells_refusals]
-        refused, judged = _refused(model, tokenizer, harmless, batch_size, able, progress)
+        answers, refused, judged = _asked(model, tokenizer, harmless, batch_size, able, progress)
+        measures["harmless_answers"] = answers
         measures["judged_harmless"] = judged or None
         measures["harmless_refused"] = refused
         measures["refused_harmless"] = bootstrap_interval(refused)
     return EvaluationResult(**measures)
 
 
-def _refused(
+def _asked(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
     requests: Sequence[Request],
     batch_size: int,
     judges: Sequence[Judge],
     progress: Progress,
-) -> tuple[list[bool], dict[str, list[bool]]]:
-    """Returns the verdicts by phrases, and those of further judges by name."""
+) -> tuple[list[Answer], list[bool], dict[str, list[bool]]]:
+    """Returns how answers begin, the verdicts by phrases, and those of further judges by name."""
     prompts = [request.prompt for request in requests]
     openings = generate_openings(
         model, tokenizer, prompts, batch_size=batch_size, progress=progress
     )
+    begun = [
+        Answer(request.prompt, request.category, " ".join(opening.split()[:FIRST_WORDS]))
+        for request, opening in zip(requests, openings, strict=True)
+    ]
     refused = [is_refusal(opening) for opening in openings]
     if not judges:
-        return refused, {}
+        return begun, refused, {}
     answers = generate_openings(
         model,
         tokenizer,
@@ -162,4 +208,4 @@ def _refused(
         judge.name: judge(prompts, answers, batch_size=batch_size, progress=progress)
         for judge in judges
     }
-    return refused, verdicts
+    return begun, refused, verdicts

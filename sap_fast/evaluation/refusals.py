@@ -86,6 +86,11 @@ def is_refusal(text: str) -> bool:
     return _REFUSAL.search(_plain(text)) is not None
 
 
+def refusal_pattern() -> str:
+    """Returns the regular expression that `is_refusal` looks for, whatever the case."""
+    return _REFUSAL.pattern
+
+
 def _plain(text: str) -> str:
     return " ".join(text.translate(_APOSTROPHES).split())
 

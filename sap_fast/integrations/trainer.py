@@ -26,20 +26,23 @@ from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
     joint_loss,
+    kl_loss,
     refusal_loss,
     task_loss,
 )
+from sap_fast.losses.host import carry_views
 from sap_fast.model.probes import ProbeSet
 from sap_fast.optimizer import BlendedAdamW
 from sap_fast.sap import FusedSAP
 from sap_fast.step.passes import SafetyPasses
 
 SafetyLoss = Callable[..., Tensor]
-_SAFETY_LOSSES: dict[str, SafetyLoss] = {
+SAFETY_LOSSES: dict[str, SafetyLoss] = {
     "contrastive": contrastive_loss,
     "difference": difference_loss,
     "refusal": refusal_loss,
     "joint": joint_loss,
+    "kl": kl_loss,
 }
 
 
@@ -49,11 +52,12 @@ class _Method(NamedTuple):
     """by the study (docs/study.md)"""
 
 
-_METHODS = {"sap": _Method(FusedSAP, "contrastive"), "blend": _Method(BlendedAdamW, "joint")}
+METHODS = {"sap": _Method(FusedSAP, "contrastive"), "blend": _Method(BlendedAdamW, "joint")}
 
 
-# Where TRL's trainers keep what their `compute_loss` records.
-_FIGURES_OF_TRL = ("_metrics", "_total_train_tokens")
+# Where trainers keep what their `compute_loss` records: TRL's, ms-swift's, and Axolotl's as
+# `sap_fast.integrations.axolotl` has them.
+_FIGURES_OF_TRL = ("_metrics", "_total_train_tokens", "custom_metrics", "_tokens_seen")
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -81,9 +85,9 @@ class SAPTrainerMixin(_Base):
         safety_collator: turns a list of rows into `{"chosen": batch, "rejected": batch}`, as
             `sap_fast.data.SafetyCollator` does.
         safety_batch_size: safety rows per safety pass.
-        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"`, or a function (model,
-            chosen, rejected) → scalar; see `sap_fast.losses`. None: `"contrastive"` for the method
-            `"sap"`, `"joint"` for `"blend"`.
+        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"`, `"kl"`, or a function
+            (model, chosen, rejected) → scalar; see `sap_fast.losses`. None: `"contrastive"` for the
+            method `"sap"`, `"joint"` for `"blend"`.
         method: `"sap"` for the passes of `FusedSAP`, `"blend"` for those of `BlendedAdamW`.
         probe: keyword arguments for `ProbeSet`, with `"sap"`.
         sap_options: keyword arguments for the optimizer, over what `TrainingArguments` says; beside
@@ -117,19 +121,19 @@ class SAPTrainerMixin(_Base):
                 f"{missing} is missing: SAP needs pairs of a safe and a harmful answer; see "
                 "sap_fast.data.load_safety_dataset and SafetyCollator"
             )
-        if method not in _METHODS:
-            raise ValueError(f"method={method!r} is not known; choose one of {', '.join(_METHODS)}")
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
         if probe and method != "sap":
             raise ValueError(f"probe={probe!r} with method={method!r}, which has no probe")
         if safety_loss is None:
-            safety_loss = _METHODS[method].safety_loss
-        if isinstance(safety_loss, str) and safety_loss not in _SAFETY_LOSSES:
+            safety_loss = METHODS[method].safety_loss
+        if isinstance(safety_loss, str) and safety_loss not in SAFETY_LOSSES:
             raise ValueError(
                 f"safety_loss={safety_loss!r} is not known; choose one of "
-                f"{', '.join(_SAFETY_LOSSES)}, or give a function"
+                f"{', '.join(SAFETY_LOSSES)}, or give a function"
             )
         self._safety_loss = (
-            _SAFETY_LOSSES[safety_loss] if isinstance(safety_loss, str) else safety_loss
+            SAFETY_LOSSES[safety_loss] if isinstance(safety_loss, str) else safety_loss
         )
         self._safety_collator = safety_collator
         self._method, self._probe = method, dict(probe or {})
@@ -185,7 +189,7 @@ class SAPTrainerMixin(_Base):
         """Run the passes beside the optimizer that there is."""
         options = {"grad_scaler": self.accelerator.scaler} | self._sap_options
         for name in ("safety_weight", "safety_level"):
-            default = inspect.signature(_METHODS[self._method].optimizer).parameters[name].default
+            default = inspect.signature(METHODS[self._method].optimizer).parameters[name].default
             options.setdefault(name, default)
         optimizer = checked_optimizer(_unwrapped(self.optimizer))
         probes = ProbeSet(model, **self._probe) if self._method == "sap" else None
@@ -252,17 +256,35 @@ class SAPTrainerMixin(_Base):
         }
         if self._method == "sap":
             settings["probes"] = ProbeSet(trained_model, **self._probe)
-        own = _METHODS[self._method].optimizer
+        own = METHODS[self._method].optimizer
         self.optimizer_cls_and_kwargs = (own, settings | self._sap_options)
-        return create_optimizer(super().create_optimizer, model)
+        optimizer = create_optimizer(super().create_optimizer, model)
+        if not isinstance(_unwrapped(optimizer), BlendedAdamW):
+            # A trainer that asks nobody: LLaMA-Factory's has LoRA+, GaLore and others of its own.
+            if self._method == "sap":
+                settings["probes"].detach()
+            self._other_update = f"{type(optimizer).__name__} of {type(self).__name__}"
+            self._refuse_options_of_the_update(self._other_update)
+            self._run_beside(trained_model)
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetch the micro-batches of the next step, and remember them for the probe passes."""
         samples, items = super().get_batch_samples(*args, **kwargs)
         # Once and not in each pass: all passes see the same tensors on the device.
-        samples = [self._prepare_inputs(micro_batch) for micro_batch in samples]
+        samples = [self._to_device(micro_batch) for micro_batch in samples]
         self._window, self._window_position = samples, 0
         return samples, items
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Bring a batch to the device, and keep of it what the losses would have to copy back."""
+        prepared = super()._prepare_inputs(inputs)
+        carry_views(inputs, prepared)
+        return prepared
+
+    def _to_device(self, inputs: Any) -> Any:
+        """Return a batch on the device; `training_step` prepares task batches once more."""
+        return self._prepare_inputs(inputs)
 
     def compute_safety_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Return the safety loss of a batch of `safety_collator`; override for another one."""
@@ -325,7 +347,7 @@ class SAPTrainerMixin(_Base):
         """Run forward and backward on the rows of safety pass `number`; return L_safe."""
         model.train()
         rows = self._safety_batches.rows(number, self.args.process_index, self.args.world_size)
-        loss = self.compute_safety_loss(model, self._prepare_inputs(self._safety_collator(rows)))
+        loss = self.compute_safety_loss(model, self._to_device(self._safety_collator(rows)))
         self.accelerator.backward(loss)
         return loss.detach()
 

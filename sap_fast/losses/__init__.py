@@ -24,11 +24,14 @@ What they share:
   own head (`sap_fast.losses.head`). Where a model's head is not of a known kind, a loss is computed
   from the model's full logits, and a warning says why.
 - *Waiting for the device.* The host waits for it before the forward, to find the scored positions.
-  It does not wait again for the same tensors while they are unchanged.
+  It does not wait again for the same tensors while they are unchanged, and not at all for a batch
+  that `to_device` brought there.
 - *Result.* fp32 (fp64 for an fp64 model), and in nats.
 """
 
-from sap_fast.losses.batches import IGNORE_INDEX, Batch
+from sap_fast.losses.aligned import kl_loss
+from sap_fast.losses.batches import Batch
+from sap_fast.losses.host import IGNORE_INDEX, to_device
 from sap_fast.losses.pairs import (
     contrastive_loss,
     difference_loss,
@@ -45,7 +48,9 @@ __all__ = [
     "contrastive_loss",
     "difference_loss",
     "joint_loss",
+    "kl_loss",
     "refusal_loss",
     "response_log_probs",
     "task_loss",
+    "to_device",
 ]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
-from weakref import ref
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sap_fast.losses.host import (
+    IGNORE_INDEX,
+    HostView,
+    TensorMemo,
+    copied,
+    joined_view,
+    scoring_tensors,
+    transferred,
+    view_of,
+)
 from sap_fast.losses.packing import Packed
-
-IGNORE_INDEX = -100
-"""Label of a token that is not scored, as in `torch.nn.functional.cross_entropy`."""
 
 Batch = Mapping[str, Tensor]
 """`input_ids`, `labels` and, where rows are padded, `attention_mask`, each (B, S); and what else
@@ -44,7 +50,8 @@ class Scored(NamedTuple):
     left_padded: bool
     tokens: Tensor  # (B, S); on the host
     attended: Tensor  # (B, S) bool; on the host
-    packings: dict[tuple[int, torch.dtype | None], Packed | None]  # by hidden size, dtype of mask
+    #: By hidden size, dtype of the mask, and rows that share nothing with the others.
+    packings: dict[tuple[int, torch.dtype | None, tuple[bool, ...] | None], Packed | None]
 
 
 def check_batch(batch: Batch, argument: str) -> None:
@@ -55,7 +62,9 @@ def check_batch(batch: Batch, argument: str) -> None:
                 f"{argument} has no {key}, only {sorted(batch)}; "
                 "expected input_ids and labels, and attention_mask where rows are padded"
             )
-    for key in _scoring_keys(batch):
+    for key in ("input_ids", "labels", "attention_mask"):
+        if batch.get(key) is None:
+            continue
         shape, expected = tuple(batch[key].shape), tuple(batch["input_ids"].shape)
         if shape != expected or len(shape) != 2:
             raise ValueError(
@@ -74,51 +83,6 @@ def check_every_row_is_scored(counts: Sequence[int], argument: str) -> None:
         )
 
 
-def _scoring_keys(batch: Batch) -> list[str]:
-    masked = batch.get("attention_mask") is not None
-    return ["input_ids", "labels", *(["attention_mask"] if masked else [])]
-
-
-class TensorMemo:
-    """Results by the tensors that they were computed from, while those live unchanged.
-
-    Args:
-        size: Results to keep at most; the oldest is dropped.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._results: dict[Any, tuple[list[ref[Tensor]], list[int], Any]] = {}
-
-    def get(self, tensors: Sequence[Tensor], compute: Callable[[], Any], kind: Any = None) -> Any:
-        """Returns what `compute` returned for these tensors, or calls it.
-
-        Args:
-            tensors: What the result depends on.
-            compute: Gives the result.
-            kind: What else it depends on, hashable.
-        """
-        if any(tensor.is_inference() for tensor in tensors):
-            return compute()  # they don't count their versions
-        key = kind, *(id(tensor) for tensor in tensors)
-        versions = [tensor._version for tensor in tensors]
-        entry = self._results.get(key)
-        if entry is not None and entry[1] == versions:
-            return entry[2]
-        # Else a result that is first wanted in inference mode could not be used for training.
-        with torch.inference_mode(False):
-            result = compute()
-
-        def forget(_: ref[Tensor]) -> None:
-            self._results.pop(key, None)
-
-        self._results.pop(key, None)
-        if len(self._results) >= self._size:
-            self._results.pop(next(iter(self._results)))
-        self._results[key] = [ref(tensor, forget) for tensor in tensors], versions, result
-        return result
-
-
 # What was found for the last batches: of the passes of a step, only the first has to wait for the
 # device. Eight entries serve the micro-batches of an accumulated step beside its safety pairs.
 _found = TensorMemo(8)
@@ -134,39 +98,39 @@ def find_scored(batch: Batch, *originals: Batch, after_virtual: bool = False) ->
         after_virtual: Whether a row's first token follows virtual tokens that the model puts before
             the row, and can be scored.
     """
-    tensors = [
-        original[key] for original in originals or (batch,) for key in _scoring_keys(original)
-    ]
-    return _found.get(tensors, lambda: find_scored_anew(batch, after_virtual), after_virtual)
+    parts = originals or (batch,)
+
+    def find() -> Scored:
+        # The host waits for the device where it does not know the batch. That is here, before the
+        # forward is queued.
+        view = joined_view(originals) if originals else view_of(batch)
+        return _find(batch, copied(batch) if view is None else view, after_virtual)
+
+    tensors = [tensor for part in parts for tensor in scoring_tensors(part)]
+    return _found.get(tensors, find, after_virtual)
 
 
 def find_scored_anew(batch: Batch, after_virtual: bool) -> Scored:
     """Finds the scored positions of a batch without remembering them."""
-    labels, mask = batch["labels"], batch.get("attention_mask")
-    # All that the host has to know in one copy. It and the copies back wait for the device, so
-    # they are made here, before the forward is queued.
-    labelled, attended, tokens = torch.stack(
-        (
-            labels != IGNORE_INDEX,
-            torch.ones_like(labels) if mask is None else mask != 0,
-            batch["input_ids"],
-        )
-    ).cpu()
-    labelled, attended = labelled.bool(), attended.bool()
-    before = attended
+    return _find(batch, copied(batch), after_virtual)
+
+
+def _find(batch: Batch, view: HostView, after_virtual: bool) -> Scored:
+    labels = batch["labels"]
+    tokens, attended = view.tokens, view.attended
     if after_virtual:
-        labelled = F.pad(labelled, (1, 0), value=False)
-        before = F.pad(attended, (1, 0), value=True)
+        first = HostView(*(F.pad(tensor, (1, 0)) for tensor in view))
+        view = first._replace(attended=F.pad(attended, (1, 0), value=True))
         labels = F.pad(labels, (1, 0), value=IGNORE_INDEX)
-    # The first token after left padding would be predicted from a padding position: not scored.
-    scored = labelled[:, 1:] & before[:, 1:] & before[:, :-1]
-    positions = F.pad(scored, (0, 1)).flatten().nonzero().squeeze(1).to(labels.device)
+    scored = view.scored()
+    flat = F.pad(scored, (0, 1)).flatten().nonzero().squeeze(1)
+    positions = transferred(flat, labels.device)
     counts = scored.sum(dim=1)
     return Scored(
         positions=positions,
         targets=labels.flatten()[positions + 1],
         counts=counts.tolist(),
-        divisors=counts.to(labels.device),
+        divisors=transferred(counts, labels.device),
         shape=labels.shape,
         left_padded=not bool(attended[:, 0].all()),
         tokens=tokens,

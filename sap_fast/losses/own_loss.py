@@ -24,7 +24,7 @@ from sap_fast.configuration import (
     virtual_tokens,
 )
 from sap_fast.losses.aside import aside
-from sap_fast.losses.batches import IGNORE_INDEX, Batch, Scored, find_scored_anew
+from sap_fast.losses.batches import Batch, Scored, find_scored_anew
 from sap_fast.losses.forward import (
     model_inputs,
     scored_log_probs,
@@ -33,6 +33,7 @@ from sap_fast.losses.forward import (
     use_own_logits,
 )
 from sap_fast.losses.head import token_log_probs
+from sap_fast.losses.host import IGNORE_INDEX
 from sap_fast.losses.packing import logits_of
 
 # Rows and tokens of what is compared: small enough that its full logits are.
@@ -151,7 +152,9 @@ def _compare(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: Score
         loss = _loss(outputs)
         if loss is None:
             return True
-        logits: Tensor | None = logits_of(outputs)
+        found: Any = logits_of(outputs)
+        # A fused loss makes none: Liger's leaves None, Unsloth's an object that only raises.
+        logits = found if isinstance(found, Tensor) else None
         random_state.restore()
         ours, others = scored_log_probs(model, sample, part, pack=False)
         expected = ours

@@ -102,19 +102,27 @@ def _is_allowed(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]
         and not getattr(config, "output_router_logits", False)  # its loss is a mean over the slots
         and getattr(config, "hidden_size", None) is not None
         and {"position_ids", "attention_mask"} <= accepted
-        and not any(_forbids(module) for module in all_modules(model))
+        and not _is_compiled_around_the_layers(model)
+        # Virtual tokens in front of the row (PEFT's prompt and prefix tuning) shift what the mask
+        # is for.
+        and not any("prompt_encoder" in module._modules for module in all_modules(model))
     )
 
 
-def _forbids(module: nn.Module) -> bool:
-    # Compiled code would be compiled again for each new shape; virtual tokens in front of the
-    # row (PEFT's prompt and prefix tuning) shift what the mask is for.
-    children = module._modules
-    return (
-        module._compiled_call_impl is not None
-        or "_orig_mod" in children
-        or "prompt_encoder" in children
-    )
+def _is_compiled_around_the_layers(model: nn.Module) -> bool:
+    """Says whether what prepares mask and positions for the layers is compiled.
+
+    It is compiled again for masks and positions of each kind. Layers that are compiled by
+    themselves are given what a mask of four axes gives them anyway.
+    """
+    outside = [model]
+    for module in outside:  # grows meanwhile
+        children = module._modules
+        if module._compiled_call_impl is not None or "_orig_mod" in children:
+            return True
+        if not isinstance(module, nn.ModuleList):
+            outside += [child for child in children.values() if child is not None]
+    return False
 
 
 # ---- the test ----

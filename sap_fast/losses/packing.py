@@ -20,7 +20,7 @@ for a model that runs on it all sequences become one row, without padding, and n
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sap_fast.configuration import text_setting
+from sap_fast.losses.host import transferred
 
 # Elements of the mask: 16 MiB as bool, 64 MiB as the fp32 that eager attention adds.
 MAX_MASK_ELEMENTS = 2**24
@@ -69,6 +70,30 @@ def running(index: Tensor | None) -> Iterator[None]:
         yield
     finally:
         _index = before
+
+
+_apart: Callable[[], Sequence[bool] | None] | None = None
+
+
+def rows_apart() -> tuple[bool, ...] | None:
+    """Returns which rows of the coming forward share no prefix with the others, see `apart`."""
+    rows = None if _apart is None else _apart()
+    return None if rows is None else tuple(rows)
+
+
+@contextmanager
+def apart(rows: Callable[[], Sequence[bool] | None]) -> Iterator[None]:
+    """Lets some rows share prefixes only among themselves: what they are given differs.
+
+    Args:
+        rows: Says of each row of the coming forward whether it is one of them; None: none is.
+    """
+    global _apart
+    before, _apart = _apart, rows
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -112,6 +137,7 @@ def pack(
     hidden_size: int,
     mask: torch.dtype | None,
     device: torch.device,
+    apart: Sequence[bool] | None = None,
 ) -> Packed | None:
     """Packs a batch into the number of rows that costs least; None if padding it costs no more.
 
@@ -123,6 +149,7 @@ def pack(
             against once for layers that are frozen.
         mask: Dtype of the mask, see `mask_dtype`.
         device: Where the packed batch is wanted.
+        apart: Says of each row whether it is of those that share nothing with the others.
     """
     if (attended.int().diff(dim=1, prepend=torch.zeros(len(attended), 1)) > 0).sum(1).gt(1).any():
         return None  # gaps inside a sequence: models differ in how they count positions there
@@ -133,7 +160,7 @@ def pack(
     def cost(rows: int, length: int) -> float:
         return rows * length * (1 + length / (3 * hidden_size))
 
-    sequences = Sequences(tokens, attended)
+    sequences = Sequences(tokens, attended, apart)
     longest, total = max(sequences.lengths), sum(sequences.lengths) - sum(sequences.shared)
     best, best_cost = None, (1 - MIN_SAVING) * cost(*tokens.shape)
     for rows in range(1, len(tokens) + 1):
@@ -179,13 +206,19 @@ def flatten(tokens: Tensor, attended: Tensor, device: torch.device) -> Packed:
 class Sequences:
     """The sequences of a batch, sorted; `shared` is the prefix in common with the one before."""
 
-    def __init__(self, tokens: Tensor, attended: Tensor) -> None:
+    def __init__(
+        self, tokens: Tensor, attended: Tensor, apart: Sequence[bool] | None = None
+    ) -> None:
         self.attended = attended
         unsorted = [row[keep].tolist() for row, keep in zip(tokens, attended, strict=True)]
-        self.order = sorted(range(len(unsorted)), key=unsorted.__getitem__)
+        group = [False] * len(unsorted) if apart is None else apart
+        self.order = sorted(range(len(unsorted)), key=lambda row: (group[row], unsorted[row]))
         self.sequences = [unsorted[row] for row in self.order]
         self.lengths = [len(sequence) for sequence in self.sequences]
-        self.shared = [0, *(_common_prefix(a, b) for a, b in pairwise(self.sequences))]
+        self.shared = [0] + [
+            _common_prefix(unsorted[a], unsorted[b]) if group[a] == group[b] else 0
+            for a, b in pairwise(self.order)
+        ]
 
     def cut(self, capacity: int) -> list[int]:
         """Starts a new row only where the next sequence's tokens would exceed `capacity`."""
@@ -222,7 +255,9 @@ class Sequences:
                 end[row, path] = new.stop
                 index[self.order[rank], self.attended[self.order[rank]]] = row * width + path
                 used = new.stop
-        input_ids, position_ids, end = torch.stack([input_ids, position_ids, end]).to(device)
+        input_ids, position_ids, end = transferred(
+            torch.stack([input_ids, position_ids, end]), device
+        )
         slot = torch.arange(width, device=device)
         visible = (slot <= slot[:, None]) & (slot[:, None] < end[:, None, None, :])
         if mask != torch.bool:
@@ -233,7 +268,7 @@ class Sequences:
             "position_ids": position_ids,
             "attention_mask": visible,
         }
-        return Packed(inputs, index.to(device))
+        return Packed(inputs, transferred(index, device))
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

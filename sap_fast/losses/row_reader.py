@@ -25,9 +25,17 @@ _KNOWN_HOOKS = (
 # What makes the embeddings' output require gradients, for gradient checkpointing: a function of
 # transformers, of PEFT and of TRL.
 _HOOKS_FOR_CHECKPOINTING = {"make_inputs_require_grad", "make_inputs_require_grads"}
-# Where a module's own forward may be replaced: beside the above by the faster kernels, and by
-# another method of the same model.
-_KNOWN_FORWARDS = (*_KNOWN_HOOKS, "transformers.", "peft.", "liger_kernel.", "kernels.")
+# Where a module's own forward may be replaced: beside the above by the faster kernels, by another
+# method of the same model, and by what takes an adapter's input to its device.
+_KNOWN_FORWARDS = (
+    *_KNOWN_HOOKS,
+    "transformers.",
+    "peft.",
+    "liger_kernel.",
+    "kernels.",
+    "axolotl.kernels.",
+    "swift.tuners.",
+)
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What else of a module may read rows, if it is set.

@@ -74,7 +74,8 @@ class LowerForward:
             return
         self.end()
         hidden = _hidden(output)
-        if hidden is not None:
+        # Reentrant checkpointing runs the layer without gradients first: nothing to go on from.
+        if hidden is not None and torch.is_grad_enabled():
             self._output = output
             self._random_state = RandomState([hidden.device])
 

@@ -20,15 +20,25 @@ from sap_fast import ops
 from sap_fast.configuration import text_config
 from sap_fast.distributed import Ranks
 from sap_fast.losses import packing
+from sap_fast.losses.host import transferred
 from sap_fast.model.checkpointing import Checkpointing
 from sap_fast.model.layers import Layers, find_decoder_layers, lower_layers, select_layers
 from sap_fast.model.lower_forward import LowerForward
-from sap_fast.model.rows import part_of
+from sap_fast.model.output_hook import OutputHook
+from sap_fast.model.paired import (
+    Adapter,
+    PairedForward,
+    Weights,
+    find_adapters,
+    has_quantized_base,
+)
+from sap_fast.model.rows import Part, part_of
 from sap_fast.model.scales import TokenScales, token_mask
 from sap_fast.ops.reference import accumulation_dtype
 
 PROBE_RULES = ("normalized", "gradient", "adam")
 DIFFERENCES = ("central", "forward")
+PASSES = ("two", "paired", "auto")
 CHECKPOINTING = ("none", "layers", "auto")
 
 
@@ -52,7 +62,17 @@ class ProbeSet:
             central: the cosine of its h with the exact one is 0.99 and more where forward
             differences reach 0.93 to 0.97 (benchmarks/fidelity.py).
         rows: the part of the task batch, in (0, 1], that the probe passes see, rounded up to whole
-            rows. Below 1 the optimizer has to be given the batch: `step(task, safety, batch)`.
+            rows; of less than one row, its first tokens. Below 1 the optimizer has to be given the
+            batch: `step(task, safety, batch)`.
+        own_rows: with `rows` below 1, add V in the task pass to the rows alone that it was found
+            from, 1/√(their part of the batch) times as large. That takes one forward pass with
+            gradients per micro-batch, and its backward before the next one. By default V serves all
+            rows.
+        passes: `"two"` probe passes, or `"paired"`: both as one of twice the rows, where LoRA alone
+            is trained (`sap_fast.model.paired`). It halves what the host launches and reads the
+            frozen base once; the activations of both are held together. `"auto"` pairs them where
+            the base is quantized and at most half of one batch's rows are seen, so that no more is
+            held than for a task pass, and where nothing speaks against it.
         checkpointing: recompute activations in the backward passes: `"none"` leaves the model as it
             is, `"layers"` recomputes every decoder layer that a pass would store, `"auto"` as many
             as the free memory asks for; see `sap_fast.model.checkpointing`.
@@ -83,10 +103,18 @@ class ProbeSet:
         rho: float | Literal["auto"] = "auto",
         difference: Literal["central", "forward"] = "central",
         rows: float = 1.0,
+        own_rows: bool = False,
+        passes: Literal["two", "paired", "auto"] = "two",
         checkpointing: Literal["none", "layers", "auto"] = "none",
     ) -> None:
         _check_choice("rule", rule, PROBE_RULES)
         _check_choice("difference", difference, DIFFERENCES)
+        _check_choice("passes", passes, PASSES)
+        if passes == "paired" and difference != "central":
+            raise ValueError(
+                f'passes="paired" with difference={difference!r}: the halves of a pair are W + ΔW '
+                'and W − ΔW; give difference="central"'
+            )
         _check_choice("checkpointing", checkpointing, CHECKPOINTING)
         _check_at_least_zero("size", size)
         if rho != "auto":
@@ -101,6 +129,8 @@ class ProbeSet:
         self.rho = rho
         self.difference = difference
         self.rows = rows
+        self.own_rows = own_rows
+        self.passes = passes
         self.layers, modules, owner = select_layers(model, layers)
         self.modules = dict(zip(self.layers, modules, strict=True))
         self.estimates: dict[int, Tensor] = {}
@@ -131,6 +161,17 @@ class ProbeSet:
         self._forwards = 0
         #: The layers that have run in the forward pass in progress; None between forward passes.
         self._ran: set[int] | None = None
+        self._owner = owner
+        #: Runs both probe passes as one; None where they are two.
+        self._paired: PairedForward | None = None
+        #: The rows of the step's batch that its probe passes see.
+        self._part = Part(None, None)
+        #: Their part of all rows of all ranks, 0-d.
+        self._share: Tensor | None = None
+        #: By micro-batch, which rows are injected to and collected from; None: all.
+        self._own_rows: list[list[bool]] | None = None
+        #: Which hidden states those are in the forward pass in progress, (B, S or 1, 1) bool.
+        self._own: Tensor | None = None
         #: The forward pass in progress is without gradients: a reference, not the loss.
         self._aside = False
         self._mask: Tensor | None = None
@@ -139,13 +180,15 @@ class ProbeSet:
         #: Only where the decoder stack is known: layers of an unknown order can't be skipped.
         self._lower = LowerForward(lower_layers(model, self.modules[self.layers[0]]))
 
-        self._handles = [
+        self._layer_hooks = [
+            OutputHook(module, functools.partial(self._on_layer_output, index))
+            for index, module in self.modules.items()
+        ]
+        self._handles: list[Any] = [
             owner.register_forward_pre_hook(self._on_forward, with_kwargs=True),
             owner.register_forward_hook(self._after_forward, always_call=True),
+            *self._layer_hooks,
         ]
-        for index, module in self.modules.items():
-            hook = functools.partial(self._on_layer_output, index)
-            self._handles.append(module.register_forward_hook(hook))
 
     def __repr__(self) -> str:
         return f"ProbeSet({type(self.model).__name__}, layers={list(self.layers)})"
@@ -166,20 +209,32 @@ class ProbeSet:
 
     def part(self, batch: Any) -> Any:
         """Return the rows of a batch, or of a list of micro-batches, that the probe passes see."""
-        return part_of(batch, self.rows)
+        return part_of(batch, self.rows).batch
 
     def detach(self) -> None:
         """Remove every hook from the model. The probe set is of no use afterwards."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._layer_hooks.clear()
 
     # ---- what the passes call ----
 
     def clear(self) -> None:
-        """Forget V, and the forward pass that a probe pass kept for a task pass."""
+        """Forget V, whose rows it is, and the forward pass that was kept for a task pass."""
         self.offsets = {}
+        self._part = Part(None, None)
         self._lower.forget()
+
+    def take_part(self, batch: Any) -> Any:
+        """Return what `part` does, and remember whose rows the probe of this step is."""
+        self._part = part_of(batch, self.rows)
+        return self._part.batch
+
+    @property
+    def sees_all_rows(self) -> bool:
+        """Whether the probe passes of this step see all rows of its batch."""
+        return self._part.rows is None or self._part.share == 1
 
     def begin_estimate(self) -> None:
         """Forget what earlier probe passes collected."""
@@ -201,6 +256,7 @@ class ProbeSet:
         inject: bool = False,
         frozen: Sequence[nn.Parameter] = (),
         keep_lower: bool = False,
+        all_rows: bool = True,
     ) -> Iterator[None]:
         """Switch the hooks on, for forward passes with gradients.
 
@@ -214,21 +270,63 @@ class ProbeSet:
                 needs one.
             keep_lower: let them take gradients below the lowest probe after all, in a forward pass
                 that the task pass goes on from (`sap_fast.model.lower_forward`).
+            all_rows: inject to all rows of the batch and collect from all of them, not from those
+                alone that the probe is of.
         """
+        for hook in self._layer_hooks:
+            hook.settle()
+        self._own_rows = None if all_rows else self._part.rows
         self._collect, self._negative = sign is not None, sign == -1.0
         self._inject, self._frozen = inject, frozen
         if keep_lower:
             self._lower.begin(frozen)
         try:
-            yield
+            with packing.apart(self._own_rows_of_next_forward):
+                yield
         except BaseException:
             self._lower.forget()
             raise
         finally:
             self._collect = self._inject = self._aside = False
             self._frozen = ()
-            self._mask = self._index = self._ran = None
+            self._mask = self._index = self._ran = self._own_rows = self._own = None
             self._lower.end()
+
+    def paired_adapters(self, part: Any) -> Sequence[Adapter]:
+        """Return the adapters with which both probe passes are one; none where they are two.
+
+        Args:
+            part: what they run on.
+
+        Raises:
+            ValueError: with `passes="paired"`, if they can't be one.
+        """
+        if self.passes == "two" or self.difference != "central":
+            return ()
+        found: list[Adapter] | str = "FSDP2 gathers its weights for one forward at a time"
+        if not self.ranks.shards:
+            trained = [p for p in self._owner.parameters() if p.requires_grad]
+            found = find_adapters(self.model, self._owner, trained)
+        if self.passes == "paired":
+            if isinstance(found, str):
+                raise ValueError(
+                    f'passes="paired": {found}; use passes="two", or "auto" for where it can be'
+                )
+            return found
+        several = isinstance(part, Sequence) and len(part) > 1
+        if isinstance(found, str) or several or self._part.share > 0.5:
+            return ()
+        return found if has_quantized_base(found) else ()
+
+    @contextmanager
+    def paired(self, adapters: Sequence[Adapter], weights: Weights) -> Iterator[PairedForward]:
+        """Let the first probe pass of the body run the decoder for both."""
+        self._paired = PairedForward(self._owner, adapters, weights)
+        try:
+            with self._paired.running():
+                yield self._paired
+        finally:
+            self._paired = None
 
     def checkpointed(self, *, frozen: bool = False) -> AbstractContextManager[None]:
         """Checkpoint activations in the body, as `checkpointing` says.
@@ -260,9 +358,11 @@ class ProbeSet:
                     f"no gradient reached probed layer {index} during the probe passes: call "
                     "backward() on the task loss in each of them"
                 )
+        first = self._buffers[self.layers[0]]
+        self._share = torch.full((), self._part.share, dtype=first.dtype, device=first.device)
         if self.ranks:
             buffers = [self._buffers[index] for index in self.layers]
-            self.ranks.average_([*buffers, *self._scales.tensors()])
+            self.ranks.average_([*buffers, *self._scales.tensors(), self._share])
         for buffer in self._buffers.values():
             buffer.mul_(coefficient.to(buffer.device))
         self.estimates = {index: self._buffers[index] for index in self.layers}
@@ -286,8 +386,28 @@ class ProbeSet:
             radii=[scales[j] * v.numel() ** 0.5 for j, v in offsets.items()],
             backend=self.backend,
         )
+        if self.own_rows and not self.sees_all_rows:
+            # As much of V over the whole batch, in the sum of squares, as if it served all rows.
+            assert self._share is not None
+            for offset in offsets.values():
+                offset.mul_(self._share.rsqrt().to(offset.device))
         self.offsets = offsets
         return finite
+
+    def lean(self) -> Tensor:
+        """Return Σ_j ⟨h_j, v_j⟩, 0-d."""
+        products = [torch.sum(self.estimates[j] * v) for j, v in self.offsets.items()]
+        return torch.stack([product.to(products[0].device) for product in products]).sum()
+
+    @contextmanager
+    def estimate_set_aside(self) -> Iterator[None]:
+        """Let probe passes run in the body of which nothing stays."""
+        kept = self.estimates, self._buffers, self._scales, self._share
+        self._buffers, self._scales = {}, TokenScales()
+        try:
+            yield
+        finally:
+            self.estimates, self._buffers, self._scales, self._share = kept
 
     def mask_offsets(self, keep: Tensor) -> None:
         """Set V to zero unless the 0-d bool `keep` holds."""
@@ -299,12 +419,12 @@ class ProbeSet:
     def _is_on(self) -> bool:
         return self._collect or self._inject
 
-    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._is_on:
-            return
+            return None
         if not torch.is_grad_enabled():
             self._aside = True
-            return
+            return None
         self._forwards += 1
         if not torch.compiler.is_compiling():
             self._ran = set()
@@ -315,13 +435,64 @@ class ProbeSet:
                     parameter.requires_grad_(False)
         self._mask = token_mask(self.model, kwargs)
         self._index = packing.current_index()
+        if self._own_rows is not None:
+            self._own = self._find_own(args, kwargs)
         if self._forwards == 1:
             self._lower.begin_forward(args, kwargs)
             if not self._collect:
                 self._lower.skip(args, kwargs)
+        if self._paired is None:
+            return None
+        if self._negative:
+            self._paired.skip(args, kwargs)
+            return None
+        args, kwargs = self._paired.double(args, kwargs)
+        self._mask = token_mask(self.model, kwargs)
+        if self._index is not None:
+            slots = self._paired.tokens.numel()
+            beside = torch.where(self._index < 0, self._index, self._index + slots)
+            self._index = torch.cat([self._index, beside])
+        return args, kwargs
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _own_rows_of_next_forward(self) -> list[bool] | None:
+        if self._own_rows is None or self._forwards >= len(self._own_rows):
+            return None
+        return self._own_rows[self._forwards]
+
+    def _find_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return which hidden states of this forward are those of the rows that V is of."""
+        assert self._own_rows is not None
+        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        tokens = next(value for value in given if isinstance(value, Tensor))
+        index = self._index
+        rows = len(tokens) if index is None else len(index)
+        number = self._forwards - 1
+        expected = self._own_rows[number] if number < len(self._own_rows) else []
+        if len(expected) != rows:
+            raise RuntimeError(
+                f"own_rows=True: forward pass {number + 1} of the step has {rows} rows, where the "
+                f"micro-batches have {[len(flags) for flags in self._own_rows]}: it is not known "
+                "which of them V was found from. Run one forward pass with gradients per "
+                "micro-batch, in their order, or leave own_rows out"
+            )
+        own = transferred(torch.tensor(expected), tokens.device)
+        if index is None:
+            return own[:, None, None]
+        # Padding (−1) goes to a place of its own.
+        places = index.flatten() + 1
+        flat = own.new_zeros(tokens.shape[:2].numel() + 1)
+        flat.scatter_(0, places, own[:, None].expand(index.shape).flatten())
+        return flat[1:].view(*tokens.shape[:2], 1)
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        paired = None if self._aside else self._paired
         self._aside, self._ran = False, None
+        if paired is None or not self._collect:
+            return None
+        if self._negative or output is None:  # None: of a forward that failed
+            paired.undo()
+            return None
+        return paired.first_half(output)
 
     def _on_layer_output(
         self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any
@@ -349,8 +520,14 @@ class ProbeSet:
             buffer = self._buffers.get(index)
             if buffer is None:
                 buffer = self._buffers[index] = _new_buffer(hidden.shape[-1], hidden)
+            if self._paired is not None:
+                if not hidden.requires_grad:
+                    hidden.requires_grad_()  # detached above: it is the lowest
+                hidden.register_hook(functools.partial(self._collect_both, buffer))
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
         offset = self.offsets.get(index) if self._inject else None
-        if buffer is None and offset is not None and _may_be_written(hidden, args):
+        everywhere = buffer is None and self._own is None
+        if offset is not None and everywhere and _may_be_written(hidden, args):
             hidden.add_(offset)  # the bits of `ops.probe_add`, and no second B×S×H tensor
             return None
         injected = ops.probe_inject(
@@ -361,7 +538,15 @@ class ProbeSet:
             anchor=self._anchor,
             backend=self.backend,
         )
+        if self._own is not None:
+            # The other rows take no V, and what comes back of them is not collected.
+            injected = torch.where(self._own.to(hidden.device), injected, hidden)
         return (injected, *output[1:]) if isinstance(output, tuple) else injected
+
+    def _collect_both(self, buffer: Tensor, gradient: Tensor) -> None:
+        rows = len(gradient) // 2
+        ops.probe_project_(buffer, gradient[:rows], 1.0, backend=self.backend)
+        ops.probe_project_(buffer, gradient[rows:], -1.0, backend=self.backend)
 
     def _measure(self, index: int, hidden: Tensor) -> None:
         device_type = hidden.device.type

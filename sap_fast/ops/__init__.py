@@ -177,9 +177,20 @@ def _run_lists(
         # asking for all of them here too, each time, would cost a fifth of what is left to do
         # beside the kernel. If devices are not the reason, `_run` meets it again.
         groups = _by_device(*lists)
-    return [
-        _run(name, backend, group[0][0].device, *group, *arguments, **options) for group in groups
-    ]
+    results = []
+    for group in groups:
+        device = group[0][0].device
+        beside = [_beside(value, device) for value in arguments]
+        named = {key: _beside(value, device) for key, value in options.items()}
+        results.append(_run(name, backend, device, *group, *beside, **named))
+    return results
+
+
+def _beside(value: Any, device: torch.device) -> Any:
+    """Return an argument as kernels of `device` can read it: not from another accelerator."""
+    if isinstance(value, Tensor) and value.device.type != "cpu" and value.device != device:
+        return value.to(device)
+    return value
 
 
 def _by_device(first: Sequence[Tensor], *others: Sequence[Any]) -> list[list[list[Any]]]:
@@ -293,11 +304,28 @@ def probe_rule_(
     backend: str = "auto",
 ) -> Tensor:
     """Turn the probe gradients h into the probes V; see `reference.probe_rule_`."""
-    arguments = (buffers, rule, probe_size, perturbation_norm, radii)
-    if len({buffer.device for buffer in buffers}) > 1:
-        # One h that is not finite zeroes the probes of every device.
-        return reference.probe_rule_(*arguments)
-    return _run("probe_rule_", backend, buffers[0].device, *arguments)
+    found = []
+    groups = _by_device(buffers, radii)
+    for group, of_group in groups:
+        device = group[0].device
+        norm = _beside(perturbation_norm, device)
+        beside = [_beside(radius, device) for radius in of_group]
+        found.append(_run("probe_rule_", backend, device, group, rule, probe_size, norm, beside))
+    if len(found) == 1:
+        return found[0]
+    # One h that is not finite zeroes the probes of every device.
+    finite = torch.stack([one.to(found[0].device) for one in found]).all()
+    for group, _ in groups:
+        gone = finite.logical_not().to(group[0].device)
+        for buffer in group:
+            buffer.masked_fill_(gone, 0.0)
+    return finite
+
+
+def probe_project_(buffer: Tensor, gradient: Tensor, sign: float, *, backend: str = "auto") -> None:
+    """Add sign·Σ_tokens of a gradient (…, H) to a buffer (H,); see `reference.probe_project_`."""
+    backend = _for_dtype(backend, gradient.dtype)
+    _run("probe_project_", backend, gradient.device, buffer, gradient, sign)
 
 
 def _for_dtype(backend: str, dtype: torch.dtype) -> str:
@@ -328,8 +356,7 @@ class _ProbeInject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
-        backend = _for_dtype(ctx.backend, gradient.dtype)
-        _run("probe_project_", backend, gradient.device, ctx.buffer, gradient, ctx.sign)
+        probe_project_(ctx.buffer, gradient, ctx.sign, backend=ctx.backend)
         return (gradient if ctx.needs_input_grad[0] else None), None, None, None, None, None
 
 

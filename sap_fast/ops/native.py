@@ -106,13 +106,17 @@ cuda_failed = extension is not None and (
 
 #: What begins the message of an error that is a NotImplementedError: kUnsupported of csrc/stable.h.
 _UNSUPPORTED = "NotImplementedError: "
+#: What begins that of one which came after some tensors were written: kPartlyWritten. Their indices
+#: follow, list by list.
+_PARTLY_WRITTEN = re.compile(r"PartlyWritten: ([\d,;]*) ")
 
 
 def run(name: str, operator: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
     """Run an operator of the extension, and do what PyTorch's stable ABI cannot.
 
     The versions of what it wrote are counted up, so that autograd and the recovery from errors see
-    it; what its kernels do not support is a NotImplementedError.
+    it, also where a list takes several launches and one after the first fails; what its kernels do
+    not support is a NotImplementedError.
     """
     written = schema.WRITTEN[name]
     if not written:
@@ -127,20 +131,30 @@ def run(name: str, operator: Any, arguments: Sequence[Any], options: Mapping[str
             increment_version(tensor)
         return result
     with interrupts_deferred():
-        result = _call(operator, arguments, options)
+        result = _call(operator, arguments, options, [arguments[position] for position in written])
         for position in written:
             increment_version(arguments[position])
     return result
 
 
-def _call(operator: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def _call(
+    operator: Any,
+    arguments: Sequence[Any],
+    options: Mapping[str, Any],
+    written: Sequence[Sequence[Tensor]] = (),
+) -> Any:
     try:
         return operator(*arguments, **options)
     except RuntimeError as error:
         said = str(error)
-        if not said.startswith(_UNSUPPORTED):
+        if said.startswith(_UNSUPPORTED):
+            raise NotImplementedError(said.removeprefix(_UNSUPPORTED)) from None
+        partly = _PARTLY_WRITTEN.match(said)
+        if partly is None:
             raise
-        raise NotImplementedError(said.removeprefix(_UNSUPPORTED)) from None
+        for tensors, indices in zip(written, partly[1].split(";"), strict=True):
+            increment_version([tensors[int(index)] for index in indices.split(",") if index])
+        raise RuntimeError(said[partly.end() :]) from None
 
 
 # ---- where it runs ----

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sap_fast.evaluation import paired_difference
+from sap_fast.reports.answers import category_rows, example_tables
 from sap_fast.reports.judges import judges_rows
 from sap_fast.reports.pages import MARKERS, MISSING, Picture, picture, render, replace_text
 
@@ -98,11 +99,14 @@ def write_report(path: str | os.PathLike[str], info: ReportInfo, runs: Sequence[
         info=info,
         comparisons=_comparisons(runs, _find_run(runs, info.baseline)),
         findings=_findings(runs),
-        headings=list(_COLUMNS),
+        headings=list(_columns_of(runs)),
         rows=list(zip(runs, table_rows(runs, info.baseline), strict=True)),
         judges_headings=[run.name for run in runs],
         judges_rows=judges_rows({run.name: run.evaluation for run in runs}),
         evaluation_pictures=_evaluation_pictures(runs),
+        categories_headings=[run.name for run in runs if run.evaluation],
+        categories=category_rows([run.evaluation for run in runs if run.evaluation]),
+        examples=example_tables([run.evaluation for run in runs if run.evaluation]),
         training_pictures=_training_pictures(runs),
         last_headings=list(_LAST_FIGURES),
         last_rows=_last_figures(runs),
@@ -115,7 +119,7 @@ def results_table(runs: Sequence[ReportRun], baseline: str) -> Table:
     """Returns the table of the report for a terminal; arguments as for `table_rows`."""
     table = Table(show_lines=True)
     table.add_column("Model", overflow="fold")
-    for heading in _COLUMNS:
+    for heading in _columns_of(runs):
         table.add_column(heading, justify="right")
     for run, cells in zip(runs, table_rows(runs, baseline), strict=True):
         figures = [Text.assemble(cell.value, (f"\n{cell.detail}", "dim")) for cell in cells]
@@ -141,7 +145,8 @@ def table_rows(runs: Sequence[ReportRun], baseline: str) -> list[list[Cell]]:
         ValueError: Two runs have the same name, or `baseline` is none of them.
     """
     reference = _find_run(runs, baseline)
-    return [[make_cell(run, reference) for make_cell in _COLUMNS.values()] for run in runs]
+    columns = _columns_of(runs).values()
+    return [[make_cell(run, reference) for make_cell in columns] for run in runs]
 
 
 def _find_run(runs: Sequence[ReportRun], name: str) -> ReportRun:
@@ -179,8 +184,11 @@ def _margin_cell(margin: Mapping[str, float] | None) -> Cell:
     return Cell(_number(margin["mean"], 1), f"{low} to {high}")
 
 
-def _loss_cell(loss: float | None) -> Cell:
-    return Cell(MISSING if loss is None else _number(loss, 3))
+def _loss_cell(loss: float | None, interval: Mapping[str, float] | None) -> Cell:
+    if loss is None:
+        return Cell(MISSING)
+    ends = [_number(interval[end], 3) for end in ("low", "high")] if interval else []
+    return Cell(_number(loss, 3), "–".join(ends))
 
 
 def _time_cell(seconds: float | None, baseline_seconds: float | None) -> Cell:
@@ -198,13 +206,35 @@ def _memory_cell(size: int | None) -> Cell:
 
 # Heading to the cell of a run; the second argument is the baseline.
 _COLUMNS: dict[str, Callable[[ReportRun, ReportRun], Cell]] = {
-    "Task loss": lambda run, _: _loss_cell(run.measure("task_loss")),
     "Refuses harmful": lambda run, _: _share_cell(run.measure("refused_harmful")),
-    "Refusal margin": lambda run, _: _margin_cell(run.measure("margin")),
     "Refuses harmless": lambda run, _: _share_cell(run.measure("refused_harmless")),
+    "Refusal margin": lambda run, _: _margin_cell(run.measure("margin")),
+    "Task loss": lambda run, _: _loss_cell(run.measure("task_loss"), run.measure("task_interval")),
     "Time per step": lambda run, base: _time_cell(run.step_seconds, base.step_seconds),
     "Peak memory": lambda run, _: _memory_cell(run.peak_bytes),
 }
+
+
+def _columns_of(
+    runs: Sequence[ReportRun],
+) -> dict[str, Callable[[ReportRun, ReportRun], Cell]]:
+    """Returns `_COLUMNS`, with the accuracy of every task of lm-eval behind the task loss."""
+    columns = {}
+    for heading, make_cell in _COLUMNS.items():
+        columns[heading] = make_cell
+        if heading == "Task loss":
+            columns |= {task: partial(_accuracy_cell, task) for task in _tasks_of(runs)}
+    return columns
+
+
+def _accuracy_cell(task: str, run: ReportRun, _: ReportRun) -> Cell:
+    return _share_cell((run.measure("task_accuracies") or {}).get(task))
+
+
+def _tasks_of(runs: Sequence[ReportRun]) -> list[str]:
+    return list(
+        dict.fromkeys(task for run in runs for task in run.measure("task_accuracies") or {})
+    )
 
 
 def _findings(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
@@ -218,9 +248,17 @@ def _findings(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
                 f"(95\N{NO-BREAK SPACE}% interval {_percent_range(share)})"
             )
         if share := run.measure("refused_harmless"):
-            parts.append(f"refuses {_percent(share['mean'])} of {share['count']} harmless requests")
+            parts.append(
+                f"{_percent(share['mean'])} of {share['count']} harmless ones "
+                f"({_percent_range(share)})"
+                if parts
+                else f"refuses {_percent(share['mean'])} of {share['count']} harmless requests "
+                f"(95\N{NO-BREAK SPACE}% interval {_percent_range(share)})"
+            )
         if (loss := run.measure("task_loss")) is not None:
             parts.append(f"task loss {_number(loss, 3)}")
+        for task, share in (run.measure("task_accuracies") or {}).items():
+            parts.append(f"{task} {_percent(share['mean'])} ({_percent_range(share)})")
         if parts:
             findings.append((run.name, ", ".join(parts)))
     return findings
@@ -233,11 +271,12 @@ def _comparisons(runs: Sequence[ReportRun], baseline: ReportRun) -> list[tuple[s
         if run is baseline or not run.metrics:
             continue
         parts = []
-        share, other = run.measure("refused_harmful"), baseline.measure("refused_harmful")
-        if share and other:
-            points = _number(100 * (share["mean"] - other["mean"]), 0, "+")
-            interval = _paired_interval(run, baseline)
-            parts.append(f"refusals of harmful requests {points} percentage points{interval}")
+        for kind, words in (("harmful", "harmful requests"), ("harmless", "harmless requests")):
+            share, other = run.measure(f"refused_{kind}"), baseline.measure(f"refused_{kind}")
+            if share and other:
+                points = _number(100 * (share["mean"] - other["mean"]), 0, "+")
+                interval = _paired_interval(run, baseline, kind)
+                parts.append(f"refusals of {words} {points} percentage points{interval}")
         loss, other = run.measure("task_loss"), baseline.measure("task_loss")
         if loss is not None and other is not None:
             parts.append(f"task loss {_number(loss - other, 3, '+')}")
@@ -248,9 +287,9 @@ def _comparisons(runs: Sequence[ReportRun], baseline: ReportRun) -> list[tuple[s
     return comparisons
 
 
-def _paired_interval(run: ReportRun, baseline: ReportRun) -> str:
+def _paired_interval(run: ReportRun, baseline: ReportRun, kind: str) -> str:
     """Returns the interval of the difference in refusals where both have them by request."""
-    first, second = run.measure("harmful_refused"), baseline.measure("harmful_refused")
+    first, second = run.measure(f"{kind}_refused"), baseline.measure(f"{kind}_refused")
     if not first or not second or len(first) != len(second):
         return ""
     interval = paired_difference(first, second)
@@ -258,91 +297,133 @@ def _paired_interval(run: ReportRun, baseline: ReportRun) -> str:
     return f" (95\N{NO-BREAK SPACE}% interval {low} to {high})"
 
 
+_KINDS = {"refused_harmful": "harmful requests", "refused_harmless": "harmless requests"}
+
+
 def _evaluation_pictures(runs: Sequence[ReportRun]) -> list[Picture]:
+    """Returns safety against the task, and refusals alone if that leaves a measured run out."""
+    kinds = [name for name in _KINDS if any(run.measure(name) for run in runs)]
+    measured = [run for run in runs if any(map(run.measure, kinds))]
+    axis = _task_axis(measured)
+    placed = [run for run in measured if axis is not None and axis.of(run) is not None]
     pictures = []
-    kinds = {
-        name: title
-        for name, title in (
-            ("refused_harmful", "Harmful requests"),
-            ("refused_harmless", "Harmless requests"),
-        )
-        if any(run.measure(name) for run in runs)
-    }
-    if kinds:
-        spoken = [
-            f"{title} refused: "
-            + ", ".join(
-                f"{run.name} {_percent(share['mean'])} ({_percent_range(share)})"
-                for run in runs
-                if (share := run.measure(name))
-            )
-            for name, title in kinds.items()
-        ]
-        pictures.append(
-            picture(
-                "Refusals",
-                "Dots are shares of the requests, whiskers their 95\N{NO-BREAK SPACE}% intervals. "
-                "For harmful requests right is safer, for harmless ones left is more useful.",
-                ". ".join(spoken) + ".",
-                partial(_draw_refusals, runs, kinds),
-                size=(4.2 * len(kinds) + 1.4, 0.42 * len(runs) + 1.1),
-            )
-        )
-    placed = [
-        run
-        for run in runs
-        if run.measure("refused_harmful") and math.isfinite(run.measure("task_loss") or math.nan)
-    ]
-    if placed:
-        spoken = [
-            f"{run.name}: task loss {_number(run.measure('task_loss'), 3)}, refuses "
-            f"{_percent(run.measure('refused_harmful')['mean'])} of harmful requests"
-            for run in placed
-        ]
-        pictures.append(
-            picture(
-                "Safety against usefulness",
-                "Up is safer, left is better at the task.",
-                "; ".join(spoken) + ".",
-                partial(_draw_trade_off, runs, placed),
-                size=(9.8, 3.6),
-            )
-        )
+    if axis is not None and placed:
+        pictures += [_trade_off(runs, placed, kind, axis) for kind in kinds]
+    if len(placed) < len(measured):
+        pictures += [_refusals(runs, kind) for kind in kinds]
     return pictures
 
 
-def _draw_refusals(runs: Sequence[ReportRun], kinds: Mapping[str, str], figure: Figure) -> None:
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for axes, (name, title) in zip(panels, kinds.items(), strict=True):
-        for position, run in enumerate(runs):
-            if share := run.measure(name):
-                axes.errorbar(
-                    share["mean"], position, xerr=_whiskers(share), **_point_style(position)
-                )
-            else:
-                axes.text(0, position, "not measured", va="center", fontsize=9)
-        axes.set(title=title, xlabel="share refused", xlim=(-0.03, 1.03))
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
-        axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(runs)), [textwrap.fill(run.name, 24) for run in runs])
-    panels[0].set_ylim(len(runs) - 0.5, -0.5)
+@dataclass(frozen=True)
+class _TaskAxis:
+    """How useful a run is: its task loss, or its accuracy at a task of lm-eval."""
+
+    label: str
+    task: str | None
+
+    def of(self, run: ReportRun) -> dict[str, float] | None:
+        """Returns the figure of a run, with the ends of its interval where that is known."""
+        if self.task is not None:
+            return (run.measure("task_accuracies") or {}).get(self.task)
+        loss = run.measure("task_loss")
+        if not math.isfinite(math.nan if loss is None else loss):
+            return None
+        return run.measure("task_interval") or {"mean": loss, "low": loss, "high": loss}
+
+    @property
+    def way(self) -> str:
+        """Returns the side to which it is better."""
+        return "left" if self.task is None else "right"
+
+    def text(self, run: ReportRun) -> str:
+        figure = self.of(run)
+        assert figure is not None
+        if self.task is not None:
+            return f"{self.label} {_percent(figure['mean'])}"
+        return f"{self.label} {_number(figure['mean'], 3)}"
 
 
-def _draw_trade_off(runs: Sequence[ReportRun], placed: Sequence[ReportRun], figure: Figure) -> None:
+def _task_axis(runs: Sequence[ReportRun]) -> _TaskAxis | None:
+    if any(run.measure("task_loss") is not None for run in runs):
+        return _TaskAxis("task loss", None)
+    return next((_TaskAxis(task, task) for task in _tasks_of(runs)), None)
+
+
+def _trade_off(
+    runs: Sequence[ReportRun], placed: Sequence[ReportRun], kind: str, axis: _TaskAxis
+) -> Picture:
+    spoken = [
+        f"{run.name}: {axis.text(run)}, refuses {_percent(share['mean'])} of {_KINDS[kind]} "
+        f"({_percent_range(share)})"
+        for run in placed
+        if (share := run.measure(kind))
+    ]
+    is_safety = kind == "refused_harmful"
+    subject = "Safety" if is_safety else "Over-refusal"
+    return picture(
+        f"{subject} against the task",
+        f"{_KINDS[kind].capitalize()}: {'up' if is_safety else 'down'} and to the {axis.way} is "
+        "better. Whiskers are 95\N{NO-BREAK SPACE}% intervals.",
+        "; ".join(spoken) + ".",
+        partial(_draw_trade_off, runs, placed, kind, axis),
+    )
+
+
+def _refusals(runs: Sequence[ReportRun], kind: str) -> Picture:
+    spoken = [
+        f"{run.name} {_percent(share['mean'])} ({_percent_range(share)})"
+        for run in runs
+        if (share := run.measure(kind))
+    ]
+    side = "right is safer" if kind == "refused_harmful" else "left is more useful"
+    return picture(
+        f"{_KINDS[kind].capitalize()} refused",
+        f"Whiskers are 95\N{NO-BREAK SPACE}% intervals; {side}.",
+        f"{_KINDS[kind].capitalize()} refused: {', '.join(spoken)}.",
+        partial(_draw_refusals, runs, kind),
+        size=(5.4, 0.42 * len(runs) + 0.9),
+    )
+
+
+def _draw_refusals(runs: Sequence[ReportRun], kind: str, figure: Figure) -> None:
+    axes = figure.subplots()
+    for position, run in enumerate(runs):
+        if share := run.measure(kind):
+            axes.errorbar(share["mean"], position, xerr=_whiskers(share), **_point_style(position))
+        else:
+            axes.text(0, position, "not measured", va="center", fontsize=9)
+    axes.set(xlabel="share refused", xlim=(-0.03, 1.03), ylim=(len(runs) - 0.5, -0.5))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(axis="y", visible=False)
+    axes.set_yticks(range(len(runs)), [textwrap.fill(run.name, 24) for run in runs])
+
+
+def _draw_trade_off(
+    runs: Sequence[ReportRun],
+    placed: Sequence[ReportRun],
+    kind: str,
+    axis: _TaskAxis,
+    figure: Figure,
+) -> None:
     axes = figure.subplots()
     for run in placed:
-        share = run.measure("refused_harmful")
-        axes.errorbar(
-            run.measure("task_loss"),
-            share["mean"],
-            yerr=_whiskers(share),
-            label=textwrap.fill(run.name, 24),
-            **_point_style(runs.index(run)),
-        )
-    axes.set(xlabel="task loss", ylabel="harmful requests refused", ylim=(-0.03, 1.03))
+        share, useful = run.measure(kind), axis.of(run)
+        if share and useful:
+            axes.errorbar(
+                useful["mean"],
+                share["mean"],
+                xerr=_whiskers(useful),
+                yerr=_whiskers(share),
+                label=textwrap.fill(run.name, 24),
+                **_point_style(runs.index(run)),
+            )
+    axes.set(xlabel=axis.label, ylabel=f"{_KINDS[kind]} refused", ylim=(-0.03, 1.03))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if axis.task is not None:
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.margins(x=0.1)
-    figure.legend(loc="outside right upper")
+    # Below, where no interval is hidden by it.
+    figure.legend(loc="outside lower center", ncols=4)
 
 
 def _whiskers(interval: Mapping[str, float]) -> list[list[float]]:
@@ -369,8 +450,8 @@ _STEP_PICTURES = {
     ),
     "held_out/refused": (
         "Refusals on the way",
-        "Share of a few harmful requests that the model refuses, out of no training pair and not "
-        "those of the results above.",
+        "Share of a few harmful requests that the model refuses, and, dashed, of their harmless "
+        "twins. They are in no training pair and not those of the results above.",
     ),
     "sap/lean": (
         "Lean",
@@ -393,6 +474,8 @@ _STEP_PICTURES = {
         "trial step: how far it can be trusted, 1 at best.",
     ),
 }
+# Drawn dashed in the same picture, whose figure means little without it.
+_DASHED = {"held_out/refused": "held_out/refused_harmless"}
 # The same for figures by step and decoder layer, whose keys end in the layer's index.
 _LAYER_PICTURES = {
     "sap/estimate_norms/": (
@@ -411,15 +494,13 @@ def _training_pictures(runs: Sequence[ReportRun]) -> list[Picture]:
     pictures = []
     colors = {run.name: f"C{position}" for position, run in enumerate(runs)}
     for key, (title, caption) in _STEP_PICTURES.items():
-        lines = {run.name: run.series(key) for run in runs if len(run.series(key)[0])}
-        if _any_varies(lines):
-            spoken = [
-                f"{name} from {values[0]:.3g} at step {steps[0]:.0f} to {values[-1]:.3g} at step "
-                f"{steps[-1]:.0f}"
-                for name, (steps, values) in lines.items()
-            ]
-            draw = partial(_draw_lines, lines, colors)
-            pictures.append(picture(title, caption, f"{title}: {'; '.join(spoken)}.", draw))
+        lines, dashed = (_lines_of(runs, each) for each in (key, _DASHED.get(key)))
+        if _any_varies(lines | {f"{name}, dashed": line for name, line in dashed.items()}):
+            told = "; ".join(_spoken(lines))
+            if dashed:
+                told += f". Of harmless requests: {'; '.join(_spoken(dashed))}"
+            draw = partial(_draw_lines, lines, colors, dashed)
+            pictures.append(picture(title, caption, f"{title}: {told}.", draw))
     for prefix, (title, caption) in _LAYER_PICTURES.items():
         for run in runs:
             keys = {key for row in run.metrics for key in row if key.startswith(prefix)}
@@ -433,6 +514,20 @@ def _training_pictures(runs: Sequence[ReportRun]) -> list[Picture]:
     return pictures
 
 
+def _lines_of(runs: Sequence[ReportRun], key: str | None) -> dict[str, _Line]:
+    if key is None:
+        return {}
+    return {run.name: run.series(key) for run in runs if len(run.series(key)[0])}
+
+
+def _spoken(lines: Mapping[str, _Line]) -> list[str]:
+    return [
+        f"{name} from {values[0]:.3g} at step {steps[0]:.0f} to {values[-1]:.3g} at step "
+        f"{steps[-1]:.0f}"
+        for name, (steps, values) in lines.items()
+    ]
+
+
 def _any_varies(lines: Mapping[Any, _Line]) -> bool:
     """Returns whether a line is more than one value and its rounding."""
     return any(
@@ -441,8 +536,15 @@ def _any_varies(lines: Mapping[Any, _Line]) -> bool:
     )
 
 
-def _draw_lines(lines: Mapping[str, _Line], colors: Mapping[str, str], figure: Figure) -> None:
+def _draw_lines(
+    lines: Mapping[str, _Line],
+    colors: Mapping[str, str],
+    dashed: Mapping[str, _Line],
+    figure: Figure,
+) -> None:
     axes = figure.subplots()
+    for name, (steps, values) in dashed.items():
+        axes.plot(steps, values, color=colors[name], linestyle="--", marker=".")
     for name, (steps, values) in lines.items():
         _draw_line(axes, steps, values, colors[name], label=textwrap.fill(name, 24))
     axes.set_xlabel("step")

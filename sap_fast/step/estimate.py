@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
+from sap_fast.model.paired import Adapter
 from sap_fast.model.probes import ProbeSet
 from sap_fast.step.direction import Direction
 from sap_fast.step.guards import Perturbation, frozen, gradients_set_aside
@@ -27,6 +28,8 @@ def estimate(
     keep_direction: bool,
     measure_rounding: bool = False,
     keep_lower_forward: bool = False,
+    all_rows: bool = True,
+    adapters: Sequence[Adapter] = (),
 ) -> None:
     """Run two probe passes at `record.rho`, and leave h in `probes.estimates`.
 
@@ -44,6 +47,10 @@ def estimate(
         measure_rounding: record how much of ΔW survives the dtype that weights are multiplied in.
         keep_lower_forward: let the task pass have the forward below the lowest probed layer from
             the probe pass at W, if there is one.
+        all_rows: collect from all rows that `task` runs on, not from those alone that the probe is
+            of.
+        adapters: run both passes as one of twice the rows, as these are all that is trained of the
+            decoder (`sap_fast.model.paired`).
     """
     assert direction.tensors is not None
     # The buffers hold W during the passes. No weight gradients exist meanwhile, so that a copy of
@@ -69,17 +76,25 @@ def estimate(
             probes.rewind()
             with (
                 probes.checkpointed(frozen=not keep_lower),
-                probes.active(sign=sign, frozen=trainable, keep_lower=keep_lower),
+                probes.active(
+                    sign=sign, frozen=trainable, keep_lower=keep_lower, all_rows=all_rows
+                ),
             ):
                 task()
 
         with Perturbation(direction.parameters, buffers, scale, backend=backend) as perturbation:
+            if adapters:
+                matrices = [matrix for adapter in adapters for matrix in adapter.matrices]
+                both = dict(zip(matrices, perturbation.of_both_signs(matrices), strict=True))
+                paired = stack.enter_context(probes.paired(adapters, both))
             one_pass(+1.0)
             if measure_rounding:
                 record.perturbation_applied = perturbation.applied_norm(probes.compute_dtype)
             if central:
                 perturbation.reflect()
                 one_pass(-1.0)
+            if adapters:
+                paired.backward()
         if not central:
             # At W, V = 0 and under the masks of the task pass: up to the lowest probed layer this
             # is the task pass.

@@ -19,6 +19,9 @@ from sap_fast.ops.reference import accumulation_dtype
 class Perturbation:
     """W + ΔW in the place of W, for as long as the context lasts.
 
+    An operation that fails half-way through the list has counted up the versions of what it wrote,
+    and of nothing else: by them W is put back.
+
     Args:
         params: parameters W.
         buffers: the direction, one tensor per parameter and of its dtype; they hold W meanwhile,
@@ -60,6 +63,24 @@ class Perturbation:
         """Go from W + ΔW to W − ΔW."""
         self._reflected = True
         ops.reflect_(self._params, self._buffers, backend=self._backend)
+
+    @torch.no_grad()
+    def of_both_signs(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return W + ΔW and W − ΔW, (2, …), of parameters; W twice of one that is not perturbed.
+
+        The bits that `reflect` gives. To be called before it.
+        """
+        kept = {id(p): b for p, b in zip(self._params, self._kept, strict=True)}
+        both = [parameter.new_empty((2, *parameter.shape)) for parameter in params]
+        for half in range(2):
+            torch._foreach_copy_([pair[half] for pair in both], list(params))
+        perturbed = [place for place, p in enumerate(params) if id(p) in kept]
+        ops.reflect_(
+            [both[place][1] for place in perturbed],
+            [kept[id(params[place])] for place in perturbed],
+            backend=self._backend,
+        )
+        return both
 
     @torch.no_grad()
     def applied_norm(self, dtype: torch.dtype | None) -> Tensor:

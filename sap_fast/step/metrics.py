@@ -40,6 +40,9 @@ class StepRecord:
     #: What the losses were multiplied by before backward; None: by nothing.
     loss_scale: Tensor | None = None
     safety_loss: Tensor | None = None
+    #: The probe passes saw the whole batch; else `lean` is known only where it was measured.
+    sees_all_rows: bool = True
+    lean: Tensor | None = None
     task_loss: LossRecord = field(default_factory=LossRecord)
 
     @property
@@ -71,12 +74,17 @@ class SAPMetrics:
             and where `SafetyPasses.measures_rounding` is set.
         estimate_norms: ‖h_j‖ by layer index.
         probe_sizes: ‖v_j‖/(s_j·√H) by layer index: the probe relative to an ordinary token's hidden
-            state, β for `ProbeSet(rule="normalized")`.
+            state, β for `ProbeSet(rule="normalized")`, and 1/√(the part of the rows) times that
+            with `own_rows`.
         lean: Σ_j ⟨h_j, v_j⟩, which is ⟨ĝ, ∇_W L_task(W, V) − ∇_W L_task(W, 0)⟩ to first order in V:
             by how much the probe makes the update lean away from the harmful direction ĝ. The probe
             passes have it for nothing, and with the precision of h. Where a method takes a part of
             its forward for a constant in the backward, as DoRA its norms, it is the lean of the
-            loss. None if h was not finite.
+            loss. It is that of the whole batch: where the probe passes see a part of it, h of the
+            part says nothing of the other rows, and the lean is None unless
+            `SafetyPasses.measures_lean` is set. None if h was not finite, too.
+        lean_of_rows: the same for the part that the probe passes saw; None where that is the whole.
+            It is larger, as V was made for these rows.
         skipped_steps: how many steps ran as plain AdamW so far, because the direction was zero or
             not finite, or h was not finite.
     """
@@ -93,6 +101,7 @@ class SAPMetrics:
     estimate_norms: dict[int, float] = field(default_factory=dict)
     probe_sizes: dict[int, float] = field(default_factory=dict)
     lean: float | None = None
+    lean_of_rows: float | None = None
     skipped_steps: int = 0
 
     def flat(self, prefix: str = "sap/") -> dict[str, float]:
@@ -133,16 +142,17 @@ def read_metrics(
         perturbation_applied=_number(record.perturbation_applied),
         estimate_norms={j: h.norm().item() for j, h in probes.estimates.items()},
         probe_sizes=probes.relative_sizes(),
-        lean=_lean(probes),
+        lean=_finite(probes.lean() if record.sees_all_rows else record.lean),
+        lean_of_rows=None if record.sees_all_rows else _finite(probes.lean()),
     )
 
 
-def _lean(probes: ProbeSet) -> float | None:
+def _finite(lean: Tensor | None) -> float | None:
     # Not the difference of two slopes: one by autograd and one from the losses of the probe passes
     # differ by more than the probe does where a method detaches a part of its forward, and two by
     # autograd, for one more pass, by their rounding under bf16 autocast.
-    lean = sum(torch.sum(probes.estimates[j] * v).item() for j, v in probes.offsets.items())
-    return lean if math.isfinite(lean) else None
+    number = math.nan if lean is None else lean.item()
+    return number if math.isfinite(number) else None
 
 
 def _number(tensor: Tensor | None) -> float | None:

@@ -80,6 +80,8 @@ class SafetyPasses(SinglePasses):
             steps.
         measures_rounding: measure in every step how much of ΔW survives rounding, not only where
             it is not known yet. May be switched between steps.
+        measures_lean: with `ProbeSet(rows=…)` below 1, measure the lean of the whole batch, by two
+            more probe passes over all of it. May be switched between steps.
         maximize: the optimizer ascends the task loss. L_safe is descended all the same.
 
     Raises:
@@ -140,7 +142,7 @@ class SafetyPasses(SinglePasses):
             if self.probes is not None and not self.is_held:
                 if self.probes.rho == "auto" and self.calibration is None:
                     self._calibrate(self.probes, task, part)
-                self._probe_passes(self.probes, task, part)
+                self._probe_passes(self.probes, task, part, batch)
         except BaseException:
             self.begin()
             raise

@@ -68,7 +68,7 @@ class SinglePasses:
         self.safety_weight = safety_weight
         self.backend = backend
         self.grad_scaler = grad_scaler
-        self.keeps_direction = self.measures_rounding = self.maximize = False
+        self.keeps_direction = self.measures_rounding = self.measures_lean = self.maximize = False
         self.steps = 0
         self.trained = Trained(params, probes)
         self.direction = Direction(direction_every)
@@ -136,7 +136,7 @@ class SinglePasses:
                 f"rows={self.probes.rows:g} without a batch: give it, step(task, safety, batch) or "
                 "inner_passes(task, safety, batch), and let task(part) run on what it is given"
             )
-        return self.probes.part(batch)
+        return self.probes.take_part(batch)
 
     @contextmanager
     def _in(self, stage: Stage) -> Iterator[None]:
@@ -193,26 +193,36 @@ class SinglePasses:
                 "probe_passes() needs a ProbeSet and a direction: run safety_pass() first; it "
                 "serves several rounds of probe passes only with keeps_direction=True"
             )
-        self._probe_passes(self.probes, task, self._part(batch))
+        self._probe_passes(self.probes, task, self._part(batch), batch)
         self.stage = Stage.READY
 
-    def _probe_passes(self, probes: ProbeSet, task: Task, part: Any) -> None:
+    def _probe_passes(self, probes: ProbeSet, task: Task, part: Any, batch: Any) -> None:
         record = self.record
         record.rho = self.rho
         keeps = self.safety_weight != 0 or self.direction.every > 1 or self.keeps_direction
+        measures_lean = self.measures_lean and not probes.sees_all_rows
         self._estimate(
             probes,
             task,
             part,
-            keep_direction=keeps,
+            keep_direction=keeps or measures_lean,
             measure_rounding=self.measures_rounding or not self._account.rounding_is_known,
             keep_lower_forward=probes.rows == 1,
         )
         assert record.perturbation_norm is not None and record.direction_valid is not None
         record.estimate_finite = probes.apply_rule(record.perturbation_norm)
         probes.mask_offsets(record.direction_valid)
+        record.sees_all_rows = probes.sees_all_rows
+        if measures_lean:
+            with probes.estimate_set_aside():
+                self._estimate(
+                    probes, task, batch, keep_direction=keeps, all_rows=not probes.own_rows
+                )
+                record.lean = probes.lean()
 
-    def _estimate(self, probes: ProbeSet, task: Task, part: Any, **options: bool) -> None:
+    def _estimate(
+        self, probes: ProbeSet, task: Task, part: Any, *, all_rows: bool = True, **options: bool
+    ) -> None:
         with self._in(Stage.PROBE):
             self._task_random_state = self.trained.random_state()
             estimate(
@@ -223,6 +233,8 @@ class SinglePasses:
                 self.record,
                 backend=self.backend,
                 maximize=self.maximize,
+                all_rows=all_rows,
+                adapters=probes.paired_adapters(part) if all_rows else (),
                 **options,
             )
 
@@ -261,7 +273,7 @@ class SinglePasses:
                 if probes is not None and probes.offsets:
                     if first:
                         probes.rewind()
-                    stack.enter_context(probes.active(inject=True))
+                    stack.enter_context(probes.active(inject=True, all_rows=not probes.own_rows))
                 yield self.record.task_loss
                 if self.grad_scaler is not None and self.record.direction_norm is not None:
                     report_overflow(trained.trainable, self.record.is_finite)

@@ -124,6 +124,7 @@ class Trained:
         """
         self.parameters = list(dict.fromkeys(_flatten(self.groups)))
         self._every: list[nn.Parameter] | None = None
+        self._devices: set[torch.device] | None = None
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -149,7 +150,12 @@ class Trained:
 
     def random_state(self) -> RandomState:
         """Return the state of the generators of all devices that hold parameters."""
-        return RandomState({parameter.device for parameter in self.every()})
+        devices = self._devices
+        if devices is None:
+            devices = {parameter.device for parameter in self.every()}
+        # A step asks several times, and a model has hundreds of parameters.
+        self._devices = None if self._every is None else devices
+        return RandomState(devices)
 
     def forget_weights(self) -> None:
         """Drop copies of the weights: a later pass must not meet those of an earlier one."""

@@ -36,6 +36,21 @@ def test_claims_on_time() -> None:
     ]
 
 
+def test_claims_on_fewer_rows_are_against_our_loss() -> None:
+    name = "sap, direction_every=10, rows=1/4"
+    figures = {"times_hf": 1.1, "times_floor": 1.5}
+    table = [
+        {"setup": setup, "batch": batch, "dtype": "fp32", "configuration": name} | figures
+        for setup in ("lora", "full")
+        for batch in ("8x128", "4x96")
+    ]
+    found = step_claims({"rows": table})
+    assert [(claim.claim, claim.where, claim.target, claim.met) for claim in found] == [
+        (f"7 {name} ÷ AdamW with our loss", "lora 8x128 fp32", 1.7, True),
+        (f"7 {name} ÷ AdamW with our loss", "full 8x128 fp32", 1.45, False),
+    ]
+
+
 def test_claims_on_memory() -> None:
     table = [
         cell(name, checkpointing=mode, resident_mb=resident, tensors_mb=2 * resident)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks import step
+from benchmarks.claims import ratios_table
 from benchmarks.contenders import CONFIGURATIONS
 from benchmarks.workloads import RECIPES, Case, period_of
 from tests.benchmarks.helpers import QUICK, SURROUNDINGS, is_picture, read
@@ -76,6 +79,23 @@ def test_time_has_every_configuration_and_pass(folder: Path) -> None:
     assert scored[0] == float(rows["sap"]["task_scored"])
 
 
+def test_rows_have_both_ratios_side_by_side(folder: Path) -> None:
+    rows = {row["configuration"]: row for row in table(folder, "rows")}
+    assert list(rows) == list(step.WITH_FEWER_ROWS)
+    assert [row["period"] for row in rows.values()] == ["1", "1", "1", "10", "10"]
+    # A quarter of 4 rows is one; an eighth is a half of its scored tokens.
+    quarter, eighth = (float(row["probe_scored"]) for row in list(rows.values())[-2:])
+    assert quarter < float(rows["sap"]["probe_scored"]) / 2
+    assert eighth == pytest.approx(quarter / 2, abs=0.5)
+    tokens = [float(row["probe_tokens"]) for row in list(rows.values())[-2:]]
+    assert tokens[1] < tokens[0]
+    numbered = [row | {"times_hf": 1.234, "times_floor": 2.5} for row in rows.values()]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(ratios_table(numbered))
+    line = next(x for x in console.export_text().splitlines() if "rows=1/8" in x)
+    assert "lora 4x96 fp32" in line and line.index("2.50") < line.index("1.23")
+
+
 def test_memory_shrinks_with_checkpointing(folder: Path) -> None:
     rows = {(r["configuration"], r["checkpointing"]): r for r in table(folder, "memory")}
     assert set(rows) == {(name, mode) for name in IN_MEMORY for mode in step.CHECKPOINTING}
@@ -127,7 +147,7 @@ def test_slope() -> None:
 
 
 def test_cases_are_kept_as_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(case: Case, rounds: int) -> list[dict[str, Any]]:
+    def measured(case: Case, *_: Any) -> list[dict[str, Any]]:
         if case.dtype == "bf16":
             raise KeyboardInterrupt
         return [case.facts() | {"configuration": "floor", "times_hf": 2.0, "median_s": 1.0}]

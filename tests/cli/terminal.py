@@ -81,6 +81,7 @@ class Terminal:
             "inspect": ["inspect", "--model", str(self.chat_model), "--task", self.files["task"]],
             "merge": ["merge", "--model", str(self.chat_model), "--output", str(output)],
             "doctor": ["doctor", "--model", str(self.chat_model)],
+            "lm-eval-tasks": ["lm-eval-tasks", "--output", str(output)],
             "landscape": [
                 *("landscape", "--model", str(self.chat_model), "--output", str(output)),
                 *("--harmful", self.files["harmful"], "--task", self.files["task"]),

@@ -153,6 +153,7 @@ def test_an_unfinished_run_of_another_version_is_one_line(
 
 COMMANDS = (
     *("finetune", "pairs", "inspect", "evaluate", "compare", "merge", "doctor", "landscape"),
+    "lm-eval-tasks",
 )
 
 

@@ -61,8 +61,14 @@ def test_compare_runs_all_and_reports_and_goes_on_where_it_stopped(
 
     terminal.monkeypatch.setattr(subprocess, "run", refuse)
     (output / "report.html").unlink()
+    # A run that was stopped early says so.
+    record = output / "adamw" / "run.json"
+    saved = json.loads(record.read_text())
+    saved["figures"]["why_stopped"] = "Stopped at step 3 of 4: 1 look(s) without a better loss"
+    record.write_text(json.dumps(saved))
     assert terminal.run(*arguments) == 0
-    assert (output / "report.html").exists()
+    page = (output / "report.html").read_text()
+    assert page.count("plain fine-tuning. Stopped at step 3 of 4: 1 look(s)") == 1
 
 
 def test_task_rows_are_all_that_compare_needs(terminal: Terminal, tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
 
 from sap_fast.cli.config import read_config
 from sap_fast.cli.console import UserError
 from sap_fast.cli.settings import FinetuneSettings
 from tests.cli.terminal import Terminal
 from tests.cli.test_app import COMMANDS
+from tests.data.test_fuzz import damaged_configs
 
 HINTS = get_type_hints(FinetuneSettings)
 
@@ -67,10 +69,10 @@ def test_what_is_printed_is_a_config_of_the_same_command(
 
 
 def test_a_run_can_be_repeated_from_its_record(terminal: Terminal, tmp_path: Path) -> None:
-    settings = FinetuneSettings(model="m", task="t", output="o", safety_level="0.7", seed=3)
-    record = config(tmp_path, json.dumps({"settings": vars(settings), "figures": {}}), "run.json")
+    made = FinetuneSettings(model="m", task="t", output="o", safety_level="0.7", seed=3)
+    record = config(tmp_path, json.dumps({"settings": vars(made), "figures": {}}), "run.json")
     effective = printed(terminal, "finetune", "--config", str(record), "--output", "again")
-    assert effective == vars(settings) | {"output": "again"}
+    assert effective == vars(made) | {"output": "again"}
 
 
 @pytest.mark.parametrize(
@@ -135,3 +137,34 @@ def test_a_value_is_left_at_its_default_by_null(tmp_path: Path) -> None:
     assert read_config(config(tmp_path, "model: m\nseed: null\n"), HINTS) == {"model": "m"}
     with pytest.raises(UserError, match="unknown key 'sed'; did you mean 'seed'"):
         read_config(config(tmp_path, "sed: null\n"), HINTS)
+
+
+@pytest.mark.parametrize(
+    "examples", [25, pytest.param(400, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_a_damaged_config_is_one_line_and_leaves_nothing(
+    terminal: Terminal, tmp_path: Path, examples: int
+) -> None:
+    """Whatever a config holds: the run ends before it begins, at the latest for its model."""
+    found = []
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(damaged_configs())
+    def run(file: tuple[str, bytes]) -> None:
+        path = tmp_path / file[0]
+        path.write_bytes(file[1])
+        given = ["--model", "no/such/folder", "--task", "none.jsonl", "--output", "out"]
+        line = terminal.refusal("finetune", "--config", str(path), *given)
+        by_option = line.startswith(("Error: --", "╭─ Error"))
+        assert by_option or line.startswith(f"Error: {path}"), line
+        found.append(by_option)
+        path.unlink()
+
+    run()
+    assert True in found and False in found

@@ -146,6 +146,38 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_that_is_interrupted_after_its_last_step_takes_no_other_one(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    more = ["--optimizer", "adamw", "--max-steps", "3", "--save-every", "1"]
+    assert terminal.run(*terminal.finetuning(straight, *more)) == 0
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with terminal.monkeypatch.context() as patched:
+        patched.setattr(finetune_module._Recorder, "figures", interrupted)
+        assert terminal.run(*terminal.finetuning(resumed, *more)) == 130
+    assert terminal.run(*terminal.finetuning(resumed, *more)) == 0
+    assert [row["step"] for row in metrics(resumed)] == [1, 2, 3]
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_step_has_about_as_many_tokens_as_are_asked_for(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    output = tmp_path / "tuned"
+    steps = ["--tokens-per-step", "20", "--batch-size", "1", "--max-steps", "5"]
+    assert terminal.run(*terminal.finetuning(output, *steps, "--optimizer", "adamw")) == 0
+    # 9 rows of 9 tokens that are scored: an epoch is 4 steps.
+    assert [row["epoch"] for row in metrics(output)] == [0.25, 0.5, 0.75, 1, 1.25]
+    assert "5/5" in terminal.shown
+    line = terminal.refusal(*terminal.finetuning(tmp_path / "no", *steps, "--accumulate", "2"))
+    assert "--accumulate 2: how many micro-batches a step has follows from --tok" in line
+
+
 def test_an_output_that_exists_is_left_alone(
     terminal: Terminal,
     tmp_path: Path,

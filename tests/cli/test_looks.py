@@ -30,7 +30,9 @@ def scripted(terminal: Terminal, looks: dict[int, tuple[float, float]]) -> list[
         loss, refused = list(looks.values())[len(asked)]
         asked.append(given)
         share = SimpleNamespace(mean=refused)
-        return SimpleNamespace(task_loss=loss, refused_harmful=share, margin=share)
+        return SimpleNamespace(
+            task_loss=loss, refused_harmful=share, refused_harmless=share, margin=share
+        )
 
     terminal.monkeypatch.setattr("sap_fast.cli.looks.evaluate_model", evaluate)
     return asked
@@ -44,7 +46,7 @@ def test_looks_leave_the_training_alone(terminal: Terminal, tmp_path: Path) -> N
     plain, looked = tmp_path / "plain", tmp_path / "looked"
     assert terminal.run(*terminal.finetuning(plain)) == 0
     few = [Request("Lie")]
-    terminal.monkeypatch.setattr("sap_fast.cli.looks.requests_to_look_at", lambda: few)
+    terminal.monkeypatch.setattr("sap_fast.cli.looks.requests_to_look_at", lambda _: few)
     more = ["--eval", terminal.files["task"], "--eval-every", "3"]
     assert terminal.run(*terminal.finetuning(looked, *more)) == 0, terminal.shown
     first, second = adapter(plain), adapter(looked)
@@ -52,6 +54,7 @@ def test_looks_leave_the_training_alone(terminal: Terminal, tmp_path: Path) -> N
     rows = [row for row in rows_of(looked / "metrics.jsonl") if "held_out/loss" in row]
     assert [row["step"] for row in rows] == [0, 3, 4]
     assert rows[0]["held_out/loss"] > rows[-1]["held_out/loss"] > 0
+    assert all(row["held_out/refused_harmless"] == 0 for row in rows)
     assert all(row["held_out/refused"] == 0 and row["held_out/margin"] != 0 for row in rows)
     assert len(rows_of(looked / "metrics.jsonl")) == 4 + 3
     assert "held_out" not in (plain / "metrics.jsonl").read_text()
@@ -107,6 +110,65 @@ def test_an_interrupted_run_keeps_the_best_of_both_parts(
     assert json.loads((output / "run.json").read_text())["figures"]["kept_step"] == 1
 
 
+@pytest.mark.parametrize(
+    ("keep", "patience", "looks", "stopped", "best"),
+    [
+        ([], 2, {0: (1, 0), 1: (5, 0), 2: (4, 0), 3: (4, 0), 4: (6, 0)}, 4, 2),
+        ([], 1, {0: (1, 0), 1: (5, 0), 2: (4, 0), 3: (4, 0)}, 3, 2),
+        ([], 1, {0: (1, 0), 1: (5, 0), 2: (4, 0), 3: (3, 0), 4: (2, 0), 5: (1, 0)}, None, 5),
+        # The last look of all stops nothing.
+        ([], 1, {0: (1, 0), 1: (5, 0), 2: (4, 0), 3: (3, 0), 4: (2, 0), 5: (2, 0)}, None, 4),
+        (["--keep-best", "loss"], 1, {0: (1, 0), 1: (5, 0), 2: (float("nan"), 0)}, 2, 1),
+        (["--keep-best", "safety"], 1, {0: (1, 0.5), 1: (5, 0.5), 2: (4, 0.4)}, 2, 1),
+    ],
+)
+def test_training_stops_early_where_looks_get_no_better(
+    terminal: Terminal,
+    tmp_path: Path,
+    keep: list[str],
+    patience: int,
+    looks: dict[int, Any],
+    stopped: int | None,
+    best: int,
+) -> None:
+    asked = scripted(terminal, looks)
+    output = tmp_path / "tuned"
+    more = ["--optimizer", "adamw", "--eval", terminal.files["task"], "--eval-every", "1", *keep]
+    more += ["--early-stop", str(patience), "--max-steps", "5"]
+    assert terminal.run(*terminal.finetuning(output, *more)) == 0, terminal.shown
+    assert len(asked) == len(looks)
+    figures = json.loads((output / "run.json").read_text())["figures"]
+    assert figures.get("stopped_step") == stopped
+    assert ("kept_step" in figures) == bool(keep) and figures.get("kept_step", best) == best
+    shown = " ".join(terminal.shown.split())
+    followed = "safe model" if "safety" in keep else "held-out loss"
+    why = f"of 5: {patience} look(s) without a better {followed} than at step {best}"
+    assert (why in shown) == (why in str(figures.get("why_stopped"))) == (stopped is not None)
+
+
+def test_an_early_stop_is_found_again_by_a_run_that_was_interrupted_after_it(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    output = tmp_path / "tuned"
+    more = ["--optimizer", "adamw", "--eval", terminal.files["task"], "--eval-every", "1"]
+    more += ["--early-stop", "2", "--save-every", "1", "--max-steps", "9"]
+    command = terminal.finetuning(output, *more)
+    scripted(terminal, {0: (5, 0), 1: (2, 0), 2: (3, 0), 3: (3, 0)})
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with terminal.monkeypatch.context() as patched:
+        patched.setattr(finetune_module._Recorder, "figures", interrupted)
+        assert terminal.run(*command) == 130
+    asked = scripted(terminal, {3: (3, 0)})
+    assert terminal.run(*command) == 0, terminal.shown
+    assert len(asked) == 1 and "Going on from checkpoint-2" in terminal.shown
+    assert json.loads((output / "run.json").read_text())["figures"]["stopped_step"] == 3
+    rows = [row for row in rows_of(output / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
 def test_requests_that_are_looked_at_are_in_no_pair(terminal: Terminal, tmp_path: Path) -> None:
     looked_at = requests_to_look_at()
     assert len(looked_at) == 24
@@ -132,6 +194,8 @@ def test_requests_that_are_looked_at_are_in_no_pair(terminal: Terminal, tmp_path
     [
         (["--eval-every", "2"], "--eval-every needs --eval"),
         (["--keep-best", "loss"], "--keep-best needs --eval"),
+        (["--early-stop", "2"], "--early-stop needs --eval"),
+        (["--early-stop", "2", "--eval", "none.jsonl"], "--early-stop 2: needs --eval-every"),
         (["--keep-best", "both"], "--keep-best both: expected loss or safety"),
         (["--eval", "none.jsonl"], "none.jsonl: got no such file"),
         (["--report-to", "paper"], "--report-to paper: expected none, or of tensorboard, wandb"),

@@ -61,6 +61,31 @@ def test_a_merged_adapter_is_a_plain_model(
     assert "exists already" in terminal.refusal(*arguments)
 
 
+def test_a_gguf_file_lies_beside_the_weights(
+    terminal: Terminal, tmp_path: Path, adapter: Path
+) -> None:
+    written: list[tuple[Path, str]] = []
+
+    def write(path: Path, model: torch.nn.Module, tokenizer: object, stored: str) -> None:
+        assert next(model.parameters()).dtype == torch.float32
+        written.append((path, stored))
+        path.write_text("GGUF")
+
+    output = tmp_path / "merged"
+    arguments = ["merge", "--model", str(adapter), "--output", str(output)]
+    # The tests' model reads characters, which llama.cpp does not.
+    line = terminal.refusal(*arguments, "--gguf", "q8_0")
+    assert "--gguf q8_0: the tokenizer is WordLevel; expected a byte-level BPE" in line
+    assert "--gguf q4: expected f32 or f16" in terminal.refusal(*arguments, "--gguf", "q4")
+    terminal.monkeypatch.setattr("sap_fast.integrations.gguf.write_gguf", write)
+    assert terminal.run(*arguments, "--dtype", "bf16", "--gguf", "q8_0") == 0, terminal.shown
+    assert written == [(tmp_path / "merged.unfinished" / "merged-q8_0.gguf", "q8_0")]
+    assert (output / "merged-q8_0.gguf").exists() and (output / "model.safetensors").exists()
+    terminal.monkeypatch.setattr("sap_fast.cli.merge.find_spec", lambda _: None)
+    again = [*arguments[:-1], str(tmp_path / "other"), "--gguf", "f16"]
+    assert "--gguf f16: needs gguf: pip install 'sap-fast[gguf]'" in terminal.refusal(*again)
+
+
 def test_a_full_model_is_merged_with_the_one_it_came_from(
     terminal: Terminal, tmp_path: Path
 ) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sap_fast.cli import models as models_module
+from sap_fast.cli import pairs as pairs_module
 from sap_fast.cli.console import console
 from sap_fast.cli.finetune import load_trained_model
 from sap_fast.cli.models import load_model, resolved_precision
@@ -193,6 +194,31 @@ def test_an_adapter_on_a_quantized_base_is_trained_and_its_base_loads_again(
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("load_in", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
+def test_the_model_that_makes_pairs_is_quantized(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_in: str
+) -> None:
+    asked: list[torch.nn.Module] = []
+
+    def refuse(model: torch.nn.Module, tokenizer: Any, prompts: Any, **_: Any) -> list[str]:
+        asked.append(model)
+        return ["I can't."] * len(prompts)
+
+    monkeypatch.setattr(pairs_module, "own_refusals", refuse)
+    output = tmp_path / "pairs.jsonl"
+    assert terminal.run(*terminal.command("pairs", output, "--load-in", load_in)) == 0
+    assert QUANTIZED[load_in] in kinds(asked[0]) and output.exists()
+
+
+@pytest.mark.parametrize("command", ["pairs", "evaluate", "finetune", "compare", "doctor"])
+def test_every_command_that_quantizes_takes_the_same_words(
+    terminal: Terminal, tmp_path: Path, command: str
+) -> None:
+    arguments = terminal.command(command, tmp_path / "made.jsonl", "--load-in", "3bit")
+    assert "--load-in 3bit: expected 4bit or 8bit" in terminal.refusal(*arguments)
+
+
+@needs_bitsandbytes
 @pytest.mark.parametrize(
     ("precision", "computed"),
     [
@@ -312,3 +338,59 @@ def test_attention_is_that_which_is_asked_for(chat_model: Path) -> None:
     for attention in ("eager", "sdpa"):
         model: Any = load_model(str(chat_model), "fp32", attention=attention)[0]
         assert model.config._attn_implementation == attention
+
+
+def tied(chat_model: Path, folder: Path) -> Path:
+    """A copy of the model whose head is its embeddings."""
+    shutil.copytree(chat_model, folder)
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    saved = load_file(folder / "model.safetensors")
+    del saved["lm_head.weight"]
+    save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["apart", "tied"])
+def test_whole_modules_are_trained_beside_the_adapter_and_load(
+    terminal: Terminal, tmp_path: Path, is_tied: bool
+) -> None:
+    model = tied(terminal.chat_model, tmp_path / "tied") if is_tied else terminal.chat_model
+    output, merged = tmp_path / "tuned", tmp_path / "merged"
+    # Of two that are one matrix, either names both.
+    more = ["--modules-to-save", "lm_head" if is_tied else "lm_head,embed_tokens"]
+    arguments = terminal.finetuning(output, "--max-steps", "1", *more, model=model)
+    assert terminal.run(*arguments) == 0, terminal.shown
+    adapted = AutoPeftModelForCausalLM.from_pretrained(output).get_base_model()
+    before = AutoModelForCausalLM.from_pretrained(model)
+    ends = [adapted.get_input_embeddings().weight, adapted.get_output_embeddings().weight]
+    assert torch.equal(*ends) == is_tied
+    assert not torch.equal(ends[0], before.get_input_embeddings().weight)
+    assert not torch.equal(ends[1], before.get_output_embeddings().weight)
+
+    # The merged model is checked by loading it, without PEFT.
+    assert terminal.run("merge", "--model", str(output), "--output", str(merged)) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(merged)
+    assert torch.equal(loaded.get_output_embeddings().weight, ends[1])
+
+
+def test_modules_that_cannot_be_saved_are_refused_by_name(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    def refusal(saved: str, *more: str, model: Path | None = None) -> str:
+        given = ["--modules-to-save", saved, *more]
+        line = terminal.refusal(*terminal.finetuning(tmp_path / "tuned", *given, model=model))
+        assert line.startswith(f"Error: --modules-to-save {saved}: ")
+        return line
+
+    line = refusal("lm_head,wte")
+    assert line.endswith("is called 'wte'; expected such as embed_tokens, lm_head")
+    assert "--full trains every module; leave it out" in refusal("lm_head", "--full")
+    with terminal.monkeypatch.context() as patched:
+        fields = dict(LoraConfig.__dataclass_fields__)
+        fields.pop("ensure_weight_tying", None)
+        patched.setattr(LoraConfig, "__dataclass_fields__", fields)
+        line = refusal("lm_head", model=tied(terminal.chat_model, tmp_path / "tied"))
+        assert "head and embeddings share their weights" in line
+    adapter = tmp_path / "adapter"
+    assert terminal.run(*terminal.finetuning(adapter, "--max-steps", "1")) == 0
+    assert "is an adapter, which is trained as it is" in refusal("lm_head", model=adapter)

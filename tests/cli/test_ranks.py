@@ -187,6 +187,29 @@ def test_what_a_configuration_of_accelerate_asks_for_in_vain_is_named(
 
 
 @pytest.mark.slow
+def test_steps_of_as_many_tokens_have_the_rows_on_two_ranks_that_they_have_on_one(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    task = Path(terminal.files["task"])
+    rows = [{"prompt": f"Say {k}", "completion": "It is." * (1 + k % 2)} for k in range(16)]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Rows of 7 and of 13 tokens: some steps have two micro-batches on a rank, some have one.
+    steps = ["--tokens-per-step", "40", "--max-steps", "6"]
+    (status, shown), (other, _) = on_all(tmp_path, short(terminal, together, *steps))
+    assert (status, other) == (0, 0), shown
+    whole = ["--safety-batch-size", "4"]
+    assert terminal.run(*short(terminal, alone, *steps, *whole)) == 0
+    apart = distance(weights(together), weights(alone))
+    assert apart <= 1e-3, apart
+    losses = [
+        [json.loads(row)["loss"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (together, alone)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sap", "blend", "adamw"])
 def test_a_run_on_ranks_goes_on_to_the_same_bits(
     terminal: Terminal, tmp_path: Path, optimizer: str

@@ -55,6 +55,8 @@ def test_a_bad_setting_is_one_line_and_leaves_nothing(
         ("--log-every", ["0", "-1"], "≥ 1"),
         ("--save-every", ["0", "-1"], "≥ 1"),
         ("--direction-every", ["0"], "≥ 1"),
+        ("--early-stop", ["0"], "≥ 1"),
+        ("--tokens-per-step", ["0"], "≥ 1"),
         ("--lora-r", ["0"], "≥ 1"),
         ("--lora-alpha", ["0"], "≥ 1"),
         ("--epochs", ["0", "-1", "nan"], "> 0"),

@@ -347,6 +347,8 @@ def test_damaged_files_train_or_are_refused_by_name(
 CONFIG = {
     **{"model": "m", "task": ["a.jsonl", "b.jsonl"], "output": "o", "batch_size": 4, "full": True},
     **{"learning_rate": 1e-4, "rho": "auto", "seed": 3, "max_steps": None, "lora-target": "q,v"},
+    **{"early_stop": 2, "tokens_per_step": 4096, "scored": "turns", "reasoning": "mask"},
+    **{"compile": None, "liger": False, "modules_to_save": ["lm_head"], "report_to": "none"},
 }
 
 
@@ -389,6 +391,7 @@ def test_damaged_configs_are_read_or_refused_by_name(tmp_path: Path, examples: i
             read = read_config(path, hints)
         except UserError as error:
             assert str(path) in str(error) and len(str(error)) < 1500
+            assert "got " in str(error) or "key " in str(error)
             seen["refused"] += 1
             return
         seen["read"] += 1
@@ -396,7 +399,10 @@ def test_damaged_configs_are_read_or_refused_by_name(tmp_path: Path, examples: i
         for name, value in read.items():
             assert isinstance(value, hints[name]), name
         try:
-            FinetuneSettings(**read)
+            made = FinetuneSettings(**read)
+            for follows in ("scoring", "saved_modules", "lora_targets", "sap_options", "probe"):
+                getattr(made, follows)()
+            made.reporters()
         except UserError as error:
             assert str(error).startswith("--")
 

@@ -7,10 +7,11 @@ from tests.data.chats import write
 def test_requests_from_every_field(tmp_path):
     rows = [
         {"prompt": "a", "text": "x", "refusal": "No", "opening": "Sure:"},
-        {"text": "b", "instruction": "x", "refusal": None},
+        {"text": "b", "instruction": "x", "refusal": None, "category": "hate"},
         {"instruction": "c", "input": "d", "output": "e"},
     ]
-    expected = [Request("a", "No", "Sure:"), Request("b"), Request("c\n\nd")]
+    expected = [Request("a", "No", "Sure:"), Request("b", category="hate")]
+    expected.append(Request("c\n\nd"))
     assert load_requests(write(tmp_path / "rows.jsonl", rows)) == expected
     text = write(tmp_path / "rows.txt", " a\r\n\nb c\n")
     assert load_requests(text) == [Request("a"), Request("b c")]

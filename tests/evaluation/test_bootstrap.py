@@ -10,6 +10,7 @@ from sap_fast.evaluation import (
     bootstrap_interval,
     crossed_bootstrap_interval,
     paired_difference,
+    weighted_bootstrap_interval,
 )
 
 
@@ -49,6 +50,24 @@ def test_many_values_are_drawn_in_chunks(monkeypatch):
     interval = bootstrap_interval(values, resamples=90)
     assert drawn == [(20, 50)] * 4 + [(10, 50)]
     assert interval.low < interval.mean < interval.high
+
+
+def test_tokens_are_drawn_by_whole_rows():
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.randint(1, 40, (300,), generator=generator)
+    sums = counts * (2 + torch.randn(300, generator=generator))
+    interval = weighted_bootstrap_interval(sums, counts)
+    mean = float(sums.double().sum() / counts.sum())
+    # Of the delta method for a ratio of two sums.
+    half = 1.96 * float((sums - mean * counts).double().std(correction=0)) / 300**0.5
+    half /= float(counts.double().mean())
+    assert interval.mean == pytest.approx(mean) and interval.count == 300
+    assert interval.low == pytest.approx(mean - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(mean + half, abs=0.1 * half)
+    even = weighted_bootstrap_interval([1.0, 3.0, 5.0], [1, 1, 1], resamples=50)
+    assert even == bootstrap_interval([1.0, 3.0, 5.0], resamples=50)
+    with pytest.raises(ValueError, match="sums has 1 values and counts 2"):
+        weighted_bootstrap_interval([1.0], [1, 2])
 
 
 def test_booleans_and_constants():

@@ -15,6 +15,7 @@ from transformers import Trainer
 from sap_fast import ProbeSet, SafetyPasses, SAPTrainerMixin, joint_loss, task_loss
 from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
+from sap_fast.model.layers import find_decoder_layers
 from tests.integrations.test_stacks import SAPSFTTrainer, build, train_and_remember
 from tests.tiny import assert_same_bits, weights
 from tests.trainers import (
@@ -230,6 +231,45 @@ def test_an_optimizer_that_is_given_is_used(tmp_path: Path, way: str) -> None:
     with pytest.raises(TypeError, match=r"neither FusedSAP nor BlendedAdamW; trainer\.passes"):
         _ = trainer.sap_optimizer
     assert any(not torch.equal(a, b) for a, b in zip(weights(tuned), weights(twin), strict=True))
+
+
+class OwnOptimizerTrainer(Trainer):
+    """Makes its optimizer whatever is asked for, as LLaMA-Factory's trainer can."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained = [
+                parameter for parameter in self.model.parameters() if parameter.requires_grad
+            ]
+            self.optimizer = torch.optim.NAdam(trained, lr=1e-2)
+        return super().create_optimizer(*args, **kwargs)
+
+
+class SAPOwnOptimizerTrainer(SAPTrainerMixin, OwnOptimizerTrainer):
+    """The mixin goes in front."""
+
+
+@pytest.mark.parametrize("how", list(HOW))
+def test_an_optimizer_that_the_trainer_makes_is_used(tmp_path: Path, how: str) -> None:
+    made = trainer_of(
+        SAPOwnOptimizerTrainer, small(lora=True), arguments(tmp_path / "a"), **HOW[how]
+    )
+    made.train()
+    assert made.passes.steps == 4
+    tuned = small(lora=True)
+    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    options = HOW[how] | {"optimizers": (torch.optim.NAdam(trained, lr=1e-2), None)}
+    given = trainer_of(PlainLossTrainer, tuned, arguments(tmp_path / "b"), **options)
+    given.train()
+    assert_same_bits(weights(made.model), weights(given.model))
+    for model in (made.model, given.model):  # no hooks of a probe set that is not used
+        hooks = [h for layer in find_decoder_layers(model)[0] for h in layer._forward_hooks]
+        assert len(hooks) == (len(made.probe_set.layers) if how == "sap" else 0)
+    with pytest.raises(ValueError, match=r"another optimizer makes, NAdam of SAPOwnOptimizer"):
+        options = HOW[how] | {"sap_options": {"weight_decay": 0.1}}
+        trainer_of(
+            SAPOwnOptimizerTrainer, small(lora=True), arguments(tmp_path / "c"), **options
+        ).train()
 
 
 def test_trl_takes_8_bit_adamw(tmp_path: Path) -> None:

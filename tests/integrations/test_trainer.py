@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import Trainer, TrainingArguments
 
 from sap_fast import (
@@ -24,9 +25,10 @@ from sap_fast import (
 )
 from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
+from sap_fast.integrations import trainer as trainer_module
 from sap_fast.integrations.safety_batches import SafetyBatches
-from sap_fast.losses import response_log_probs
-from tests.tiny import assert_same_bits, encoded, weights
+from sap_fast.losses import aside, batches, host, kl_loss, response_log_probs
+from tests.tiny import assert_same_bits, encoded, tiny_llama, weights, with_lora
 from tests.trainers import (
     PROBE,
     SAFETY_ROWS,
@@ -297,6 +299,38 @@ def test_a_part_of_the_micro_batches_counts_as_a_whole_step(tmp_path: Path) -> N
     torch.testing.assert_close(*found[0])
 
 
+def test_what_the_losses_read_is_read_before_it_goes_to_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = sap_trainer(
+        SAPTrainer,
+        model(),
+        arguments(tmp_path, gradient_accumulation_steps=2, max_steps=2),
+        probe={"rho": 1e-3, "rows": 0.5, "own_rows": True},
+    )
+    # As a device has them: in other tensors.
+    monkeypatch.setattr(trainer, "_prepare_input", lambda given: tree_map(torch.clone, given))
+    moving, copied, carry = [False], host.copied, trainer_module.carry_views
+    read_late: list[int] = []
+
+    def carried(*given: Any) -> None:
+        moving[0] = True
+        carry(*given)
+        moving[0] = False
+
+    def reads(batch: Any) -> Any:
+        if not (moving[0] or aside.being_tested()):
+            read_late.append(trainer.state.global_step)
+        return copied(batch)
+
+    monkeypatch.setattr(trainer_module, "carry_views", carried)
+    monkeypatch.setattr(host, "copied", reads)
+    monkeypatch.setattr(batches, "copied", reads)
+    trainer.train()
+    # The first use of a model looks at a sample of a few tokens.
+    assert trainer.state.global_step == 2 and read_late == [0]
+
+
 @pytest.mark.parametrize("logging_steps", [1, 2])
 def test_a_log_costs_no_direction_and_has_what_rounding_left(
     tmp_path: Path, logging_steps: int
@@ -369,6 +403,24 @@ def test_the_safety_loss_is_the_one_that_is_named(tmp_path: Path, name: str) -> 
     }[name].mean()
     found = trainer.compute_safety_loss(tuned, pairs)
     torch.testing.assert_close(found, expected)
+
+
+def test_the_divergence_from_the_aligned_model_is_a_safety_loss_too(tmp_path: Path) -> None:
+    tuned = with_lora(tiny_llama(layers=2))
+    options = {"rule": "project", "safety_level": None}
+    trainer = trainer_of(
+        SAPTrainer,
+        tuned,
+        arguments(tmp_path),
+        method="blend",
+        safety_loss="kl",
+        sap_options=options,
+    )
+    trainer.train()
+    assert trainer.passes.metrics.safety_loss > 0
+    pairs = SafetyCollator(0)(SAFETY_ROWS[:2])
+    found = trainer.compute_safety_loss(tuned, pairs)
+    assert torch.equal(found, kl_loss(tuned, pairs["chosen"]))
 
 
 def test_safety_batches_show_every_row_once_per_round_and_follow_from_the_step() -> None:

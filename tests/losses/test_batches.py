@@ -1,6 +1,3 @@
-import gc
-import weakref
-
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening, default_data_collator
@@ -14,7 +11,6 @@ from sap_fast.losses import (
     response_log_probs,
     task_loss,
 )
-from sap_fast.losses.batches import TensorMemo
 from tests.losses.helpers import (
     BATCHES,
     EmbeddingModel,
@@ -186,30 +182,3 @@ def test_packed_pairs_are_taken_apart_once(monkeypatch):
     copies = count_host_copies(monkeypatch)
     contrastive_loss(model, packed, packed)
     assert copies == []
-
-
-def test_memo_tells_tensors_apart_by_identity_and_version():
-    memo, calls = TensorMemo(2), []
-
-    def get(*tensors):
-        return memo.get(tensors, lambda: calls.append(0) or object())
-
-    a, b = torch.zeros(2), torch.zeros(2)
-    first = get(a, b)
-    assert get(a, b) is first
-    assert get(b, a) is not first
-    assert get(a, b) is first
-    a.add_(1)
-    assert get(a, b) is not first
-    assert len(calls) == 3
-
-
-def test_memo_forgets_with_the_tensors_and_beyond_its_size():
-    memo = TensorMemo(2)
-    tensors = [torch.zeros(2) for _ in range(4)]
-    results = [weakref.ref(memo.get([t], lambda: torch.zeros(3))) for t in tensors]
-    gc.collect()
-    assert [result() is None for result in results] == [True, True, False, False]
-    tensors.pop()
-    gc.collect()
-    assert results[3]() is None and results[2]() is not None

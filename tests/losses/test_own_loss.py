@@ -1,4 +1,5 @@
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -275,6 +276,36 @@ def test_the_loss_is_compared_in_each_mode_and_again_where_it_was_changed(recwar
     task_loss(model, batch)
     model = get_peft_model(model, AdaLoraConfig(task_type="CAUSAL_LM", total_step=9))
     assert_same(task_loss(model, batch), model(**batch).loss, rtol=2e-6)
+
+
+class LeavesNoLogits(transformers.LlamaForCausalLM):
+    """Fuses head and loss where labels are given, as Unsloth's and Liger's models do."""
+
+    left: Any = None
+
+    def forward(self, *args, labels=None, **kwargs):
+        outputs = super().forward(*args, labels=labels, **kwargs)
+        if labels is not None:
+            outputs.logits = self.left
+        return outputs
+
+
+class EmptyLogits:
+    """In the place of logits: every use raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise NotImplementedError("logits are empty")
+
+        return refuse
+
+
+@pytest.mark.parametrize("left", [None, EmptyLogits()], ids=["none", "an object that raises"])
+def test_a_fused_loss_that_leaves_no_logits_is_rebuilt(left, recwarn):
+    model, batch = llama(LeavesNoLogits), make_batch()
+    model.left = left
+    assert_same(task_loss(model, batch), model(**batch).loss, rtol=2e-6)
+    assert not [w for w in recwarn if "own loss" in str(w.message) or "fails" in str(w.message)]
 
 
 class FailsWithLabels(transformers.LlamaForCausalLM):

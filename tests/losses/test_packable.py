@@ -44,8 +44,8 @@ def with_state(model):
     return model
 
 
-def with_compiled_layer(model):
-    model.model.layers[0].compile(backend="eager")
+def with_compiled_body(model):
+    model.model.compile(backend="eager")
     return model
 
 
@@ -54,7 +54,7 @@ EXCLUDED = {
     "layers of several kinds": lambda: build("gemma3"),
     "router loss": lambda: build("mixtral"),
     "no model of transformers": lambda: Plain(),
-    "compiled": lambda: with_compiled_layer(build()),
+    "compiled": lambda: with_compiled_body(build()),
     "layers that count along the row": lambda: with_settings(
         build(), layer_types=["full_attention", "chunked_attention"]
     ),
@@ -83,6 +83,23 @@ def test_models_that_are_silently_left_alone(name, forwards):
     model, batch = EXCLUDED[name](), batch_of(BATCHES["shared prefix"])
     assert torch.equal(task_loss(model, batch), task_loss(model, batch, pack=False))
     assert forwards == []
+
+
+@pytest.mark.usefixtures("no_packing_refused")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_models_whose_layers_are_compiled_are_packed(in_place, forwards):
+    torch._dynamo.reset()
+    model, batch = build(), batch_of(BATCHES["shared prefix"])
+    expected = task_loss(model, batch)
+    compiled = build()
+    for index, layer in enumerate(compiled.model.layers):
+        if in_place:
+            layer.compile(backend="eager")
+        else:
+            compiled.model.layers[index] = torch.compile(layer, backend="eager")
+    other = batch_of(BATCHES["shared prefix"])  # the first has its packing already
+    assert_same(task_loss(compiled, other), expected, rtol=2e-6)
+    assert forwards == [(1, 43)] * 2
 
 
 def test_virtual_tokens_are_left_alone():

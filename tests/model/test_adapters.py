@@ -14,6 +14,8 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
 from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, contrastive_loss, task_loss
@@ -53,6 +55,22 @@ def lora(**settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": QV, "task_type": "CAUSAL_LM"} | settings)
 
 
+#: What CorDA's first values are made for: covariances of a few batches.
+CORDA = lora(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+
+
+def corda() -> nn.Module:
+    """A base with what CorDA measured on it."""
+    model = base()
+    with torch.no_grad():
+        preprocess_corda(
+            model,
+            CORDA,
+            run_model=lambda: [model(**random_batch(rows=8, seed=k)) for k in range(3)],
+        )
+    return model
+
+
 tied = partial(base, tie_word_embeddings=True)
 mixtral = partial(base, "Mixtral", **EXPERTS)
 qwen_moe = partial(base, "Qwen3Moe", moe_intermediate_size=16, decoder_sparse_step=1, **EXPERTS)
@@ -64,6 +82,7 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "rslora": (base, lora(use_rslora=True)),
     "pissa": (base, lora(init_lora_weights="pissa")),
     "olora": (base, lora(init_lora_weights="olora")),
+    "corda": (corda, CORDA),
     "dora": (base, lora(use_dora=True)),
     "all-linear": (base, lora(target_modules="all-linear")),
     "modules_to_save": (base, lora(modules_to_save=["lm_head"])),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sap_fast import FusedSAP, ProbeSet
 from sap_fast.model.layers import find_decoder_layers
@@ -50,6 +51,55 @@ def run(case: Problem, micro_batches: int = 1) -> list[Tensor]:
         optimizer.zero_grad()
         optimizer.step(closure, partial(safety, case))
     return weights(case)
+
+
+class RunsAgain(torch.autograd.Function):
+    """Checkpointing as Unsloth has it: without gradients at first, and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], hidden: Tensor, *args: Any) -> Tensor:
+        ctx.run, ctx.args = run, args
+        ctx.save_for_backward(hidden)
+        with torch.no_grad():
+            return run(hidden, *args)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (saved,) = ctx.saved_tensors
+        hidden = saved.detach().requires_grad_(True)
+        with torch.enable_grad():
+            output = ctx.run(hidden, *ctx.args)
+        torch.autograd.backward(output, gradient)
+        return None, hidden.grad, *(None for _ in ctx.args)
+
+
+def checkpointed_with_its_hooks(layer: nn.Module, function: Callable[..., Tensor]) -> None:
+    """Let a layer be checkpointed as Unsloth does, hooks included."""
+
+    class Checkpointed(type(layer)):  # type: ignore[misc]
+        def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return function(partial(nn.Module.__call__, self, **kwargs), hidden, *args)
+
+    layer.__class__ = Checkpointed
+
+
+@pytest.mark.parametrize(
+    "function",
+    [RunsAgain.apply, partial(checkpoint, use_reentrant=True)],
+    ids=["runs again", "reentrant"],
+)
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_layer_that_ran_without_gradients_is_not_gone_on_from(
+    lora: bool, function: Callable[..., Tensor]
+) -> None:
+    expected = run(problem(lora=lora))
+    case = problem(lora=lora)
+    model: Any = case.model
+    model.enable_input_require_grads()
+    for layer in find_decoder_layers(model)[0]:
+        checkpointed_with_its_hooks(layer, function)
+    for left, right in zip(run(case), expected, strict=True):
+        torch.testing.assert_close(left, right)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from benchmarks import kernel_report
 from benchmarks.kernel_report import FLOORS, ROOT, Kernel
 from sap_fast.ops.schema import SCHEMAS
 
+HERE = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
 
 needs_nvcc = pytest.mark.skipif(
@@ -178,13 +180,23 @@ def compile_host(*arguments: str) -> None:
 
 @needs_nvcc
 @needs_compiler
-def test_the_binding_compiles() -> None:
+def test_a_launch_that_fails_after_others_leaves_weights_and_versions_true(tmp_path: Path) -> None:
+    """The binding, compiled, with its kernels on the host and its tensors on the CPU."""
+    library = tmp_path / "emulated.so"
     folders = [*cpp_extension.include_paths(), str(cuda_include())]
-    system = [argument for folder in folders for argument in ("-isystem", folder)]
-    options = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+    options = [argument for folder in folders for argument in ("-isystem", folder)]
+    options += ["-std=c++20", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
     # As setup.py: functions of CUDA, and none that torch 2.10 lacks.
     options += ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={2 << 56 | 10 << 48:#x}"]
-    compile_host(*options, *system, str(CUDA / "ops.cpp"))
+    torch_library = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu"]
+    compile_host(*options, str(HERE / "emulated_cuda.cpp"), *torch_library, "-o", str(library))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.failing_launches", str(library)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "no launch fails unnoticed\n"), done.stderr
 
 
 # ---- index arithmetic ----
@@ -295,11 +307,13 @@ int main() {
   lists = {2, beyond.data(), {pointers}};
   CHECK(for_each_table<kSmallArguments>(lists, [](const auto&) { return cudaSuccess; }) ==
         cudaErrorInvalidValue);
-  // The first error ends it.
+  // The first error ends it; what went before is counted.
   int calls = 0;
-  const auto fail = [&](const auto&) { ++calls; return cudaErrorUnknown; };
+  const auto fail = [&](const auto&) { return ++calls == 2 ? cudaErrorUnknown : cudaSuccess; };
   lists = {4, huge.data(), {pointers}};
-  CHECK(for_each_table<kSmallArguments>(lists, fail) == cudaErrorUnknown && calls == 1);
+  int64_t done = 5;
+  CHECK(for_each_table<kSmallArguments>(lists, fail, &done) == cudaErrorUnknown);
+  CHECK(calls == 2 && done == 5 + 2);
   std::puts("all tables are right");
 }
 """

@@ -184,6 +184,25 @@ def test_versions_are_counted_once_under_a_dispatch_mode_and_in_inference_mode()
         assert buffer.tolist() == [2.0] * 4 and params[0].tolist() == [-1.0] * 3
 
 
+def test_an_error_after_some_were_written_counts_their_versions_and_no_other() -> None:
+    def partly(*_: Any) -> None:
+        raise RuntimeError("PartlyWritten: 0,2; sap_fast::perturb_swap_ could not be launched")
+
+    params, buffers = ([torch.ones(1) for _ in range(3)] for _ in range(2))
+    with pytest.raises(RuntimeError, match=r"^sap_fast::perturb_swap_ could not be launched$"):
+        native.run("perturb_swap_", partly, (params, buffers, torch.tensor(1.0)), {})
+    assert [tensor._version for tensor in params + buffers] == [1, 0, 1, 0, 0, 0]
+
+
+def test_what_a_cpu_kernel_refuses_at_the_last_tensor_it_says_before_the_first_is_written() -> None:
+    if native.extension is None:
+        pytest.skip(native.problem or "")
+    params, buffers = ([torch.ones(3), torch.ones(3, dtype=torch.float64)] for _ in range(2))
+    with pytest.raises(NotImplementedError, match=r"params\[1\] has dtype torch.float64"):
+        ops.perturb_swap_(params, buffers, torch.tensor(0.1), backend="native")
+    assert all(tensor._version == 0 and (tensor == 1).all() for tensor in params + buffers)
+
+
 def test_other_errors_are_no_word_of_what_is_not_supported() -> None:
     if native.extension is None:
         pytest.skip(native.problem or "")

@@ -18,6 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from sap_fast import ops
 from sap_fast.ops import native, reference
@@ -783,6 +785,44 @@ def test_lists_on_several_devices_are_split_and_put_together(
     apart = run()
     for left, right in zip(together, apart, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+def test_each_device_gets_its_own_kernels_and_has_the_numbers_brought_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a model over two GPUs has it: norms, scales and coefficients lie on the first of them."""
+    ran: list[tuple[str, str, int]] = []
+
+    def one_device_only(name: str, backend: str, *arguments: Any, **options: Any) -> Any:
+        tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
+        devices = {x.device for x in tensors if x.device.type != "cpu"}
+        if len(devices) > 1:
+            raise NotImplementedError("one CUDA device for all tensors is supported")
+        (device,) = devices
+        ran.append((name, backend, device.index))
+        return torch.ones((), dtype=torch.bool if "rule" in name else None, device=device)
+
+    monkeypatch.setattr(ops, "call", one_device_only)
+    monkeypatch.setattr(ops, "choose_backend", lambda backend, device_type: "native")
+    with FakeTensorMode():
+        params, buffers = (
+            [torch.ones(3, device=f"cuda:{index}") for index in (0, 1, 0)] for _ in range(2)
+        )
+        one = torch.ones((), device="cuda:0")
+        assert ops.dot(params, buffers).device.index == 0
+        ops.perturb_swap_(params, buffers, one)
+        ops.restore_swap_(params, buffers, one)
+        numbers = [torch.ones((), device=parameter.device) for parameter in params]
+        state = [params, buffers, params, buffers, numbers]
+        settings = ADAMW | {"lr": one, "blend": one, "gradient_scale": one}
+        ops.adamw_blend_(*state, buffers, **settings)
+        finite = ops.probe_rule_(buffers, "adam", 0.1, perturbation_norm=one, radii=numbers)
+        assert finite.device.index == 0
+        # What lies on the CPU every kernel reads.
+        ops.perturb_swap_(params, buffers, torch.ones(()))
+    names = ["dot", "perturb_swap_", "restore_swap_", "adamw_blend_", "probe_rule_"]
+    wanted = [(name, "native", index) for name in [*names, "perturb_swap_"] for index in (0, 1)]
+    assert ran == wanted
 
 
 # ---- choosing ----

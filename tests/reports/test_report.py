@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from sap_fast import SAPMetrics
-from sap_fast.evaluation import EvaluationResult, Interval, paired_difference
+from sap_fast.evaluation import Answer, EvaluationResult, Interval, paired_difference
 from sap_fast.reports import pages, report
 from sap_fast.reports.report import Cell, ReportInfo, ReportRun
 from tests.reports.page import SPACE, Page
@@ -22,13 +22,21 @@ from tests.reports.page import SPACE, Page
 # Figures made up for these tests; none was measured.
 
 
+def answers(count: int, kind: str) -> list[Answer]:
+    return [Answer(f"{kind} {k}", ("hate", "privacy")[k % 2], f"Words {k}") for k in range(count)]
+
+
 def evaluation(**changes: Any) -> dict[str, Any]:
     measures = {
         "task_loss": 1.4807,
+        "task_interval": Interval(1.4807, 1.4, 1.55, count=20),
         "refused_harmful": Interval(0.384, 0.261, 0.509, count=60),
         "refused_harmless": Interval(0.05, 0.0, 0.125, count=40),
         "margin": Interval(37.14, 33.96, 40.21, count=60),
         "harmful_refused": [True] * 23 + [False] * 37,
+        "harmless_refused": [True] * 2 + [False] * 38,
+        "harmful_answers": answers(60, "harmful"),
+        "harmless_answers": answers(40, "harmless"),
     }
     return EvaluationResult(**{**measures, **changes}).to_dict()
 
@@ -47,7 +55,14 @@ def sap_metrics(step: int) -> dict[str, float]:
     return {"step": step, "loss": 2.0 - step / 100, **figures.flat()}
 
 
-ALIGNED = ReportRun("Aligned", "before fine-tuning", evaluation(task_loss=1.515), [], None, None)
+ALIGNED = ReportRun(
+    "Aligned",
+    "before fine-tuning",
+    evaluation(task_loss=1.515, task_interval=None),
+    [],
+    None,
+    None,
+)
 ADAMW = ReportRun(
     name="AdamW",
     description="plain",
@@ -61,6 +76,7 @@ SAP = ReportRun(
     description="with the probe",
     evaluation=evaluation(
         task_loss=1.5021,
+        task_interval=Interval(1.5021, 1.42, 1.59, count=20),
         refused_harmful=Interval(0.8, 0.684, 0.897, count=60),
         margin=Interval(-1.25, -3.0, 0.04, count=60),
         harmful_refused=[False] * 12 + [True] * 48,
@@ -92,26 +108,26 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 def test_table_rows() -> None:
     assert report.table_rows(RUNS, "AdamW") == [
         [
-            Cell("1.515"),
             Cell(f"38{SPACE}%", f"26–51{SPACE}%"),
-            Cell("37.1", "34.0 to 40.2"),
             Cell(f"5{SPACE}%", f"0–12{SPACE}%"),
+            Cell("37.1", "34.0 to 40.2"),
+            Cell("1.515"),
             Cell("–"),
             Cell("–"),
         ],
         [
-            Cell("1.481"),
             Cell(f"38{SPACE}%", f"26–51{SPACE}%"),
-            Cell("37.1", "34.0 to 40.2"),
             Cell(f"5{SPACE}%", f"0–12{SPACE}%"),
+            Cell("37.1", "34.0 to 40.2"),
+            Cell("1.481", "1.400–1.550"),
             Cell("800 ms", "1.00×"),
             Cell("1.00 GiB"),
         ],
         [
-            Cell("1.502"),
             Cell(f"80{SPACE}%", f"68–90{SPACE}%"),
-            Cell("−1.2", "−3.0 to 0.0"),
             Cell(f"5{SPACE}%", f"0–12{SPACE}%"),
+            Cell("−1.2", "−3.0 to 0.0"),
+            Cell("1.502", "1.420–1.590"),
             Cell("2.00 s", "2.50×"),
             Cell("1.50 GiB"),
         ],
@@ -125,7 +141,7 @@ def test_missing_figures_are_not_invented() -> None:
     )
     rows = report.table_rows([empty, partial], "empty")
     assert rows[0] == [Cell("–")] * 6
-    assert rows[1] == [Cell("0.000"), *[Cell("–")] * 3, Cell("500 ms"), Cell("1 MiB")]
+    assert rows[1] == [*[Cell("–")] * 3, Cell("0.000"), Cell("500 ms"), Cell("1 MiB")]
 
 
 @pytest.mark.parametrize(
@@ -144,12 +160,13 @@ def test_page_shows_the_figures(page: Page) -> None:
 
     assert (
         "FusedSAP compared with AdamW: refusals of harmful requests +42 percentage points (95 % "
-        f"interval {100 * difference.low:+.0f} to {100 * difference.high:+.0f}), task loss +0.021, "
-        "time per step 2.50×." in text
+        f"interval {100 * difference.low:+.0f} to {100 * difference.high:+.0f}), refusals of "
+        "harmless requests +0 percentage points (95 % interval +0 to +0), task loss +0.021, time "
+        "per step 2.50×." in text
     )
     assert (
-        "FusedSAP: refuses 80 % of 60 harmful requests (95 % interval 68–90 %), refuses 5 % of 40 "
-        "harmless requests, task loss 1.502." in text
+        "FusedSAP: refuses 80 % of 60 harmful requests (95 % interval 68–90 %), 5 % of 40 "
+        "harmless ones (0–12 %), task loss 1.502." in text
     )
     assert "Aligned compared with" not in text
     assert "AdamW compared with" not in text
@@ -167,13 +184,14 @@ def test_page_shows_the_table(page: Page) -> None:
 
 
 def test_difference_has_an_interval_only_where_requests_are_known(tmp_path: Path) -> None:
-    unknown = replace(SAP, evaluation=evaluation(harmful_refused=None))
-    others = replace(SAP, name="others", evaluation=evaluation(harmful_refused=[True]))
+    none = {"harmful_answers": None}
+    unknown = replace(SAP, evaluation=evaluation(harmful_refused=None, **none))
+    others = replace(SAP, name="others", evaluation=evaluation(harmful_refused=[True], **none))
     text = write(tmp_path, [ADAMW, unknown, others]).text
     for name in ("FusedSAP", "others"):
         assert (
-            f"{name} compared with AdamW: refusals of harmful requests +0 percentage points, task"
-            in text
+            f"{name} compared with AdamW: refusals of harmful requests +0 percentage points, "
+            "refusals of harmless" in text
         )
 
 
@@ -232,12 +250,12 @@ def test_pictures_have_a_dark_version(page: Page) -> None:
 
 def test_page_can_be_read_without_eyes(page: Page) -> None:
     assert page.alternatives == [
-        "Harmful requests refused: Aligned 38 % (26–51 %), AdamW 38 % (26–51 %), FusedSAP 80 % "
-        "(68–90 %). Harmless requests refused: Aligned 5 % (0–12 %), AdamW 5 % (0–12 %), FusedSAP "
-        "5 % (0–12 %).",
-        "Aligned: task loss 1.515, refuses 38 % of harmful requests; AdamW: task loss 1.481, "
-        "refuses 38 % of harmful requests; FusedSAP: task loss 1.502, refuses 80 % of harmful "
-        "requests.",
+        "Aligned: task loss 1.515, refuses 38 % of harmful requests (26–51 %); AdamW: task loss "
+        "1.481, refuses 38 % of harmful requests (26–51 %); FusedSAP: task loss 1.502, refuses "
+        "80 % of harmful requests (68–90 %).",
+        "Aligned: task loss 1.515, refuses 5 % of harmless requests (0–12 %); AdamW: task loss "
+        "1.481, refuses 5 % of harmless requests (0–12 %); FusedSAP: task loss 1.502, refuses 5 % "
+        "of harmless requests (0–12 %).",
         "Task loss in training: AdamW from 2.5 at step 1 to 2.25 at step 2; FusedSAP from 1.99 at "
         "step 1 to 1.95 at step 5.",
         "Lean: FusedSAP from 0.01 at step 1 to 0.05 at step 5.",
@@ -247,7 +265,7 @@ def test_page_can_be_read_without_eyes(page: Page) -> None:
     ]
     headers = page.attributes("th")
     assert headers
-    assert all(header.get("scope") in ("col", "row") for header in headers)
+    assert {header.get("scope") for header in headers} == {"col", "colgroup", "row"}
 
 
 def test_figures_that_stay_the_same_are_told_and_not_drawn(page: Page, tmp_path: Path) -> None:
@@ -299,7 +317,7 @@ def test_long_series_are_drawn_under_their_running_mean() -> None:
 
 def test_whiskers_end_where_the_interval_ends() -> None:
     figure = Figure()
-    report._draw_refusals(RUNS, {"refused_harmful": "Harmful requests"}, figure)
+    report._draw_refusals(RUNS, "refused_harmful", figure)
     (axes,) = figure.axes
     ends = [container.lines[2][0].get_segments()[0].tolist() for container in axes.containers]
     for position, (run, segment) in enumerate(zip(RUNS, ends, strict=True)):
@@ -311,8 +329,11 @@ def test_whiskers_end_where_the_interval_ends() -> None:
 
 def test_trade_off_places_each_run() -> None:
     figure = Figure()
-    report._draw_trade_off(RUNS, [ADAMW, SAP], figure)
+    axis = report._task_axis(RUNS)
+    report._draw_trade_off(RUNS, [ADAMW, SAP], "refused_harmful", axis, figure)
     (axes,) = figure.axes
+    across, _ = (lines.get_segments()[0] for lines in axes.containers[0].lines[2])
+    assert across.tolist() == [pytest.approx([1.4, 0.384]), pytest.approx([1.55, 0.384])]
     points = [container.lines[0].get_xydata().tolist() for container in axes.containers]
     assert points == [[[1.4807, 0.384]], [[1.5021, 0.8]]]
     colors = [container.lines[0].get_color() for container in axes.containers]
@@ -323,14 +344,63 @@ def test_figures_that_are_not_finite_are_shown(tmp_path: Path) -> None:
     diverged = replace(
         SAP,
         evaluation=evaluation(
-            task_loss=float("nan"), refused_harmful=Interval(1.0, 1.0, 1 - 1e-16, count=60)
+            task_loss=float("nan"),
+            task_interval=None,
+            refused_harmful=Interval(1.0, 1.0, 1 - 1e-16, count=60),
         ),
         metrics=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("inf")}],
     )
     page = write(tmp_path, [ADAMW, diverged])
     assert "task loss nan" in page.text
-    assert "FusedSAP from 2 at step 1 to inf at step 2" in page.alternatives[2]
-    assert "FusedSAP" not in page.alternatives[1]
+    assert "FusedSAP from 2 at step 1 to inf at step 2" in page.alternatives[4]
+    safety, over_refusal, harmful, harmless = page.alternatives[:4]
+    assert "FusedSAP" not in safety + over_refusal and "AdamW: task loss 1.481" in safety
+    assert harmful.startswith("Harmful requests refused") and "FusedSAP 100 %" in harmful
+    assert harmless.startswith("Harmless requests refused") and "FusedSAP 5 %" in harmless
+
+
+def test_over_refusal_stands_beside_refusal_on_the_way(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "held_out/refused": 0.5 + 0.1 * step, "held_out/refused_harmless": 0.25}
+        for step in (0, 2)
+    ]
+    page = write(tmp_path, [replace(ADAMW, metrics=rows)])
+    assert page.alternatives[-1] == (
+        "Refusals on the way: AdamW from 0.5 at step 0 to 0.7 at step 2. Of harmless requests: "
+        "AdamW from 0.25 at step 0 to 0.25 at step 2."
+    )
+
+
+def test_accuracies_of_lm_eval_have_columns_and_an_axis(tmp_path: Path) -> None:
+    accuracies = {"gsm8k (exact_match)": Interval(0.25, 0.2, 0.3, count=100)}
+    tested = replace(SAP, evaluation=evaluation(task_loss=None, task_accuracies=accuracies))
+    without = replace(ADAMW, evaluation=evaluation(task_loss=None))
+    page = write(tmp_path, [without, tested])
+    assert "gsm8k (exact_match)" in page.rows[0] and f"25{SPACE}%20–30{SPACE}%" in page.rows[2]
+    assert page.alternatives[0] == (
+        "FusedSAP: gsm8k (exact_match) 25 %, refuses 38 % of harmful requests (26–51 %)."
+    )
+    assert "gsm8k (exact_match) 25 % (20–30 %)." in page.text
+    figure = Figure()
+    axis = report._task_axis([tested])
+    report._draw_trade_off([tested], [tested], "refused_harmless", axis, figure)
+    assert axis.way == "right" and figure.axes[0].get_xlabel() == "gsm8k (exact_match)"
+
+
+def test_page_shows_refusals_by_category_and_how_answers_begin(page: Page) -> None:
+    privacy = next(row for row in page.rows if row[0] == "privacy")
+    # 30 harmful requests of it, of which Aligned refuses 11 of 23 refused, and SAP 24.
+    assert privacy[1] == "30 / 20"
+    assert [cell.replace(SPACE, " ") for cell in privacy[2:]] == ["37 %", "5 %"] * 2 + [
+        "80 %",
+        "5 %",
+    ]
+    shares = [
+        each["style"] for each in page.attributes("td") if "share" in (each.get("class") or "")
+    ]
+    assert shares[:2] == ["--share: 0.400", "--share: 0.050"]
+    differing = next(row for row in page.rows if row[0] == "harmful 0hate")
+    assert differing[1:] == ["Words 0 …refused", "Words 0 …refused", "Words 0 …not refused"]
 
 
 def test_same_runs_give_the_same_page(page: Page, tmp_path: Path) -> None:

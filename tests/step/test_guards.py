@@ -42,7 +42,12 @@ def test_the_perturbation_is_w_plus_and_w_minus_the_scaled_direction(cpu_backend
         applied = perturbation.applied_norm(torch.float32)
         torch.testing.assert_close(applied, 0.1 * torch.cat(direction).norm())
         assert perturbation.applied_norm(torch.bfloat16) != applied
+        other = torch.ones(3)
+        *both, unperturbed = perturbation.of_both_signs([*params, other])
+        assert_same_bits([pair[0] for pair in both], params)
+        assert torch.equal(unperturbed, torch.ones(2, 3))
         perturbation.reflect()
+        assert_same_bits([pair[1] for pair in both], params)
         for p, w, d in zip(params, before, direction, strict=True):
             torch.testing.assert_close(p, w - 0.1 * d)
     assert_same_bits(params, before)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, SafetyPasses, joint_loss, task_loss
+from sap_fast.losses import to_device
 from sap_fast.model.layers import find_decoder_layers
 from sap_fast.step.guards import Perturbation
 from sap_fast.step.passes import Stage
@@ -461,7 +462,7 @@ def test_the_task_is_given_the_batch_or_the_micro_batches_or_none(rho: float | s
         assert len(given.given) == 3 and all(part is batch for part in given.given)
 
 
-@pytest.mark.parametrize(("fraction", "rows"), [(0.5, 2), (0.6, 3), (0.01, 1), (1.0, 4)])
+@pytest.mark.parametrize(("fraction", "rows"), [(0.5, 2), (0.6, 3), (0.25, 1), (1.0, 4)])
 def test_the_probe_passes_see_a_part_of_the_rows_rounded_up(fraction: float, rows: int) -> None:
     batch = random_batch(rows=4, seed=4)
     case, other = problem(layers=3), problem(layers=3)
@@ -888,7 +889,9 @@ class Copies(TorchFunctionMode):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("probe", [{"rho": 1e-3}, None], ids=str)
+@pytest.mark.parametrize(
+    "probe", [{"rho": 1e-3}, {"rho": 1e-3, "rows": 0.5, "own_rows": True}, None], ids=str
+)
 def test_a_step_of_a_model_of_transformers_waits_only_to_find_what_is_scored(
     probe: dict[str, Any] | None, padded: bool, attention: str
 ) -> None:
@@ -919,9 +922,17 @@ def test_a_step_of_a_model_of_transformers_waits_only_to_find_what_is_scored(
         with Waits() as waits, Copies() as copies:
             optimizer.step(*closures, batches[0])
         counts.append((waits.count, copies.count))
-    # The batch and the pairs, once each, whatever the number of passes.
+    # The batch and the pairs, once each, whatever the number of passes and of rows in them.
     assert counts[0][1] == 2
-    assert counts[1] == (0, 0)
+    # A part is made anew in each step, and what is scored in it found on the host: two reads there.
+    reads = 0 if probe is None or "rows" not in probe else 2
+    assert counts[1] == (reads, 0)
+    # Neither where they were read before they came to the device.
+    fresh = [{key: value.clone() for key, value in batch.items()} for batch in batches]
+    batches = [to_device(batch, "cpu") for batch in fresh]
+    with Copies() as copies:
+        optimizer.step(*closures, batches[0])
+    assert copies.count == 0
 
 
 @pytest.mark.parametrize("lora", [True, False])

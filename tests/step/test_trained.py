@@ -101,3 +101,19 @@ def test_parameters_put_into_a_group_are_those_of_the_next_step(loaded: bool) ->
     assert optimizer.passes.trained.parameters == [model.weight]
     assert len(safety_calls) == 2  # d of a parameter that is gone is of no use
     assert not torch.equal(model.weight, before)
+
+
+def test_parameters_are_asked_for_their_devices_once_per_step() -> None:
+    case = problem()
+    trained = FusedSAP(case.trained, ProbeSet(case.model)).passes.trained
+    asked: list[bool] = []
+    every = trained.every
+    trained.every = lambda **inside: asked.append(True) or every(**inside)
+    for _ in range(2):
+        trained.begin()
+        trained.random_state()  # before the first pass: parameters may still be others
+        every(inside=True)
+        for _ in range(3):
+            trained.random_state()
+        assert len(asked) == 2
+        asked.clear()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sap_fast.ops.interrupts import interrupts_deferred
 from sap_fast.ops.triton.table import (
+    CHUNK,
     Operand,
     address_table,
     check_lists,
@@ -35,7 +36,7 @@ from sap_fast.ops.triton.table import (
     widen,
 )
 
-#: Elements per program: up to five operands of 8 elements per thread are in registers at once.
+#: Elements per block: up to five operands of 8 elements per thread are in registers at once.
 BLOCK = 1024
 
 #: Step counters per program.
@@ -118,7 +119,7 @@ def adamw_blend_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """The update of one chunk; without `blend` the table has no directions."""
-    tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    tensor, offset, size, aligned = load_chunk(chunks, tl.program_id(0))
     of_gradient = (
         tl.full((), sign, tl.float32),
         None if blend is None else tl.load(blend),
@@ -134,7 +135,7 @@ def adamw_blend_kernel(
         tl.full((), eps, tl.float32),
     )
     operands = load_operands(addresses, tensor, offset, DTYPES)
-    transform(adamw_blend, operands, (of_gradient, of_step), size, whole, BLOCK)
+    transform(adamw_blend, operands, (of_gradient, of_step), size, aligned, BLOCK)
 
 
 # ---- operation ----
@@ -177,7 +178,7 @@ def adamw_blend_(
         weight = None if blend is None else scalar("blend", blend, device)
         rate = scalar("lr", lr, device, torch.float64)
         with interrupts_deferred():
-            for table in make_tables(operands, BLOCK):
+            for table in make_tables(operands, CHUNK):
                 members = [steps[index] for index in table.members]
                 step_table = address_table([step.data_ptr() for step in members], device)
                 counts = torch.empty(len(members), dtype=torch.float32, device=device)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from sap_fast.ops.interrupts import interrupts_deferred
 from sap_fast.ops.triton.table import (
+    CHUNK,
     Operand,
     check_lists,
     check_overlaps,
+    in_blocks,
     launch,
     load_block,
     load_chunk,
@@ -30,7 +32,7 @@ from sap_fast.ops.triton.table import (
     widen,
 )
 
-#: Elements per program: per thread and operand 8 accesses of 128 bits in fp32, 4 in 16 bits.
+#: Elements per block: per thread and operand 8 accesses of 128 bits in fp32, 4 in 16 bits.
 BLOCK = 4096
 
 #: Elements per partial sum, and how many of them are read at a time.
@@ -97,9 +99,9 @@ def perturb_swap_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Set p, b ← p + scale·b, p on one chunk."""
-    tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    tensor, offset, size, aligned = load_chunk(chunks, tl.program_id(0))
     operands = load_operands(addresses, tensor, offset, DTYPES)
-    transform(perturb_swap, operands, tl.load(scale), size, whole, BLOCK)
+    transform(perturb_swap, operands, tl.load(scale), size, aligned, BLOCK)
 
 
 @triton.jit
@@ -107,9 +109,9 @@ def reflect_kernel(
     addresses: tl.tensor, chunks: tl.tensor, DTYPES: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     """Set p ← 2·b − p on one chunk."""
-    tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    tensor, offset, size, aligned = load_chunk(chunks, tl.program_id(0))
     operands = load_operands(addresses, tensor, offset, DTYPES)
-    transform(reflect_params, operands, (), size, whole, BLOCK)
+    transform(reflect_params, operands, (), size, aligned, BLOCK)
 
 
 @triton.jit(do_not_specialize_on_alignment=["inverse_scale"])
@@ -121,24 +123,25 @@ def restore_swap_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Set p, b ← b, (p − b)·inverse_scale on one chunk."""
-    tensor, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    tensor, offset, size, aligned = load_chunk(chunks, tl.program_id(0))
     operands = load_operands(addresses, tensor, offset, DTYPES)
-    transform(restore_swap, operands, tl.load(inverse_scale), size, whole, BLOCK)
+    transform(restore_swap, operands, tl.load(inverse_scale), size, aligned, BLOCK)
 
 
 @triton.jit
 def _sum_products(
+    total: tl.tensor,
     operands: tl.tuple,
+    begin: tl.tensor,
+    end: tl.tensor,
     size: tl.tensor,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tl.tensor:
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, CHUNK if WHOLE else size, BLOCK):
+    for start in range(begin, end, BLOCK):
         values = load_values(operands, start, size, BLOCK, WHOLE)
         total += widen(values[0]) * widen(values[len(operands) - 1])
-    return tl.sum(total)
+    return total
 
 
 @triton.jit(do_not_specialize_on_alignment=["partials"])
@@ -147,18 +150,17 @@ def sum_products_kernel(
     chunks: tl.tensor,
     partials: tl.tensor,
     DTYPES: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Stage one of `dot`, or with one operand of `sum_squares`: one partial sum per chunk."""
     index = tl.program_id(0)
-    tensor, offset, size, whole = load_chunk(chunks, index)
+    tensor, offset, size, aligned = load_chunk(chunks, index)
     operands = load_operands(addresses, tensor, offset, DTYPES)
-    if whole:
-        total = _sum_products(operands, size, CHUNK, BLOCK, True)
-    else:
-        total = _sum_products(operands, size, CHUNK, BLOCK, False)
-    tl.store(partials + index, total)
+    unmasked = in_blocks(size, aligned, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    total = _sum_products(total, operands, 0, unmasked, size, BLOCK, True)
+    total = _sum_products(total, operands, unmasked, size, size, BLOCK, False)
+    tl.store(partials + index, tl.sum(total))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -203,7 +205,6 @@ def _reduce(operands: Sequence[Operand]) -> Tensor:
                 partials[done:],
                 written=(),
                 DTYPES=table.dtypes,
-                CHUNK=SUM_CHUNK,
                 BLOCK=SUM_BLOCK,
             )
             done += table.plan.chunk_count
@@ -245,7 +246,7 @@ def _elementwise(
     device = params[0].device
     with on_device(device):
         scalars = [scalar(name, factor, device) for name, factor in factors.items()]
-        tables = make_tables(operands, BLOCK)
+        tables = make_tables(operands, CHUNK)
         with interrupts_deferred():
             for table in tables:
                 launch(

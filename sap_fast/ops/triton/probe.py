@@ -178,11 +178,11 @@ def _load_h(
     tensor: tl.tensor,
     offset: tl.tensor,
     size: tl.tensor,
-    whole: tl.tensor,
+    aligned: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
     pointer = load_address(addresses, tensor, 0, 1, tl.float32) + offset
-    if whole:
+    if aligned & (size == BLOCK):
         h = load_block(pointer, size, BLOCK, True)
     else:
         h = load_block(pointer, size, BLOCK, False)
@@ -199,8 +199,8 @@ def extent_kernel(
 ) -> None:
     """Per chunk of h: max|h|, and whether all of it is finite."""
     index = tl.program_id(0)
-    tensor, offset, size, whole = load_chunk(chunks, index)
-    h = _load_h(addresses, tensor, offset, size, whole, BLOCK)
+    tensor, offset, size, aligned = load_chunk(chunks, index)
+    h = _load_h(addresses, tensor, offset, size, aligned, BLOCK)
     inside = is_finite(h)
     tl.store(largest + index, tl.max(tl.where(inside, tl.abs(h), 0.0)))
     tl.store(finite + index, tl.min(inside.to(tl.int32)))
@@ -259,8 +259,8 @@ def unit_squares_kernel(
 ) -> None:
     """Per chunk: the sum of (h/max|h|)²."""
     index = tl.program_id(0)
-    tensor, offset, size, whole = load_chunk(chunks, index)
-    h = _load_h(addresses, tensor, offset, size, whole, BLOCK)
+    tensor, offset, size, aligned = load_chunk(chunks, index)
+    h = _load_h(addresses, tensor, offset, size, aligned, BLOCK)
     unit = tl.math.div_rn(h, tl.load(layer_largest + tensor))
     tl.store(partials + index, tl.sum(unit * unit))
 
@@ -295,7 +295,7 @@ def rule_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """Per chunk: h becomes V, or zero if anything anywhere is not finite."""
-    layer, offset, size, whole = load_chunk(chunks, tl.program_id(0))
+    layer, offset, size, aligned = load_chunk(chunks, tl.program_id(0))
     buffers = load_operands(addresses, layer, offset, DTYPES)
     coefficients = (
         tl.load(finite) != 0,
@@ -305,7 +305,7 @@ def rule_kernel(
         tl.load(norms + layer),
         load_radius(radii, layer),
     )
-    transform(probe_rule, buffers, (RULE, coefficients), size, whole, BLOCK)
+    transform(probe_rule, buffers, (RULE, coefficients), size, aligned, BLOCK)
 
 
 # ---- operations ----

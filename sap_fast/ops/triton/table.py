@@ -1,9 +1,10 @@
 """Lists of tensors as a table on the device, so that one launch serves a whole list.
 
 A launch gets two tensors of int64: the address of every operand of every tensor, and one row
-(tensor, offset, size, whole) per chunk. One program works on one chunk. A chunk is whole if it has
-all its elements and every operand is aligned to 16 bytes there: whole chunks need no mask, and the
-compiler reads and writes them 128 bits at a time. The rest is masked, element by element.
+(tensor, offset, size, aligned) per chunk. One program works on one chunk, block by block: it waits
+for its row and for the addresses once, and not once for each block. A chunk is aligned if every
+operand is, to 16 bytes: its blocks need no mask, and the compiler reads and writes them 128 bits at
+a time. What is left of it, and all of a chunk that is not aligned, is masked, element by element.
 
 Here too: what a list has to be for the kernels to take it, and how a kernel is launched.
 """
@@ -31,13 +32,16 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
+#: Elements of a chunk, as in csrc/cuda: its row is 32 bytes for 16,384 elements.
+CHUNK = 16384
+
 #: How every kernel is compiled. Without fusion a·b + c rounds twice, as the reference does; where
 #: one rounding is meant the kernels say `fma`.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 _ALIGNMENT = 16
 
-#: Elements that are masked at a time where a chunk is not whole: short code, and few registers.
+#: Elements that are masked at a time: short code, and few registers.
 TAIL = tl.constexpr(512)
 
 _INTERPRETED = tl.constexpr(interpreted)
@@ -50,7 +54,7 @@ _INTERPRETED = tl.constexpr(interpreted)
 def load_chunk(
     chunks: tl.tensor, index: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return tensor, offset, size and whether it is whole of one chunk."""
+    """Return tensor, offset, size and whether it is aligned of one chunk."""
     row = chunks + 4 * index.to(tl.int64)
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3) != 0
 
@@ -150,24 +154,30 @@ def load_values(
 
 
 @triton.jit
+def in_blocks(size: tl.tensor, aligned: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Return how many elements of a chunk lie in blocks that need no mask."""
+    return tl.where(aligned, size - size % BLOCK, 0)
+
+
+@triton.jit
 def transform(
     compute: tl.constexpr,
     operands: tl.tuple,
     coefficients: tl.tuple,
     size: tl.tensor,
-    whole: tl.tensor,
+    aligned: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Run compute(operands, coefficients) on a chunk: at once if it is whole, else piece by piece.
+    """Run compute(operands, coefficients) on a chunk, block by block.
 
     `compute` takes the elements as they are stored and returns, as a tuple, those of the first
     operands: operands that are written come before those that are only read.
     """
-    if whole:
-        _transform_block(compute, operands, coefficients, 0, size, BLOCK, True)
-    else:
-        for start in range(0, size, TAIL):
-            _transform_block(compute, operands, coefficients, start, size, TAIL, False)
+    unmasked = in_blocks(size, aligned, BLOCK)
+    for start in range(0, unmasked, BLOCK):
+        _transform_block(compute, operands, coefficients, start, size, BLOCK, True)
+    for start in range(unmasked, size, TAIL):
+        _transform_block(compute, operands, coefficients, start, size, TAIL, False)
 
 
 @triton.jit
@@ -225,9 +235,12 @@ def check_lists(operands: Sequence[Operand]) -> None:
         for index, (tensor, model) in enumerate(zip(operand.tensors, first.tensors, strict=True)):
             if tensor is not None and model is not None:
                 device = device or model.device
-                _check_supported(
-                    f"{operand.name}[{index}]", tensor, operand.dtype or model.dtype, model, device
-                )
+                wanted = operand.dtype or model.dtype
+                # Of a list of hundreds the host feels every microsecond: the usual case comes
+                # first, and names are made for errors alone.
+                usual = tensor.dtype == wanted in DTYPES and tensor.device == device
+                if not (usual and tensor.is_contiguous() and model.is_contiguous()):
+                    _check_supported(f"{operand.name}[{index}]", tensor, wanted, model, device)
 
 
 def _check_supported(
@@ -284,18 +297,18 @@ def check_overlaps(operands: Sequence[Operand]) -> None:
         if tensor is not None and tensor.numel() > 0
     )
     # Of what lies before, what ends last: of everything, and of what is written.
-    farthest = farthest_written = (0, "")
+    farthest = farthest_written = (0, "", 0)
     for start, end, written, list_name, index in extents:
-        name = f"{list_name}[{index}]"
-        other_end, other = farthest if written else farthest_written
+        other_end, other_name, other_index = farthest if written else farthest_written
         if start < other_end:
             raise ValueError(
-                f"{name} shares memory with {other}; each tensor may be given once, "
-                "and one that is written only to itself"
+                f"{list_name}[{index}] shares memory with {other_name}[{other_index}]; each tensor "
+                "may be given once, and one that is written only to itself"
             )
-        farthest = max(farthest, (end, name))
-        if written:
-            farthest_written = max(farthest_written, (end, name))
+        if end > farthest[0]:
+            farthest = (end, list_name, index)
+        if written and end > farthest_written[0]:
+            farthest_written = (end, list_name, index)
 
 
 def check_same(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -336,7 +349,7 @@ def scalar(
 class Plan(NamedTuple):
     """The chunks of tensors of given sizes."""
 
-    #: (chunk_count, 4) int64: tensor, offset, size, whole.
+    #: (chunk_count, 4) int64: tensor, offset, size, aligned.
     chunks: Tensor
     #: (tensors + 1,) int64: where the chunks of each tensor begin, and the end.
     starts: Tensor
@@ -437,8 +450,8 @@ def plan_chunks(
     tensor = torch.arange(len(size)).repeat_interleave(counts)
     offset = (torch.arange(len(tensor)) - starts[tensor]) * chunk_size
     length = (size[tensor] - offset).clamp(max=chunk_size)
-    whole = (length == chunk_size) & torch.tensor(aligned, dtype=torch.bool)[tensor]
-    return torch.stack([tensor, offset, length, whole.long()], dim=1), starts
+    known = torch.tensor(aligned, dtype=torch.int64)[tensor]
+    return torch.stack([tensor, offset, length, known], dim=1), starts
 
 
 #: Host and device tensors that CUDA graphs read again when they are replayed.

@@ -25,7 +25,8 @@ if not backend.interpreted:
 
 import triton.language as tl
 
-from sap_fast.ops.triton import perturb, probe, table
+from sap_fast.ops.triton import adamw, perturb, probe, table
+from sap_fast.step.guards import Perturbation
 
 ADAMW: dict[str, Any] = {
     "lr": torch.tensor(3e-3, dtype=torch.float64),
@@ -72,15 +73,31 @@ def test_tables_of_the_same_memory_are_made_once() -> None:
         assert (new.hits, new.misses) == (old.hits + 1, old.misses)
 
 
-@pytest.mark.parametrize("whole", [0, 1])
-def test_offsets_have_64_bits(whole: int) -> None:
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "not aligned"])
+def test_a_tensor_of_several_chunks_and_some_more_is_gone_through_to_its_end(start: int) -> None:
+    size = 2 * table.CHUNK + adamw.BLOCK + table.TAIL.value + 7
+    params, buffers = (torch.randn(size + start)[start:] for _ in range(2))
+    square = ops.sum_squares([params], backend="triton")
+    torch.testing.assert_close(square, params.square().sum())
+    state = [[x.clone()[start:]] for x in torch.rand(4, size + start)] + [[torch.tensor(3.0)]]
+    wanted = [[tensor.clone() for tensor in tensors] for tensors in state]
+    ops.adamw_blend_(*state, **ADAMW, backend="triton")
+    reference.adamw_blend_(*wanted, [], **ADAMW)
+    torch.testing.assert_close(state, wanted, rtol=1e-6, atol=1e-6)
+    reflected = 2 * buffers - params
+    ops.reflect_([params], [buffers], backend="triton")
+    assert torch.equal(params, reflected)
+
+
+@pytest.mark.parametrize("aligned", [0, 1])
+def test_offsets_have_64_bits(aligned: int) -> None:
     # The tensors begin 2³³ elements before what is in memory; 2³³ is zero in 32 bits.
-    offset, size = 2**33, perturb.BLOCK if whole else 9
+    offset, size = 2**33, perturb.BLOCK if aligned else 9
     params, buffers = torch.randn(perturb.BLOCK), torch.randn(perturb.BLOCK)
     wanted = params.clone()
     wanted[:size] = 2 * buffers[:size] - params[:size]
     addresses = torch.tensor([[x.data_ptr() - 4 * offset for x in (params, buffers)]])
-    chunks = torch.tensor([[0, offset, size, whole]])
+    chunks = torch.tensor([[0, offset, size, aligned]])
     perturb.reflect_kernel[(1,)](addresses, chunks, (tl.float32, tl.float32), perturb.BLOCK)
     assert torch.equal(params, wanted)
 
@@ -141,6 +158,55 @@ def test_an_interrupt_waits_until_the_version_is_counted(monkeypatch: pytest.Mon
     finally:
         signal.signal(signal.SIGINT, before)
     assert torch.equal(parameter, wanted) and parameter._version > version
+
+
+class FailingLauncher:
+    """Runs `good` launches, fails in the next `failures`, and runs the others."""
+
+    def __init__(self, good: int, failures: int) -> None:
+        self._failing = range(good, good + failures)
+        self._run, self.count = table.launcher, 0
+
+    def __call__(self, *arguments: Any) -> None:
+        self.count += 1
+        if self.count - 1 in self._failing:
+            raise RuntimeError("out of memory")
+        self._run(*arguments)
+
+
+@pytest.mark.parametrize("failures", [1, 9])
+@pytest.mark.parametrize("good", range(6))
+def test_a_launch_that_fails_after_others_leaves_the_weights(
+    good: int, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two launches each of perturb, reflect and restore: one for each dtype.
+    dtypes = [torch.float32, torch.bfloat16, torch.float32]
+    params, buffers = ([torch.randn(5).to(dtype) for dtype in dtypes] for _ in range(2))
+    before = [parameter.clone() for parameter in params]
+    monkeypatch.setattr(table, "launcher", FailingLauncher(good, failures))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        with Perturbation(params, buffers, torch.tensor(0.1), backend="triton") as perturbation:
+            perturbation.reflect()
+    assert table.launcher.count > good
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_versions_are_those_of_the_launches_that_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float32]
+    params, buffers = ([torch.randn(5).to(dtype) for dtype in dtypes] for _ in range(2))
+    monkeypatch.setattr(table, "launcher", FailingLauncher(1, 1))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ops.perturb_swap_(params, buffers, torch.tensor(0.1), backend="triton")
+    assert [tensor._version for tensor in params + buffers] == [1, 0, 1] * 2
+    # The counters of the first dtype, and then its parameters, which fail.
+    lists = [params, buffers, *([torch.ones(5) for _ in dtypes] for _ in range(2))]
+    steps = [torch.tensor(0.0) for _ in dtypes]
+    monkeypatch.setattr(table, "launcher", FailingLauncher(1, 1))
+    before = [tensor._version for tensors in lists for tensor in tensors]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ops.adamw_blend_(*lists, steps, **ADAMW, backend="triton")
+    assert [step._version for step in steps] == [1, 0, 1] == [step.item() for step in steps]
+    assert [tensor._version for tensors in lists for tensor in tensors] == before
 
 
 # ---- second stages that read more than one block ----
