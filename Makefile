@@ -13,7 +13,7 @@ BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 # OpenMP workers that spin between parallel regions slow every other process on the machine 2-10x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo study test test-slow test-oldest test-axolotl test-swift test-cpus matrix sanitize gpu kernels ops step recipes launches before-after cost docs lint format install fidelity wheels hub clean
+.PHONY: help demo study test test-slow test-oldest test-stacks test-axolotl test-swift test-cpus matrix sanitize gpu kernels ops step recipes launches before-after cost docs lint format install fidelity wheels hub clean
 
 help:
 	@echo "make demo       fine-tune a real chat model with AdamW and with FusedSAP, write report.html"
@@ -23,6 +23,8 @@ help:
 	@echo "make test       every test that is not marked slow"
 	@echo "make test-slow  the rest"
 	@echo "make test-oldest  the tests of trainers, losses, probes and commands on requirements/oldest.txt"
+	@echo "make test-stacks  the tests of stacks whose packages are not among the others: Lightning, Liger,"
+	@echo "                torchtitan, DeepSpeed"
 	@echo "make test-axolotl, make test-swift  the tests of these stacks, each in an environment with its versions"
 	@echo "make matrix     what fits what: environments of several ages, in each the trainers and the tests"
 	@echo "                (MATRIX='--only oldest' for less); writes CSV and table"
@@ -91,6 +93,25 @@ $(OLDEST)/.installed: pyproject.toml requirements/oldest.txt
 test-oldest: install $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 \
 		--dist worksteal $(OLDEST_TESTS)
+
+# Stacks that the other environments do without, beside the same torch and the same kernels. A stack
+# whose tests are in a file of its own is named here.
+STACKS := build/stacks
+STACKS_TESTS := $(wildcard $(patsubst %,tests/integrations/test_%.py, \
+	deepspeed lightning liger torchtitan))
+STACKS_EXAMPLES := deepspeed or lightning or torchtitan
+
+$(STACKS)/.installed: pyproject.toml $(LOCK) requirements/stacks.txt
+	test -x $(STACKS)/bin/python || $(PYTHON) -m venv $(STACKS)
+	SAP_FAST_BUILD=0 $(STACKS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(LOCK) "$(TORCH)" ".[train,trl,triton]" pytest hypothesis psutil
+	DS_BUILD_OPS=0 $(STACKS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --requirement requirements/stacks.txt
+	touch $@
+
+test-stacks: install $(STACKS)/.installed
+	OMP_NUM_THREADS=1 $(STACKS)/bin/python -m pytest $(STACKS_TESTS)
+	OMP_NUM_THREADS=1 $(STACKS)/bin/python -m pytest tests/examples -k "$(STACKS_EXAMPLES)"
 
 # Stacks that ask for other versions than requirements/newest.txt has.
 build/axolotl/.installed build/swift/.installed: build/%/.installed: pyproject.toml $(LOCK) requirements/%.txt

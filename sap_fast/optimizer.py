@@ -20,7 +20,7 @@ from sap_fast.ops.reference import accumulation_dtype
 from sap_fast.step.blending import Blending
 from sap_fast.step.guards import refuse_sparse
 from sap_fast.step.metrics import LossRecord, SAPMetrics
-from sap_fast.step.passes import Safety, SafetyPasses, Task
+from sap_fast.step.passes import Safety, SafetyPasses, Stage, Task
 from sap_fast.step.rules import Rule
 from sap_fast.step.saving import SAPState
 from sap_fast.step.trained import checked_loss
@@ -169,7 +169,8 @@ class BlendedAdamW(Optimizer):
             safety: runs forward and backward on the safety loss and returns it.
             batch: a mapping of tensors (B, …), or a list of micro-batches.
             closure: `task` by the name that PyTorch gives it: torch.distributed.checkpoint, for
-                one, calls `step(closure=None)`.
+                one, calls `step(closure=None)`. After `task_pass` one that returns nothing is
+                called before the update: Lightning hands its hooks on in that way.
 
         Returns:
             The task loss of the task pass, if there was a closure.
@@ -178,7 +179,8 @@ class BlendedAdamW(Optimizer):
             RuntimeError: inside a pass; after inner passes without a task pass; for a sparse
                 gradient.
             TypeError: with one closure but not the other that is needed, with `task` under both
-                of its names, or for a closure that returns no loss.
+                of its names, for a closure that returns no loss, or after `task_pass` for one that
+                does.
             ValueError: with `ProbeSet(rows=…)` below 1 and no batch.
         """
         self.passes.refuse_inside("step()")
@@ -193,6 +195,9 @@ class BlendedAdamW(Optimizer):
             self._update()
             return None
         if safety is None:
+            if self.passes.stage is Stage.DONE:
+                self._update_after(task)
+                return None
             if self.passes.is_active:
                 raise TypeError(
                     "step(task) needs a safety closure too: step(task, safety); for plain AdamW "
@@ -206,6 +211,17 @@ class BlendedAdamW(Optimizer):
                 record(loss)
             self._update()
         return loss
+
+    def _update_after(self, closure: Callable[[], Any]) -> None:
+        """Call what is to run before the update of a step whose passes have run."""
+        with torch.enable_grad():
+            returned = closure()
+        if returned is not None:
+            raise TypeError(
+                "step(task) after task_pass(): the task pass of this step has run already, and "
+                "its gradients would count twice; call step() without closures"
+            )
+        self._update()
 
     @torch.no_grad()
     def _update(self) -> None:

@@ -138,6 +138,33 @@ def test_a_step_without_closures_is_adamw_whatever_the_weight() -> None:
     assert_same_bits(weights(ours), weights(theirs))
 
 
+def test_a_closure_of_hooks_runs_once_between_the_passes_and_the_update() -> None:
+    ours, plain = problem(), problem()
+    optimizer, other = blended(ours), blended(plain)
+    seen = []
+    for _ in range(2):
+        for case, each in ((ours, optimizer), (plain, other)):
+            each.zero_grad()
+            each.inner_passes(*closures(case))
+            with each.task_pass():
+                task(case)
+        before = weights(ours)
+        # What Lightning calls, whose closures return nothing.
+        optimizer.step(closure=lambda: seen.append(weights(ours)))
+        assert_same_bits(seen[-1], before)
+        other.step()
+    assert len(seen) == 2 and optimizer.passes.steps == 2
+    assert_same_bits(weights(ours), weights(plain))
+
+    optimizer.inner_passes(*closures(ours))
+    with optimizer.task_pass():
+        task(ours)
+    before = weights(ours)
+    with pytest.raises(TypeError, match=r"has run already.*call step\(\) without closures"):
+        optimizer.step(lambda: task(ours))
+    assert_same_bits(weights(ours), before)
+
+
 def test_a_fresh_optimizer_with_zero_gradients_gets_all_its_state() -> None:
     # What torch.distributed.checkpoint does before it loads.
     case = problem()

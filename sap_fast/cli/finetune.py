@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from sap_fast.cli import ranks
+from sap_fast.cli import ranks, sharding
 from sap_fast.cli.console import Bar, UserError, console, progress_bar
 from sap_fast.cli.environment import environment
 from sap_fast.cli.faster import apply_liger, compile_layers
@@ -72,6 +72,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         OSError: for an output folder that cannot be written.
     """
     output = Path(settings.output)
+    sharding.refuse_what_is_not_supported(settings)
     with ranks.joined():
         _finetune(settings, output)
     return output
@@ -229,6 +230,8 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
 
+    whole = sharding.whole_state(trainer)
+
     def save() -> None:
         figures = recorder.figures()
         if looks is not None and looks.why_stopped is not None:
@@ -241,7 +244,7 @@ def _train(
             figures["kept_step"] = looks.best["step"]
         else:
             trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-            trained.save_pretrained(work)
+            trained.save_pretrained(work, **({} if whole is None else {"state_dict": whole}))
         tokenizer.save_pretrained(work)
         (work / "run.json").write_text(_run_record(settings, figures), encoding="utf-8")
         shutil.rmtree(work / "checkpoints", ignore_errors=True)

@@ -17,8 +17,9 @@ What they share:
   log-probability in the losses of pairs.
 - *Packing.* With `pack=True`, what sequences share at their start is computed once, and padding not
   at all, where that pays, the model allows and nothing reads a row
-  (`sap_fast.losses.packable`). The result is equal up to rounding without dropout. With dropout, a
-  shared prefix draws one mask for all that share it.
+  (`sap_fast.losses.packable`). On flash attention, which takes no mask, only padding is left out.
+  The result is equal up to rounding without dropout. With dropout, a shared prefix draws one mask
+  for all that share it.
 - *Logits.* They are computed at the scored positions alone and a chunk at a time, by the model's
   own head (`sap_fast.losses.head`). Where a model's head is not of a known kind, a loss is computed
   from the model's full logits, and a warning says why.

@@ -51,7 +51,7 @@ class Scored(NamedTuple):
     tokens: Tensor  # (B, S); on the host
     attended: Tensor  # (B, S) bool; on the host
     #: By hidden size, dtype of the mask, and rows that share nothing with the others.
-    packings: dict[tuple[int, torch.dtype, tuple[bool, ...] | None], Packed | None]
+    packings: dict[tuple[int, torch.dtype | None, tuple[bool, ...] | None], Packed | None]
 
 
 def check_batch(batch: Batch, argument: str) -> None:

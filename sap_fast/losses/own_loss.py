@@ -12,7 +12,7 @@ import inspect
 import sys
 import warnings
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ _compared: tuple[WeakKeyDictionary[nn.Module, _Compared], ...] = (
     WeakKeyDictionary(),
     WeakKeyDictionary(),
 )
+# Models whose forward has a fused loss of Liger's, which was told.
+_told: WeakSet[nn.Module] = WeakSet()
 
 
 def compare(model: nn.Module, batch: Batch, scored: Scored) -> bool:
@@ -87,6 +89,7 @@ def compare(model: nn.Module, batch: Batch, scored: Scored) -> bool:
     found = compared.get(model)
     if found is None or found.state != state:
         refuse_encoder_decoder(causal_lm)
+        _tell_of_a_fused_loss(causal_lm)
         compared[model] = found = _Compared(state, _compare(model, causal_lm, batch, scored))
     return found.rebuilt
 
@@ -183,6 +186,23 @@ def _warn(causal_lm: nn.Module, what: str, is_what: str) -> None:
     warnings.warn(
         f"{type(causal_lm).__name__}: {what}. The task loss {is_what} rebuilt loss.", stacklevel=6
     )
+
+
+def _tell_of_a_fused_loss(causal_lm: nn.Module) -> None:
+    """Says once that Liger's loss, which its forward has for labels, stays unused.
+
+    The losses ask a forward for logits and never for a loss, so that one of the two is in force.
+    """
+    forward = getattr(causal_lm.forward, "__func__", causal_lm.forward)
+    home = getattr(forward, "__globals__", {}).get("__name__", "")
+    if home.startswith("liger_kernel.") and causal_lm not in _told:
+        _told.add(causal_lm)
+        warnings.warn(
+            f"{type(causal_lm).__name__}: Liger's fused linear cross entropy is in its forward. "
+            "The losses of sap_fast do without it: they apply the head to the scored tokens alone, "
+            "in chunks of their own. fused_linear_cross_entropy=False leaves this message out.",
+            stacklevel=5,
+        )
 
 
 def _sample(batch: Batch, scored: Scored) -> dict[str, Any]:

@@ -16,7 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from sap_fast.configuration import text_config
 from sap_fast.losses.aside import aside
-from sap_fast.losses.packing import Sequences, logits_of, mask_dtype, running
+from sap_fast.losses.packing import (
+    Packed,
+    Sequences,
+    flatten,
+    is_flash,
+    logits_of,
+    mask_dtype,
+    running,
+)
 from sap_fast.losses.row_reader import all_modules, row_reader
 
 # Models for which a packed forward gave the log-probabilities of a plain one: in evaluation mode,
@@ -80,12 +88,15 @@ def _is_allowed(model: nn.Module, causal_lm: nn.Module, batch: Mapping[str, Any]
         return False  # what else there is for each token would have to be packed, too
     accepted = set(inspect.signature(causal_lm.forward).parameters)
     config = text_config(causal_lm)
+    # Flash attention is told where each sequence lies, and counts a window from there.
+    flash = is_flash(config._attn_implementation)
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     kinds = set(getattr(config, "layer_types", None) or ())
+    known = {"full_attention", "sliding_attention"} if flash else {"full_attention"}
     return (
-        config._attn_implementation in ("sdpa", "eager")  # flash and flex take no 4-D mask
-        and not window
-        and kinds <= {"full_attention"}  # others count along the row, or mix all that lies in it
+        (flash or config._attn_implementation in ("sdpa", "eager"))  # flex takes neither
+        and (flash or not window)
+        and kinds <= known  # others count along the row, or mix all that lies in it
         and not getattr(causal_lm, "_is_stateful", False)
         and not getattr(config, "is_encoder_decoder", False)
         and not getattr(config, "output_router_logits", False)  # its loss is a mean over the slots
@@ -131,11 +142,9 @@ def _test(model: nn.Module, causal_lm: Any, device: torch.device) -> str | None:
     tokens[1, :6] = tokens[0, :6]  # a prompt with two answers
     tokens[2, :9] = tokens[1, :9]  # and a branch inside the second
     attended = torch.arange(14) < torch.tensor([14, 11, 14, 13, 14])[:, None]
-    sequences = Sequences(tokens, attended)
-    packed = sequences.lay_out(sequences.cut(40), mask_dtype(causal_lm), device)
+    packed, blind = _packed_and_blind(tokens, attended, mask_dtype(causal_lm), device)
     tokens, attended = tokens.to(device), attended.to(device)
     plain = {"input_ids": tokens, "attention_mask": attended.long()}
-    blind = {**packed.inputs, "attention_mask": torch.ones_like(packed.inputs["input_ids"])}
     packed_rows = packed.token_index[attended]
     # Only those with more than their own sequence before them: the others don't need the mask.
     length = packed.inputs["input_ids"].shape[1]
@@ -143,10 +152,12 @@ def _test(model: nn.Module, causal_lm: Any, device: torch.device) -> str | None:
     packed_rows = packed_rows[masked]
     plain_rows = attended.flatten().nonzero()[masked, 0]
 
+    told = "a 4-D mask" if "attention_mask" in packed.inputs else "the bounds of sequences"
+
     accepted = inspect.signature(causal_lm.forward).parameters
     without_cache = {"use_cache": False} if "use_cache" in accepted else {}
 
-    def log_probs(inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+    def log_probs(inputs: dict[str, Any], rows: Tensor) -> Tensor:
         with EqualRandomNumbers():
             logits = logits_of(model(**inputs, **without_cache))
         return logits.flatten(0, 1)[rows.to(logits.device)].float().log_softmax(-1)
@@ -164,14 +175,32 @@ def _test(model: nn.Module, causal_lm: Any, device: torch.device) -> str | None:
         except torch.OutOfMemoryError:
             raise  # says nothing about the model
         except Exception as error:  # whatever a model makes of a mask that it does not know
-            return f"a forward with position_ids and a 4-D mask fails ({error})"
+            return f"a forward with position_ids and {told} fails ({error})"
     difference, effect = ((x - expected).abs().median().item() for x in (right, wrong))
     if not difference <= 0.1 * effect:
         return (
-            f"a forward with position_ids and a 4-D mask changes log-probabilities by "
+            f"a forward with position_ids and {told} changes log-probabilities by "
             f"{difference:.2g} in the median (by {effect:.2g} with the wrong mask)"
         )
     return None
+
+
+def _packed_and_blind(
+    tokens: Tensor, attended: Tensor, mask: torch.dtype | None, device: torch.device
+) -> tuple[Packed, dict[str, Any]]:
+    """Packs a batch; returns it, and its inputs as if each row held one sequence."""
+    if mask is None:
+        packed = flatten(tokens, attended, device)
+        slots = packed.inputs["input_ids"].shape[1]
+        bounds = torch.tensor([0, slots], dtype=torch.int32, device=device)
+        blind = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+        return packed, packed.inputs | blind | {"max_length_q": slots, "max_length_k": slots}
+    sequences = Sequences(tokens, attended)
+    packed = sequences.lay_out(sequences.cut(40), mask, device)
+    return packed, {
+        **packed.inputs,
+        "attention_mask": torch.ones_like(packed.inputs["input_ids"]),
+    }
 
 
 class _looking:

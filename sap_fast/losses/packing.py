@@ -12,6 +12,9 @@ does not share with the one before it:
 The tokens form a tree in preorder: what descends from slot j lies in j … end[j] − 1, so that slot i
 sees slot j where j ≤ i < end[j]. With that mask and these positions a causal LM computes for each
 token what it computes for the sequence alone, up to rounding; `packable.usable` tests that it does.
+
+Flash attention takes no mask, but the bounds of sequences that lie in one row one after the other:
+for a model that runs on it all sequences become one row, without padding, and nothing is shared.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sap_fast.configuration import text_setting
@@ -39,8 +43,10 @@ MIN_SAVING = 0.05
 class Packed(NamedTuple):
     """A (B, L) batch in R packed rows of S slots; on the batch's device."""
 
-    inputs: dict[str, Tensor]
-    """input_ids and position_ids, (R, S); attention_mask, (R, 1, S, S): bool, or added to scores"""
+    inputs: dict[str, Any]
+    """input_ids and position_ids, (R, S); attention_mask, (R, 1, S, S): bool, or added to scores.
+    For flash attention R is 1, and in the place of the mask are the bounds of the N sequences that
+    are not empty: cu_seq_lens_q and cu_seq_lens_k, (N + 1,) int32, max_length_q and max_length_k"""
     token_index: Tensor
     """(B, L) int64: row·S + slot of each token; −1 at padding"""
 
@@ -102,10 +108,24 @@ def logits_of(outputs: Any) -> Tensor:
     return next((x for x in outputs if isinstance(x, Tensor) and x.dim()), outputs[0])
 
 
-def mask_dtype(causal_lm: Any) -> torch.dtype:
-    """Returns the dtype of the mask: bool for SDPA, the model's dtype for eager attention."""
-    eager = text_setting(causal_lm, "_attn_implementation") == "eager"
-    return causal_lm.dtype if eager else torch.bool
+def mask_dtype(causal_lm: Any) -> torch.dtype | None:
+    """Returns the dtype of the mask: bool for SDPA, the model's dtype for eager attention.
+
+    None for flash attention, which takes none.
+    """
+    implementation = text_setting(causal_lm, "_attn_implementation")
+    if is_flash(implementation):
+        return None
+    return causal_lm.dtype if implementation == "eager" else torch.bool
+
+
+def is_flash(implementation: str | None) -> bool:
+    """Says whether attention is one that takes the bounds of sequences.
+
+    Those are `flash_attention_2` and later, and the kernels of a hub, as
+    `kernels-community/flash-attn2`; not the ones with a cache in pages (`paged|…`).
+    """
+    return implementation is not None and "flash" in implementation and "|" not in implementation
 
 
 # ---- the packing ----
@@ -115,7 +135,7 @@ def pack(
     tokens: Tensor,
     attended: Tensor,
     hidden_size: int,
-    mask: torch.dtype,
+    mask: torch.dtype | None,
     device: torch.device,
     apart: Sequence[bool] | None = None,
 ) -> Packed | None:
@@ -133,6 +153,9 @@ def pack(
     """
     if (attended.int().diff(dim=1, prepend=torch.zeros(len(attended), 1)) > 0).sum(1).gt(1).any():
         return None  # gaps inside a sequence: models differ in how they count positions there
+    if mask is None:
+        saves = attended.sum() <= (1 - MIN_SAVING) * attended.numel()
+        return flatten(tokens, attended, device) if saves else None
 
     def cost(rows: int, length: int) -> float:
         return rows * length * (1 + length / (3 * hidden_size))
@@ -154,6 +177,30 @@ def pack(
         if capacity == longest:
             break
     return None if best is None else sequences.lay_out(best, mask, device)
+
+
+def flatten(tokens: Tensor, attended: Tensor, device: torch.device) -> Packed:
+    """Lays all sequences of a batch one after the other into one row, for flash attention.
+
+    As transformers' models take it: the bounds of the sequences in `cu_seq_lens_q` and
+    `cu_seq_lens_k`, and positions that start again in each.
+    """
+    lengths = attended.sum(dim=1)
+    lengths = lengths[lengths > 0]
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    index = torch.full(attended.shape, -1)
+    index[attended] = torch.arange(len(positions))
+    longest = int(lengths.max())
+    inputs = {
+        "input_ids": tokens[attended][None].to(device),
+        "position_ids": positions[None].to(device),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    return Packed(inputs, index.to(device))
 
 
 class Sequences:

@@ -5,26 +5,35 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from sap_fast.cli import finetune as finetune_module
-from sap_fast.cli import main, ranks
+from sap_fast.cli import main, ranks, sharding
 from tests.cli.terminal import Terminal
 from tests.ranks import RANKS, distance, on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def outcome(rank: int, command: list[str], breaks: str | None = None) -> list[Any]:
+def outcome(
+    rank: int, command: list[str], breaks: str | None = None, sharded: bool = False
+) -> list[Any]:
     """Runs a command on a rank: its exit status, and what it showed."""
     if breaks is not None:
         break_off(rank, breaks)
+    if sharded:
+        shard_on_cpus()
     sys.argv = ["sap-fast", *command]
     shown = io.StringIO()
     status: Any = 0
@@ -34,6 +43,25 @@ def outcome(rank: int, command: list[str], breaks: str | None = None) -> list[An
         except SystemExit as stopped:
             status = stopped.code or 0
     return [status, shown.getvalue()]
+
+
+#: What `accelerate launch` makes of a configuration for FSDP2.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def shard_on_cpus() -> None:
+    """Lets Accelerate shard on CPU ranks. It asks for an accelerator, of which gloo needs none."""
+    prepared: Any = PartialState
+    prepared._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    accelerator: Any = sharding
+    accelerator.accelerator_is_there = lambda: True
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu"} | FSDP2 | os.environ
 
 
 def break_off(rank: int, where: str) -> None:
@@ -56,10 +84,12 @@ def break_off(rank: int, where: str) -> None:
         finetune_module.load_trained_model = fail  # type: ignore[assignment]
 
 
-def on_all(tmp_path: Path, command: list[str], breaks: str | None = None) -> list[Any]:
+def on_all(
+    tmp_path: Path, command: list[str], breaks: str | None = None, sharded: bool = False
+) -> list[Any]:
     meeting = tmp_path / "ranks"
     meeting.mkdir(exist_ok=True)
-    return on_ranks(meeting, outcome, command, breaks)
+    return on_ranks(meeting, outcome, command, breaks, sharded)
 
 
 def weights(output: Path) -> list[Any]:
@@ -94,6 +124,66 @@ def test_finetune_on_two_ranks_is_that_on_one_with_the_same_batch(
     half = tmp_path / "half"
     assert terminal.run(*short(terminal, half)) == 0
     assert distance(weights(half), weights(alone)) > 1e-1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "more"),
+    [
+        ("sap", []),
+        pytest.param("sap", ["--precision", "bf16-mixed"], marks=pytest.mark.slow),
+        pytest.param("blend", [], marks=pytest.mark.slow),
+        pytest.param("adamw", [], marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "lora",
+)
+def test_finetune_on_shards_of_accelerate_is_that_on_one_rank(
+    terminal: Terminal, tmp_path: Path, optimizer: str, more: list[str]
+) -> None:
+    together, alone, plain = (tmp_path / name for name in ("together", "alone", "plain"))
+    task = Path(terminal.files["task"])
+    task.write_text("".join(task.read_text().splitlines(keepends=True)[:8]))
+    command = short(terminal, together, "--optimizer", optimizer, *more)
+    (status, shown), (other, silence) = on_all(tmp_path, command, sharded=True)
+    assert (status, other, silence) == (0, 0, ""), shown
+    # The head is in one group with the last norm, and serves chunks all the same.
+    assert "Losses are computed from its own logits" not in shown
+
+    whole = ["--batch-size", "4", "--safety-batch-size", "4", "--optimizer", optimizer, *more]
+    assert terminal.run(*short(terminal, alone, *whole)) == 0
+    apart = distance(weights(together), weights(alone))
+    # FSDP2 also casts the adapter, and reduces gradients, in bf16.
+    assert apart <= (0.2 if "bf16-mixed" in more else 1e-3), apart
+    assert [t.dtype for t in weights(together)] == [t.dtype for t in weights(alone)]
+    assert AutoPeftModelForCausalLM.from_pretrained(together) is not None
+    if not more and optimizer == "sap":
+        assert terminal.run(*short(terminal, plain, *whole[:-1], "adamw")) == 0
+        assert distance(weights(plain), weights(alone)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("asked", "more", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "asks for DeepSpeed.*use FSDP2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], "asks for Megatron-LM.*use FSDP2"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, [], "tensor, context"),
+        (FSDP2 | {"FSDP_VERSION": "1"}, [], "asks for FSDP1.*set fsdp_version: 2"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, [], "fsdp_offload_params: true"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, [], "give --checkpointing layers"),
+        (FSDP2, ["--full"], "--full with FSDP: .*train an adapter"),
+        (FSDP2, ["--save-every", "2"], "--save-every 2 with FSDP"),
+        (FSDP2, ["--eval", "rows.jsonl"], "--eval rows.jsonl with FSDP"),
+        (FSDP2, ["--load-in", "4bit"], "--load-in 4bit with FSDP"),
+        (FSDP2, None, "no accelerator here.*MULTI_CPU"),
+    ],
+)
+def test_what_a_configuration_of_accelerate_asks_for_in_vain_is_named(
+    terminal: Terminal, tmp_path: Path, asked: dict[str, str], more: list[str] | None, words: str
+) -> None:
+    for name, value in asked.items():
+        terminal.monkeypatch.setenv(name, value)
+    there = more is not None
+    terminal.monkeypatch.setattr(sharding, "accelerator_is_there", lambda: there)
+    assert re.search(words, terminal.refusal(*short(terminal, tmp_path / "tuned", *(more or []))))
 
 
 @pytest.mark.slow
@@ -221,3 +311,38 @@ def test_launchers_start_it(terminal: Terminal, tmp_path: Path, launcher: str) -
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Done: ") == 1
     assert json.loads((output / "run.json").read_text())["ranks"] == 2
+
+
+#: As `accelerate config` writes it.
+CONFIGURATION = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_cpu_ram_efficient_loading: true
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: FULL_STATE_DICT
+machine_rank: 0
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+"""
+
+
+@pytest.mark.slow
+def test_a_configuration_for_fsdp2_is_launched(terminal: Terminal, tmp_path: Path) -> None:
+    task = Path(terminal.files["task"])
+    task.write_text("".join(task.read_text().splitlines(keepends=True)[:8]))
+    together, alone, configuration = (tmp_path / name for name in ("t", "a", "fsdp2.yaml"))
+    configuration.write_text(CONFIGURATION)
+    launch = ["accelerate.commands.launch", "--config_file", str(configuration), "--module"]
+    command = [*launch, "tests.cli.sharded_on_cpus", *short(terminal, together)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Done: ") == 1
+    whole = ["--batch-size", "4", "--safety-batch-size", "4"]
+    assert terminal.run(*short(terminal, alone, *whole)) == 0
+    assert distance(weights(together), weights(alone)) <= 1e-3

@@ -15,8 +15,17 @@ import torch
 import torch.distributed as dist
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem != "common")
+SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if not path.stem.startswith("common"))
 ON_RANKS = [script for script in SCRIPTS if "torchrun" in script.read_text()]
+#: torchtitan has to be told that a CPU is a device: tests/integrations/test_torchtitan.py does.
+ELSEWHERE = [EXAMPLES / "torchtitan_trainer.py"]
+#: Examples for stacks of `make test-stacks`, and what each imports.
+OF_STACKS = {"lightning_loop": "pytorch_lightning", "torchtitan_trainer": "torchtitan"}
+
+
+def skip_without_its_stack(script: Path) -> None:
+    if script.stem in OF_STACKS:
+        pytest.importorskip(OF_STACKS[script.stem], reason="its stack is of `make test-stacks`")
 
 
 @pytest.fixture
@@ -62,6 +71,7 @@ def test_every_example_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    skip_without_its_stack(script)
     monkeypatch.setattr(sys, "argv", [str(script), "--tiny", "--steps", "2", *more])
     # torchao compiles its update, which takes a minute.
     with torch.compiler.set_stance("force_eager"):
@@ -69,8 +79,13 @@ def test_every_example_runs(
     assert_says_its_losses(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("script", ON_RANKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script",
+    [script for script in ON_RANKS if script not in ELSEWHERE],
+    ids=lambda path: path.stem,
+)
 def test_every_example_on_ranks_runs(script: Path, tmp_path: Path) -> None:
+    skip_without_its_stack(script)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
         [sys.executable, *launcher, str(script), "--tiny", "--steps", "2"],
@@ -83,6 +98,29 @@ def test_every_example_on_ranks_runs(script: Path, tmp_path: Path) -> None:
     assert_says_its_losses(done.stdout)
 
 
+def test_lightning_starts_the_other_process_itself(tmp_path: Path) -> None:
+    skip_without_its_stack(EXAMPLES / "lightning_loop.py")
+    script = str(EXAMPLES / "lightning_loop.py")
+    command = [sys.executable, script, "--tiny", "--steps", "2", "--devices", "2"]
+    folder = ["--folder", str(tmp_path / "checkpoints")]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(
+        [*command, *folder], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_says_its_losses(done.stdout)
+    checkpoint = str(tmp_path / "checkpoints" / "epoch=0-step=1.ckpt")
+    again = subprocess.run(
+        [*command, "--folder", str(tmp_path / "others"), "--resume", checkpoint],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "step 1:" not in again.stdout and "step 2:" in again.stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_example_explains_itself(
     script: Path,
@@ -90,6 +128,7 @@ def test_every_example_explains_itself(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    skip_without_its_stack(script)
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     # What torchrun sets is not there.
     monkeypatch.setattr(dist, "init_process_group", lambda: pytest.fail("before the arguments"))
