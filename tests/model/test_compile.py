@@ -133,8 +133,8 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     ("backend", "before_the_probes", "in_place"),
     [
         ("eager", True, True),
-        ("eager", False, True),
-        ("eager", True, False),
+        pytest.param("eager", False, True, marks=pytest.mark.slow),
+        pytest.param("eager", True, False, marks=pytest.mark.slow),
         ("aot_eager", True, True),
         pytest.param("inductor", True, True, marks=pytest.mark.slow),
     ],
@@ -163,6 +163,7 @@ def test_compiled_layers_keep_the_chunked_head_and_packing(
     assert not counters["recompile_limit"]
 
 
+@pytest.mark.slow
 def test_a_probe_set_that_is_detached_leaves_the_compiled_layers_as_they_were() -> None:
     regional = Regional("eager", before_the_probes=False, in_place=True)
     compiled = [layer._compiled_call_impl for layer in regional.stack]
