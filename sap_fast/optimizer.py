@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -160,6 +161,10 @@ class BlendedAdamW(Optimizer):
     ) -> Tensor | None:
         """Update the parameters; with closures, after all passes of the step.
 
+        Where memory runs out in a pass, it is put back and run once more with every decoder layer
+        checkpointed, which stays so; see `SafetyPasses.again_out_of_memory`. A closure may run once
+        more in that step.
+
         Args:
             task: runs forward and backward on the task loss and returns it: `task()`, or with a
                 batch `task(part)`, where `part` is the batch, or its rows for the probe. Runs once
@@ -199,12 +204,17 @@ class BlendedAdamW(Optimizer):
                     "run backward yourself and call step()"
                 )
             safety = task  # of no use: there is no safety pass
-        with self.passes.given_up_on_error():
+        with self.passes.given_up_on_error() as put_back:
             self.inner_passes(task if batch is not None else lambda _: task(), safety, batch)
-            with torch.enable_grad(), self.passes.task_pass(restores_gradients=False) as record:
-                loss = checked_loss("task()", task() if batch is None else task(batch))
-                record(loss)
+            run = task if batch is None else partial(task, batch)
+            loss = self.passes.again_out_of_memory(lambda: self._task_pass(run), put_back)
             self._update()
+        return loss
+
+    def _task_pass(self, run: Callable[[], Tensor]) -> Tensor:
+        with torch.enable_grad(), self.passes.task_pass(restores_gradients=False) as record:
+            loss = checked_loss("task()", run())
+            record(loss)
         return loss
 
     @torch.no_grad()

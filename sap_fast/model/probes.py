@@ -101,6 +101,7 @@ class ProbeSet:
         self.rho = rho
         self.difference = difference
         self.rows = rows
+        self.checkpointing = checkpointing
         self.layers, modules, owner = select_layers(model, layers)
         self.modules = dict(zip(self.layers, modules, strict=True))
         self.estimates: dict[int, Tensor] = {}

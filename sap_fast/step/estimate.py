@@ -68,7 +68,7 @@ def estimate(
             trained.forget_weights()
             probes.rewind()
             with (
-                probes.checkpointed(frozen=not keep_lower),
+                trained.checkpointed(frozen=not keep_lower),
                 probes.active(sign=sign, frozen=trainable, keep_lower=keep_lower),
             ):
                 task()

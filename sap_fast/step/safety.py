@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sap_fast import ops
-from sap_fast.model.probes import ProbeSet
 from sap_fast.step.direction import Direction
 from sap_fast.step.guards import gradients_set_aside, refuse_sparse
 from sap_fast.step.trained import Trained
@@ -18,7 +17,6 @@ from sap_fast.step.trained import Trained
 def take_direction(
     direction: Direction,
     trained: Trained,
-    probes: ProbeSet | None,
     safety: Callable[[], Tensor],
     *,
     backend: str,
@@ -34,8 +32,7 @@ def take_direction(
     with ExitStack() as stack:
         stack.callback(trained.random_state().restore)
         stack.enter_context(gradients_set_aside(trained.every(inside=True)))
-        if probes is not None:
-            stack.enter_context(probes.checkpointed())
+        stack.enter_context(trained.checkpointed())
         stack.enter_context(trained.ranks.gradients_averaged())
         loss = safety()
         trained.ranks.check(trained.trainable)
