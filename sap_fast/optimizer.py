@@ -60,8 +60,8 @@ class BlendedAdamW(Optimizer):
         rule: the coefficient c. `"blend"`: γ‖g‖/‖d‖. `"project"`: what removes the part of g that
             points at harm. `"floor"`: the smallest c ≥ 0 with which the step goes down the safety
             loss by γ‖g‖. Or a function of ‖g‖², ⟨g, d⟩ and ‖d‖² to c; see `sap_fast.step.rules`.
-        direction_every: run the safety pass in every so manieth step; above 1 d is kept, in one
-            parameter-sized buffer.
+        direction_every: run the safety pass in every so manieth step; above 1 d is kept, of large
+            parameters in int8, a byte per element.
         max_grad_norm: clip the blended gradient to this global norm.
         backend: whose operations to use, `"auto"` for the fastest that can run; see `sap_fast.ops`.
         grad_scaler: the `torch.amp.GradScaler` that scales the losses of all passes, for fp16. End
@@ -230,24 +230,25 @@ class BlendedAdamW(Optimizer):
         gradient_scale = self._clipping(trained, blending)
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
-            states = [self.state[parameter] for parameter in params]
-            ops.adamw_blend_(
-                params,
-                [parameter.grad for parameter in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["step"] for state in states],
-                [blending.directions.get(p) for p in params] if blending else [],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=passes.maximize,
-                blend=blending.coefficient if blending else None,
-                gradient_scale=gradient_scale,
-                backend=passes.backend,
-            )
+            for part, directions in blending.directions.of(params) if blending else [(params, [])]:
+                states = [self.state[parameter] for parameter in part]
+                ops.adamw_blend_(
+                    part,
+                    [parameter.grad for parameter in part],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    [state["step"] for state in states],
+                    directions,
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    maximize=passes.maximize,
+                    blend=blending.coefficient if blending else None,
+                    gradient_scale=gradient_scale,
+                    backend=passes.backend,
+                )
         passes.end_step()
 
     def _clipping(self, trained: list[nn.Parameter], blending: Blending | None) -> Tensor | None:

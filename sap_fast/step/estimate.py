@@ -45,13 +45,9 @@ def estimate(
         keep_lower_forward: let the task pass have the forward below the lowest probed layer from
             the probe pass at W, if there is one.
     """
-    assert direction.tensors is not None
     # The buffers hold W during the passes. No weight gradients exist meanwhile, so that a copy of
     # the direction does not raise the peak of a step that accumulates nothing.
-    if keep_direction:
-        buffers = [tensor.clone() for tensor in direction.tensors]
-    else:
-        buffers, direction.tensors = direction.tensors, None
+    buffers = direction.buffers(keep=keep_direction)
     central = probes.difference == "central"
     scale = _set_perturbation_norm(record)
     random_state = trained.random_state()

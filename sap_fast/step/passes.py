@@ -64,8 +64,8 @@ class SafetyPasses(SinglePasses):
             the first three safety passes. None: every step probes and blends.
         rule: how d is blended in: `"blend"`, `"project"`, `"floor"`, or a function of ‖g‖², ⟨g, d⟩
             and ‖d‖² to the coefficient of d; see `sap_fast.step.rules`.
-        direction_every: take the direction anew every so many steps; above 1 it is kept, in one
-            parameter-sized buffer.
+        direction_every: take the direction anew every so many steps; above 1 it is kept, of large
+            parameters in int8, a byte per element.
         backend: whose operations to use, see `sap_fast.ops`.
         grad_scaler: the `torch.amp.GradScaler` that scales the losses of all passes, for fp16.
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from sap_fast import ops
+from sap_fast.ops.reference import accumulation_dtype
 from sap_fast.step.direction import Direction
 from sap_fast.step.guards import gradients_set_aside, refuse_sparse
 from sap_fast.step.trained import Trained
@@ -48,7 +48,9 @@ def take_direction(
         if any(replica.gradient_as_bucket_view for replica in trained.ranks.replicas):
             # The next pass with gradients writes to the buckets again.
             gradients = [gradient.clone() for gradient in gradients]
-        square = ops.sum_squares(gradients, backend=backend)
-        scale = None if scaler is None else scaler.scale(torch.ones_like(square))
-        direction.take(reached, gradients, square, scale)
+        scale = None
+        if scaler is not None:
+            dtype = accumulation_dtype(gradients[0].dtype)
+            scale = scaler.scale(torch.ones((), dtype=dtype, device=gradients[0].device))
+        direction.take(reached, gradients, scale, backend=backend)
     return loss
