@@ -41,14 +41,14 @@ from sap_fast.step.guards import Perturbation
 
 #: What is trained, by device. The first is large enough for int8, and small enough for a CPU.
 SHAPES = {
-    "cpu": Shape("random Llama of 30 M", 512, 8, 8, 8, 1408, 4096, tied=False),
+    "cpu": Shape("random Llama of 17 M", 512, 4, 8, 8, 1408, 4096, tied=False),
     "cuda": LLAMA_1B,
 }
 ROWS, LENGTH = 4, 64
 ROUNDS = 7
 #: What errors are injected into, at every so manieth operation.
 SMALL = Shape("random Llama of 7 M", 512, 2, 8, 8, 1408, 1024, tied=False)
-STRIDE = 29
+STRIDE = 101
 WAYS = ("swap", "shadows")
 DIRECTIONS = ("used up", "kept")
 FILE = "shadows.csv"
@@ -378,16 +378,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cpu":
         torch.set_num_threads(THREADS)
-    rows = list(
-        measure(
-            SHAPES[options.device],
-            SMALL,
-            options.device,
-            rounds=0 if options.facts else ROUNDS,
-            stride=STRIDE,
-        )
-    )
-    replace_rows(FILE, rows, ("kind", "model", "direction", "way"), options.folder)
+    rows = []
+    for row in measure(
+        SHAPES[options.device],
+        SMALL,
+        options.device,
+        rounds=0 if options.facts else ROUNDS,
+        stride=STRIDE,
+    ):
+        rows.append(row)  # as they come: a run that is interrupted keeps them
+        replace_rows(FILE, [row], ("kind", "model", "direction", "way"), options.folder)
     show(rows)
     return 0
 
