@@ -1,10 +1,10 @@
 """Tensors in a byte per element: int8, with a scale for every 256 elements of a row.
 
-A block of 256 elements x is stored as round(x/s) with s = max|x|/127. Rounding errors spread evenly
-over ±s/2, so a block has a squared error of 256·s²/12, and that is at most 0.13 % of max|x|²: the
-cosine with the exact tensor is 0.9993 or more, however heavy the tails (`benchmarks/blockwise.py`
-measures it). So there is no need of a code that is not linear. Blocks do not cross rows: a tensor
-that is sharded by rows is stored as the same bytes on any number of ranks.
+A block of 256 elements x is stored as round(x/s) with s = max|x|/127. Where rounding errors spread
+evenly over ±s/2, a block has a squared error of 256·s²/12, which is 0.13 % of max|x|²: the cosine
+with the exact tensor is 0.9993 or more, however heavy the tails (`benchmarks/blockwise.py` measures
+it). So there is no need of a code that is not linear. Blocks do not cross rows: a tensor that is
+sharded by rows is stored as the same bytes on any number of ranks.
 
 This is plain PyTorch on every backend. It runs once per tensor and step where a step costs a
 forward and a backward, and `torch.mul` restores a block in one kernel.
