@@ -801,7 +801,8 @@ def peak_of_a_step(probe: dict[str, Any] | None, width: int = 256, **options: An
         with LiveBytes() as memory:
             kept = [moment for state in optimizer.state.values() for moment in state.values()]
             kept += tree_leaves(optimizer.passes.direction.kept or [])
-            memory.live = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+            for tensor in kept:
+                memory._count(tensor.untyped_storage())  # and once: views of it are results, too
             optimizer.step(*block_closures(model))
     return memory.peak / size
 
