@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
 from benchmarks import full_logits
@@ -225,7 +226,7 @@ class TrainerRun:
         states = self.optimizer.state.values()
         tensors = [value for state in states for value in state.values()]
         if isinstance(self.optimizer, BlendedAdamW):
-            tensors += self.optimizer.passes.direction.tensors or []
+            tensors += tree_leaves(self.optimizer.passes.direction.kept)
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 

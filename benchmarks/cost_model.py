@@ -24,6 +24,7 @@ from typing import Literal
 from benchmarks.workloads import Lora, Shape
 from sap_fast.losses.head import CHUNK_BYTES
 from sap_fast.model.layers import LAYER_RANGES
+from sap_fast.ops.blockwise import BLOCK
 
 Pass = Literal["safety", "probe", "task"]
 
@@ -56,6 +57,8 @@ class Job:
         lora: how; None: all parameters.
         batches: the batch of each pass that runs; without `"safety"` the step is plain AdamW.
         direction_every: steps from one safety pass to the next.
+        direction_bytes: of an element of a direction that is kept; None: what is stored in int8
+            (`sap_fast.ops.blockwise`), of full parameters, or 4, of adapters.
         lowest_probed: index of the lowest probed layer; default: that of `ProbeSet`, 1 of 32.
         full_logits: the loss of transformers, and of the published step, instead of ours.
         probe_passes: how many there are.
@@ -74,6 +77,7 @@ class Job:
     lora: Lora | None
     batches: Mapping[Pass, Tokens]
     direction_every: int = 1
+    direction_bytes: float | None = None
     lowest_probed: int | None = None
     full_logits: bool = False
     probe_passes: int = 2
@@ -106,9 +110,17 @@ class Job:
         return "safety" in self.batches and "probe" not in self.batches
 
     @property
-    def kept_bytes(self) -> int:
+    def kept_element(self) -> float:
+        """Bytes of an element of a kept direction; 0 where none is kept."""
+        if not self.keeps_direction:
+            return 0
+        stored = 1 + 4 / BLOCK if self.lora is None else 4
+        return stored if self.direction_bytes is None else self.direction_bytes
+
+    @property
+    def kept_bytes(self) -> float:
         """Of the moments, and of a kept direction."""
-        return (8 + 4 * self.keeps_direction) * self.trained
+        return (8 + self.kept_element) * self.trained
 
     @property
     def above_probe(self) -> int:
@@ -316,15 +328,18 @@ def update_bytes(job: Job) -> float:
     adamw = 4 * (20 if job.torch_adamw else 7)
     clipping = 4 * 3 if job.clips else 0
     # Two norms and a product of gradient and direction (4 r), which the update reads, too.
-    blending = 4 * 5 if job.blends else 0
+    blending: float = 4 * 5 if job.blends else 0
+    if job.blends and 0 < job.kept_element < 4:
+        blending += 2 * (job.kept_element + 4)  # made of what is stored, for each (r, w)
     return (adamw + clipping + blending) * job.trained
 
 
 def perturbation_bytes(job: Job) -> float:
     """Return the bytes that the probe passes move beside forward and backward."""
     # Two norms; perturb (r r w w), reflect (r r w), restore (r r w w), see benchmarks/ops.py. A
-    # direction that is kept is copied first.
-    return 4 * (2 + 4 + 3 + 4 + 2 * job.keeps_direction) * job.trained
+    # direction that is kept is copied first, or made of what is stored (r, w).
+    copied = job.kept_element + 4 if job.keeps_direction else 0
+    return (4 * (2 + 4 + 3 + 4) + copied) * job.trained
 
 
 def pass_cost(job: Job, kind: Pass) -> Cost:

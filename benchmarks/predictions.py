@@ -124,6 +124,7 @@ def measured_job(row: Mapping[str, str]) -> Job:
         lora,
         batches,
         direction_every=recipe.direction_every if recipe else 1,
+        direction_bytes=4,  # the package kept it as it was when these were measured
         lowest_probed=lowest_layer(recipe.layers if recipe else "early", model),
         full_logits=name in ("hf_adamw", "published", "naive"),
         probe_passes=1 if name == "published" else 2,
@@ -167,6 +168,7 @@ def check_gpu(rows: Sequence[Mapping[str, str]]) -> list[Row]:
             continue
         way, mode = WAYS[row["trained"]], row["checkpointing"]
         job = predicted_job(shapes[row["model"]], way, row["configuration"], mode)
+        job = dataclasses.replace(job, direction_bytes=4)  # likewise
         facts = row | {"setup": f"{row['model']}, {row['trained']}", "dtype": job.dtype}
         seconds, peak = H100.seconds(step_cost(job)), memory_per_rank(job, 1) / 1e9
         table.append(_compared(facts, "seconds on a GPU", seconds, float(row["median_s"])))

@@ -261,6 +261,21 @@ def local_shards(tensors: Sequence[Any]) -> list[Any]:
     return [t.to_local() if is_dtensor(t) else t for t in tensors]
 
 
+def shard_like(local: Tensor, like: Any, shape: Sequence[int]) -> Any:
+    """Return this rank's part of a tensor of `shape` as a DTensor that lies as `like` does.
+
+    Where `like` is none, `local` is the whole and is returned.
+    """
+    if not is_dtensor(like):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    size = torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=size, stride=stride)
+
+
 def by_shard_group(
     lists: Sequence[Sequence[Any]],
 ) -> list[tuple[dist.ProcessGroup | None, list[list[Any]]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -59,8 +60,8 @@ class BlendedAdamW(Optimizer):
         rule: the coefficient c. `"blend"`: γ‖g‖/‖d‖. `"project"`: what removes the part of g that
             points at harm. `"floor"`: the smallest c ≥ 0 with which the step goes down the safety
             loss by γ‖g‖. Or a function of ‖g‖², ⟨g, d⟩ and ‖d‖² to c; see `sap_fast.step.rules`.
-        direction_every: run the safety pass in every so manieth step; above 1 d is kept, in one
-            parameter-sized buffer.
+        direction_every: run the safety pass in every so manieth step; above 1 d is kept, of large
+            parameters in int8, a byte per element.
         max_grad_norm: clip the blended gradient to this global norm.
         backend: whose operations to use, `"auto"` for the fastest that can run; see `sap_fast.ops`.
         grad_scaler: the `torch.amp.GradScaler` that scales the losses of all passes, for fp16. End
@@ -160,6 +161,10 @@ class BlendedAdamW(Optimizer):
     ) -> Tensor | None:
         """Update the parameters; with closures, after all passes of the step.
 
+        Where memory runs out in a pass, it is put back and run once more with every decoder layer
+        checkpointed, which stays so; see `SafetyPasses.again_out_of_memory`. A closure may run once
+        more in that step.
+
         Args:
             task: runs forward and backward on the task loss and returns it: `task()`, or with a
                 batch `task(part)`, where `part` is the batch, or its rows for the probe. Runs once
@@ -204,11 +209,10 @@ class BlendedAdamW(Optimizer):
                     "run backward yourself and call step()"
                 )
             safety = task  # of no use: there is no safety pass
-        with self.passes.given_up_on_error():
+        with self.passes.given_up_on_error() as put_back:
             self.inner_passes(task if batch is not None else lambda _: task(), safety, batch)
-            with torch.enable_grad(), self.passes.task_pass(restores_gradients=False) as record:
-                loss = checked_loss("task()", task() if batch is None else task(batch))
-                record(loss)
+            run = task if batch is None else partial(task, batch)
+            loss = self.passes.again_out_of_memory(lambda: self._task_pass(run), put_back)
             self._update()
         return loss
 
@@ -223,6 +227,12 @@ class BlendedAdamW(Optimizer):
             )
         self._update()
 
+    def _task_pass(self, run: Callable[[], Tensor]) -> Tensor:
+        with torch.enable_grad(), self.passes.task_pass(restores_gradients=False) as record:
+            loss = checked_loss("task()", run())
+            record(loss)
+        return loss
+
     @torch.no_grad()
     def _update(self) -> None:
         self._read_maximize()
@@ -236,24 +246,25 @@ class BlendedAdamW(Optimizer):
         gradient_scale = self._clipping(trained, blending)
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
-            states = [self.state[parameter] for parameter in params]
-            ops.adamw_blend_(
-                params,
-                [parameter.grad for parameter in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["step"] for state in states],
-                [blending.directions.get(p) for p in params] if blending else [],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=passes.maximize,
-                blend=blending.coefficient if blending else None,
-                gradient_scale=gradient_scale,
-                backend=passes.backend,
-            )
+            for part, directions in blending.directions.of(params) if blending else [(params, [])]:
+                states = [self.state[parameter] for parameter in part]
+                ops.adamw_blend_(
+                    part,
+                    [parameter.grad for parameter in part],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    [state["step"] for state in states],
+                    directions,
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    maximize=passes.maximize,
+                    blend=blending.coefficient if blending else None,
+                    gradient_scale=gradient_scale,
+                    backend=passes.backend,
+                )
         passes.end_step()
 
     def _clipping(self, trained: list[nn.Parameter], blending: Blending | None) -> Tensor | None:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, losses
 from sap_fast.losses import task_loss
 from sap_fast.model.layers import find_decoder_layers
+from sap_fast.ops import blockwise
 from sap_fast.step.guards import Perturbation
 from tests.ranks import RANKS, distance, on_ranks, sharded, share, whole, whole_batch
 from tests.test_distributed import (
@@ -290,6 +291,31 @@ def run_saved(rank: int, folder: str) -> list[Tensor]:
 
 def run_resumed(rank: int, folder: str, fresh: bool) -> list[Tensor]:
     return resume(folder, problem(lora=True).model, ranks=True, fresh=fresh)
+
+
+def run_in_int8(rank: int, folder: str, saves: bool) -> list[Tensor]:
+    """A rank that keeps directions of small parameters in int8, too; some hold no row of them."""
+    blockwise.SMALLEST = 64
+    return run_saved(rank, folder) if saves else run_resumed(rank, folder, True)
+
+
+@pytest.mark.slow
+def test_a_direction_in_int8_is_sharded_and_saved_as_on_one_rank(tmp_path, monkeypatch):
+    folder = str(tmp_path / "checkpoint")
+    expected = on_ranks(tmp_path, run_in_int8, folder, True)[0]
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    assert saved["sap.direction.0"].properties.dtype == torch.int8
+    assert saved["sap.direction.0.scales"].size == (*saved["sap.direction.0"].size[:-1], 1)
+    assert distance(on_ranks(tmp_path, run_in_int8, folder, False, ranks=3)[2], expected) <= 1e-6
+    monkeypatch.setattr(blockwise, "SMALLEST", 64)
+    model = problem(lora=True).model
+    assert distance(resume(folder, model, ranks=False), expected) <= 1e-6
+    model = problem(lora=True).model
+    optimizer = build(model, **RESUMED)
+    for step in range(STEPS):
+        sap_step(optimizer, model, step, None)
+    assert optimizer.passes.direction.state_dict(parameters_of(optimizer))["scales"]
+    assert distance(parameters_of(optimizer), expected) <= 1e-6
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(tmp_path):

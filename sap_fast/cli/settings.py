@@ -279,8 +279,8 @@ class FinetuneSettings:
     direction_every: int = _option(
         1,
         _SAFETY,
-        "Steps between safety passes. In between the last direction is kept, in the memory of one "
-        "more gradient.",
+        "Steps between safety passes. In between the last direction is kept, in a byte per element "
+        "of what is large.",
         least=1,
     )
     probe_layers: str = _option(

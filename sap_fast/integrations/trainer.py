@@ -303,8 +303,15 @@ class SAPTrainerMixin(_Base):
             with self._figures_set_aside():
                 self._run_inner_passes(passes, model, window, num_items_in_batch)
         self._window_position += 1
-        with passes.task_pass() as record:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        return passes.again_out_of_memory(
+            lambda: self._task_pass(passes, model, inputs, num_items_in_batch)
+        )
+
+    def _task_pass(
+        self, passes: SafetyPasses, model: nn.Module, inputs: Any, num_items: Any
+    ) -> Tensor:
+        with self._figures_set_aside(on_error=True), passes.task_pass() as record:
+            loss = super().training_step(model, inputs, num_items)
             record(loss)
         return loss
 
@@ -356,16 +363,23 @@ class SAPTrainerMixin(_Base):
         return False
 
     @contextmanager
-    def _figures_set_aside(self) -> Iterator[None]:
-        """Keep inner passes out of TRL's figures: its `num_tokens` counts every token once."""
+    def _figures_set_aside(self, *, on_error: bool = False) -> Iterator[None]:
+        """Keep inner passes out of TRL's figures: its `num_tokens` counts every token once.
+
+        Args:
+            on_error: only if the body fails, as a task pass may that runs again.
+        """
         kept = {name: getattr(self, name) for name in _FIGURES_OF_TRL if hasattr(self, name)}
+        done = False
         try:
             for name, figures in kept.items():
                 setattr(self, name, copy.deepcopy(figures))
             yield
+            done = on_error
         finally:
             for name, figures in kept.items():
-                setattr(self, name, figures)
+                if not done:
+                    setattr(self, name, figures)
 
     def _logs_after_this_step(self) -> bool:
         if self.args.logging_strategy != "steps":

@@ -131,6 +131,11 @@ class Checkpointing:
                 stack.enter_context(_attributes(layer, _hand_over(layer, run)))
             yield
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether there is a layer that it may checkpoint in the mode that the model is in now."""
+        return any(layer.training and not self._has_its_own(layer) for layer in self._layers)
+
     def _refuse_compiled(self) -> None:
         for index, layer in enumerate(self._layers):
             # `layer.compile()` sets the one, `torch.compile(layer)` is a module with the other.

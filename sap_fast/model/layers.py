@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import nn
@@ -99,6 +100,22 @@ def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
             f"{lists}). Give the modules to probe: ProbeSet(model, layers=[module, …])"
         )
     return stacks[0]
+
+
+def find_model(parameters: Iterable[nn.Parameter]) -> nn.Module | None:
+    """Find the outermost module that holds all of these parameters; None if none does.
+
+    A parameter does not know its module, so this looks at every object of the process.
+    """
+    wanted, outermost, most = set(parameters), None, 0
+    # Of an object that stands for another one, `isinstance` would ask the other one.
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    for module in modules:
+        if "_parameters" in vars(module) and wanted.issubset(module.parameters()):
+            size = sum(1 for _ in module.modules())
+            if size > most:
+                outermost, most = module, size
+    return outermost
 
 
 #: What a decoder layer takes beside its hidden states that does not come of the layers below it.

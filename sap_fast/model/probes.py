@@ -131,6 +131,7 @@ class ProbeSet:
         self.rows = rows
         self.own_rows = own_rows
         self.passes = passes
+        self.checkpointing = checkpointing
         self.layers, modules, owner = select_layers(model, layers)
         self.modules = dict(zip(self.layers, modules, strict=True))
         self.estimates: dict[int, Tensor] = {}

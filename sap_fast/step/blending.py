@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from sap_fast import ops
 from sap_fast.distributed import local_shards
-from sap_fast.step.direction import Direction
+from sap_fast.step.direction import Direction, Parts, add_up
 from sap_fast.step.rules import RuleFunction, squared_norm
 
 
 class Blending(NamedTuple):
     """What is to be added to the gradients; on the device, for the update to carry out."""
 
-    directions: dict[nn.Parameter, Tensor]
+    directions: Parts
     """d by parameter; a parameter without one keeps its g"""
     coefficient: Tensor
     """c, 0-d; zero leaves every gradient as it is"""
@@ -45,15 +45,22 @@ def find_blending(
         maximize: the task objective is maximized: its gradient counts as −g.
         backend: see `sap_fast.ops`.
     """
-    directions = direction.by_parameter()
+    kept = direction.kept_by_parameter()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not directions or not gradients or direction.square is None:
+    if not kept or not gradients or direction.square is None:
         return None
     g_square, d_square = ops.sum_squares(gradients, backend=backend), direction.square
-    pairs = [(p.grad, directions[p]) for p in parameters if p.grad is not None and p in directions]
+    directions, both = Parts(kept), [p for p in parameters if p.grad is not None and p in kept]
     g_dot_d = torch.zeros_like(g_square)
-    if pairs:
-        g_dot_d = ops.dot(*zip(*pairs, strict=True), backend=backend)
+    if both:
+        g_dot_d = add_up(
+            ops.dot(
+                [p.grad for p in part if p.grad is not None],
+                [d for d in of_part if d is not None],
+                backend=backend,
+            )
+            for part, of_part in directions.of(both)
+        )
     if maximize:
         g_dot_d = -g_dot_d
     # A loss that is scaled gives a d that is: the rule is told of the d without it.
@@ -70,12 +77,12 @@ def add_to_gradients(blending: Blending, *, maximize: bool) -> None:
 
     bf16 and fp16 gradients are rounded once more than there, as they are written back.
     """
-    reached = [p for p in blending.directions if p.grad is not None]
-    gradients = local_shards([p.grad for p in reached])
-    directions = local_shards([blending.directions[p] for p in reached])
-    for gradient, direction in zip(gradients, directions, strict=True):
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        c = blending.coefficient.to(gradient.device)
-        change = c * direction.to(wide)
-        blended = gradient.to(wide) + (-change if maximize else change)
-        gradient.copy_(torch.where(c == 0, gradient, blended))
+    reached = [p for p in blending.directions.parameters if p.grad is not None]
+    for part, of_part in blending.directions.of(reached):
+        gradients, directions = local_shards([p.grad for p in part]), local_shards(of_part)
+        for gradient, direction in zip(gradients, directions, strict=True):
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            c = blending.coefficient.to(gradient.device)
+            change = c * direction.to(wide)
+            blended = gradient.to(wide) + (-change if maximize else change)
+            gradient.copy_(torch.where(c == 0, gradient, blended))

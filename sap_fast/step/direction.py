@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sap_fast import ops
+from sap_fast.distributed import local_shards
+from sap_fast.ops.blockwise import Quantized, dequantize, is_worth_it, quantize
+
+#: What one parameter's part of d is kept as.
+Kept = Tensor | Quantized
 
 
 class Direction:
     """The safety gradient d, and its norm; ĝ = d/‖d‖ is the direction (unit).
 
     Args:
-        every: take it anew every so many steps. Above 1 it is kept from step to step, one
-            parameter-sized buffer.
+        every: take it anew every so many steps. Above 1 it is kept from step to step: of large
+            parameters in int8, about a byte per element (`ops.blockwise`), and every step, that
+            which took it too, uses what is kept.
 
     Attributes:
         parameters: those that the safety pass gave a gradient.
-        tensors: d, in the same order; None where there is none, or where the probe passes have used
-            it up.
+        kept: d, in the same order; None where there is none, or where the probe passes have used it
+            up.
         square: ‖d‖², 0-d; None where there is no direction.
         scale: what the safety loss was multiplied by, 0-d, and so d; None: by nothing.
         taken: how many steps so far took one: which safety rows are due.
@@ -49,7 +58,7 @@ class Direction:
     def release(self) -> None:
         """Free it, before one is taken that replaces it: both at once would be a buffer more."""
         self.parameters: list[nn.Parameter] = []
-        self.tensors: list[Tensor] | None = None
+        self.kept: list[Kept] | None = None
         self.square: Tensor | None = None
         self.scale: Tensor | None = None
         self._step = None
@@ -58,12 +67,21 @@ class Direction:
         self,
         parameters: Sequence[nn.Parameter],
         tensors: Sequence[Tensor],
-        square: Tensor,
         scale: Tensor | None = None,
+        *,
+        backend: str = "auto",
     ) -> None:
         """Hold the gradients that a safety pass left; see the attributes."""
-        self.parameters, self.tensors = list(parameters), list(tensors)
-        self.square, self.scale = square, scale
+        kept: list[Kept] = list(tensors)
+        if self.every > 1:
+            for place, parameter in enumerate(parameters):
+                if is_worth_it(parameter):
+                    kept[place] = quantize(tensors[place])
+        self.parameters, self.kept, self.scale = list(parameters), kept, scale
+        self.square = add_up(
+            ops.sum_squares([d for d in directions if d is not None], backend=backend)
+            for _, directions in Parts(self.kept_by_parameter()).of(parameters)
+        )
 
     @property
     def norm(self) -> Tensor | None:
@@ -79,7 +97,27 @@ class Direction:
     @property
     def is_there(self) -> bool:
         """Whether its tensors can be used."""
-        return self.tensors is not None
+        return self.kept is not None
+
+    @property
+    def tensors(self) -> list[Tensor] | None:
+        """d, in the order of `parameters`, as tensors; what is quantized is made anew each time."""
+        if self.kept is None:
+            return None
+        return [_as_tensor(p, d) for p, d in zip(self.parameters, self.kept, strict=True)]
+
+    def buffers(self, *, keep: bool) -> list[Tensor]:
+        """Return d as tensors to be written to.
+
+        Args:
+            keep: leave it as it is. Otherwise it is used up, for one parameter-sized buffer less.
+        """
+        kept, tensors = self.kept, self.tensors
+        assert kept is not None and tensors is not None
+        if keep:
+            return [t.clone() if t is d else t for t, d in zip(tensors, kept, strict=True)]
+        self.kept = None
+        return tensors
 
     @property
     def is_settled(self) -> bool:
@@ -93,6 +131,10 @@ class Direction:
     def by_parameter(self) -> dict[nn.Parameter, Tensor]:
         """Return d by parameter; empty where its tensors are gone."""
         return dict(zip(self.parameters, self.tensors or (), strict=False))
+
+    def kept_by_parameter(self) -> dict[nn.Parameter, Kept]:
+        """Return what is kept of d by parameter."""
+        return dict(zip(self.parameters, self.kept or (), strict=False))
 
     def settle(self, step: int) -> None:
         """Keep it for the steps after `step`, which took it, or free it if each takes its own."""
@@ -109,13 +151,18 @@ class Direction:
             parameters: all that the passes know; tensors are saved by their places in this list.
         """
         places = {parameter: place for place, parameter in enumerate(parameters)}
-        tensors = self.by_parameter() if self.is_settled else {}
+        by_parameter = self.kept_by_parameter() if self.is_settled else {}
+        kept = {places[parameter]: d for parameter, d in by_parameter.items()}
+        quantized = {place: d for place, d in kept.items() if isinstance(d, Quantized)}
         return {
             "step": self._step,
             "taken": self.taken,
             "square": self.square if self.is_settled else None,
             "scale": self.scale if self.is_settled else None,
-            "tensors": {places[parameter]: tensor for parameter, tensor in tensors.items()},
+            "tensors": {
+                place: d.codes if isinstance(d, Quantized) else d for place, d in kept.items()
+            },
+            "scales": {place: d.scales for place, d in quantized.items()},
         }
 
     @torch.no_grad()
@@ -123,6 +170,8 @@ class Direction:
         self, state_dict: dict[str, Any], parameters: Sequence[nn.Parameter]
     ) -> None:
         """Load what `state_dict` returned; tensors go to the device and dtype of their parameter.
+
+        Codes and scales keep their dtype.
 
         Raises:
             ValueError: if a tensor belongs to no parameter, or to one of another shape.
@@ -144,7 +193,93 @@ class Direction:
         device, scale = self.parameters[0].device, state_dict["scale"]
         self._step, self.square = state_dict["step"], state_dict["square"].to(device)
         self.scale = None if scale is None else scale.to(device)
-        self.tensors = [
-            tensor.to(p.device, p.dtype, copy=True)
-            for p, (_, tensor) in zip(self.parameters, kept, strict=True)
+        scales = state_dict["scales"]
+        self.kept = [
+            Quantized(tensor.to(p.device, copy=True), scales[place].to(p.device, copy=True))
+            if place in scales
+            else tensor.to(p.device, p.dtype, copy=True)
+            for p, (place, tensor) in zip(self.parameters, kept, strict=True)
         ]
+
+
+def _as_tensor(parameter: nn.Parameter, kept: Kept) -> Tensor:
+    return dequantize(kept, parameter.dtype) if isinstance(kept, Quantized) else kept
+
+
+def add_up(squares: Iterator[Tensor]) -> Tensor:
+    """Return the sum of 0-d tensors on the device of the first, in their order."""
+    first, *others = squares
+    if not others:
+        return first
+    return torch.stack([first, *(other.to(first.device) for other in others)]).sum()
+
+
+#: Into how many parts d is divided where it is quantized, if no parameter is larger than that.
+_PARTS = 16
+
+
+class Parts:
+    """d as tensors, a sixteenth at a time where it is quantized, in memory allocated here.
+
+    So the update can't run out of memory half-way. The division is the same on all ranks.
+
+    Args:
+        kept: what is kept, by parameter.
+
+    Attributes:
+        parameters: those that d has a tensor of.
+    """
+
+    def __init__(self, kept: Mapping[nn.Parameter, Kept]) -> None:
+        self.parameters = list(kept)
+        self._kept = kept
+        self._part: dict[nn.Parameter, int] = {}
+        #: By parameter: where its tensor begins in the memory for its device and dtype.
+        self._start: dict[nn.Parameter, int] = {}
+        quantized = {p: d for p, d in kept.items() if isinstance(d, Quantized)}
+        limit = sum(p.numel() for p in quantized) // _PARTS
+        part = together = 0
+        ends: dict[tuple[torch.device, torch.dtype], int] = {}
+        largest: dict[tuple[torch.device, torch.dtype], int] = {}
+        for parameter, d in quantized.items():
+            if together and together + parameter.numel() > limit:
+                part, together, ends = part + 1, 0, {}
+            together += parameter.numel()
+            self._part[parameter] = part
+            where = (parameter.device, parameter.dtype)
+            self._start[parameter] = ends.get(where, 0)
+            (codes,) = local_shards([d.codes])
+            # Each begins at a multiple of 64 elements, as kernels like it.
+            ends[where] = self._start[parameter] + -(-codes.numel() // 64) * 64
+            largest[where] = max(largest.get(where, 0), ends[where])
+        self._memory = {
+            (device, dtype): torch.empty(size, device=device, dtype=dtype)
+            for (device, dtype), size in largest.items()
+        }
+
+    def of(
+        self, parameters: Sequence[nn.Parameter]
+    ) -> Iterator[tuple[list[nn.Parameter], list[Tensor | None]]]:
+        """Yield parameters, in their order and all of them, with d of each, None where it has none.
+
+        The tensors of a part are overwritten by those of the next.
+        """
+        part = 0
+
+        def part_of(parameter: nn.Parameter) -> int:
+            nonlocal part
+            part = self._part.get(parameter, part)
+            return part
+
+        for _, group in groupby(parameters, part_of):
+            together = list(group)
+            yield together, [self._tensor(parameter) for parameter in together]
+
+    def _tensor(self, parameter: nn.Parameter) -> Tensor | None:
+        kept = self._kept.get(parameter)
+        if not isinstance(kept, Quantized):
+            return kept
+        (codes,) = local_shards([kept.codes])
+        start = self._start[parameter]
+        memory = self._memory[parameter.device, parameter.dtype][start : start + codes.numel()]
+        return dequantize(kept, parameter.dtype, out=memory.view(codes.shape))

@@ -52,13 +52,9 @@ def estimate(
         adapters: run both passes as one of twice the rows, as these are all that is trained of the
             decoder (`sap_fast.model.paired`).
     """
-    assert direction.tensors is not None
     # The buffers hold W during the passes. No weight gradients exist meanwhile, so that a copy of
     # the direction does not raise the peak of a step that accumulates nothing.
-    if keep_direction:
-        buffers = [tensor.clone() for tensor in direction.tensors]
-    else:
-        buffers, direction.tensors = direction.tensors, None
+    buffers = direction.buffers(keep=keep_direction)
     central = probes.difference == "central"
     scale = _set_perturbation_norm(record)
     random_state = trained.random_state()
@@ -75,7 +71,7 @@ def estimate(
             trained.forget_weights()
             probes.rewind()
             with (
-                probes.checkpointed(frozen=not keep_lower),
+                trained.checkpointed(frozen=not keep_lower),
                 probes.active(
                     sign=sign, frozen=trainable, keep_lower=keep_lower, all_rows=all_rows
                 ),

@@ -5,7 +5,7 @@ The state of the random number generators is put back by `sap_fast.random_state`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -136,21 +136,25 @@ def gradients_set_aside(params: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_restored_on_error(params: Sequence[Tensor]) -> Iterator[None]:
-    """Put gradients back if the body fails.
+def gradients_restored_on_error(params: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
+    """Put gradients back if the body fails; binds the function that does, for the body to call.
 
     Costs a copy of the gradients that exist on entry: none, if they were cleared before the step;
     one parameter-sized buffer from the second micro-batch of an accumulated step on.
     """
     saved = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in params]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for parameter, gradient, copy in saved:
+            if gradient is not None and copy is not None:
+                gradient.copy_(copy)
+            parameter.grad = gradient
+
     try:
-        yield
+        yield put_back
     except BaseException:
-        with torch.no_grad():
-            for parameter, gradient, copy in saved:
-                if gradient is not None and copy is not None:
-                    gradient.copy_(copy)
-                parameter.grad = gradient
+        put_back()
         raise
 
 

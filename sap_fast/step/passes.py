@@ -25,7 +25,7 @@ taken again, and while L_safe is not above `safety_level` the step is that of pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -64,8 +64,8 @@ class SafetyPasses(SinglePasses):
             the first three safety passes. None: every step probes and blends.
         rule: how d is blended in: `"blend"`, `"project"`, `"floor"`, or a function of ‖g‖², ⟨g, d⟩
             and ‖d‖² to the coefficient of d; see `sap_fast.step.rules`.
-        direction_every: take the direction anew every so many steps; above 1 it is kept, in one
-            parameter-sized buffer.
+        direction_every: take the direction anew every so many steps; above 1 it is kept, of large
+            parameters in int8, a byte per element.
         backend: whose operations to use, see `sap_fast.ops`.
         grad_scaler: the `torch.amp.GradScaler` that scales the losses of all passes, for fp16.
 
@@ -118,7 +118,8 @@ class SafetyPasses(SinglePasses):
         """Begin a step: run whatever is due in it before the task pass.
 
         Gradients that parameters hold already are set aside and come back. Whatever the two
-        functions raise, the model is as it was when this returns.
+        functions raise, the model is as it was when this returns. Where memory runs out, the passes
+        run once more with every decoder layer checkpointed; see `again_out_of_memory`.
 
         Args:
             task: runs forward and backward on the task loss of what it is given, and returns that
@@ -135,6 +136,10 @@ class SafetyPasses(SinglePasses):
         self.refuse_inside("inner_passes()")
         self.begin()
         part = self._part(batch)
+        self.again_out_of_memory(lambda: self._inner_passes(task, safety, part))
+        self.stage = Stage.READY
+
+    def _inner_passes(self, task: Task, safety: Safety, part: Any) -> None:
         try:
             if self.is_active and self.direction.is_due(self.steps):
                 self.safety_pass(safety)
@@ -146,7 +151,6 @@ class SafetyPasses(SinglePasses):
         except BaseException:
             self.begin()
             raise
-        self.stage = Stage.READY
 
     @property
     def is_held(self) -> bool:
@@ -230,12 +234,15 @@ class SafetyPasses(SinglePasses):
             )
 
     @contextmanager
-    def given_up_on_error(self) -> Iterator[None]:
-        """Put gradients and random state back, and forget the step, if the body fails."""
+    def given_up_on_error(self) -> Iterator[Callable[[], None]]:
+        """Put gradients and random state back, and forget the step, if the body fails.
+
+        Binds what puts the gradients back, for a pass of the body that is run again.
+        """
         random_state = self.trained.random_state()
         try:
-            with gradients_restored_on_error(self.trained.every()):
-                yield
+            with gradients_restored_on_error(self.trained.every()) as put_back:
+                yield put_back
         except BaseException:
             self.begin()
             random_state.restore()

@@ -8,8 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from sap_fast import ops
-from sap_fast.model.probes import ProbeSet
+from sap_fast.ops.reference import accumulation_dtype
 from sap_fast.step.direction import Direction
 from sap_fast.step.guards import gradients_set_aside, refuse_sparse
 from sap_fast.step.trained import Trained
@@ -18,7 +17,6 @@ from sap_fast.step.trained import Trained
 def take_direction(
     direction: Direction,
     trained: Trained,
-    probes: ProbeSet | None,
     safety: Callable[[], Tensor],
     *,
     backend: str,
@@ -34,8 +32,7 @@ def take_direction(
     with ExitStack() as stack:
         stack.callback(trained.random_state().restore)
         stack.enter_context(gradients_set_aside(trained.every(inside=True)))
-        if probes is not None:
-            stack.enter_context(probes.checkpointed())
+        stack.enter_context(trained.checkpointed())
         stack.enter_context(trained.ranks.gradients_averaged())
         loss = safety()
         trained.ranks.check(trained.trainable)
@@ -51,7 +48,9 @@ def take_direction(
         if any(replica.gradient_as_bucket_view for replica in trained.ranks.replicas):
             # The next pass with gradients writes to the buckets again.
             gradients = [gradient.clone() for gradient in gradients]
-        square = ops.sum_squares(gradients, backend=backend)
-        scale = None if scaler is None else scaler.scale(torch.ones_like(square))
-        direction.take(reached, gradients, square, scale)
+        scale = None
+        if scaler is not None:
+            dtype = accumulation_dtype(gradients[0].dtype)
+            scale = scaler.scale(torch.ones((), dtype=dtype, device=gradients[0].device))
+        direction.take(reached, gradients, scale, backend=backend)
     return loss

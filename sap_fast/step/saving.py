@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sap_fast.ops.blockwise import is_worth_it, quantize
 from sap_fast.step.passes import SafetyPasses
 
 
@@ -30,26 +31,32 @@ class SAPState:
         is saved as zeros.
         """
         state = self._passes.state_dict()
-        tensors = state["direction"].pop("tensors")
+        tensors, scales = (state["direction"].pop(name) for name in ("tensors", "scales"))
         stream = io.BytesIO()
         torch.save(state, stream)
         entries: dict[str, Any] = {"sap": stream.getvalue()}
         if self._passes.direction.every > 1:
             for place, parameter in enumerate(self._passes.trained.parameters):
-                if parameter.requires_grad:
-                    kept = tensors.get(place)
-                    entries[f"direction.{place}"] = (
-                        torch.zeros_like(parameter, requires_grad=False) if kept is None else kept
-                    )
+                if not parameter.requires_grad:
+                    continue
+                name, kept = f"direction.{place}", tensors.get(place)
+                if kept is None:
+                    kept = torch.zeros_like(parameter, requires_grad=False)
+                    if is_worth_it(parameter):
+                        kept, scales[place] = quantize(kept)
+                entries[name] = kept
+                if place in scales:
+                    entries[f"{name}.scales"] = scales[place]
         return entries
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
         state = torch.load(io.BytesIO(state_dict["sap"]), weights_only=True)
-        kept = {k: v for k, v in state_dict.items() if k != "sap"}
-        state["direction"]["tensors"] = (
-            {int(name.removeprefix("direction.")): tensor for name, tensor in kept.items()}
-            if state["direction"]["square"] is not None
-            else {}
-        )
+        direction = state["direction"]
+        direction["tensors"], direction["scales"] = {}, {}
+        if direction["square"] is not None:
+            for name, tensor in state_dict.items():
+                if name != "sap":
+                    _, place, *scales = name.split(".")
+                    direction["scales" if scales else "tensors"][int(place)] = tensor
         self._passes.load_state_dict(state)

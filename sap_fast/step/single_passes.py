@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from sap_fast.step.direction import Direction
 from sap_fast.step.estimate import estimate
 from sap_fast.step.guards import gradients_restored_on_error, report_overflow
 from sap_fast.step.level import Level
+from sap_fast.step.memory import run_again_out_of_memory
 from sap_fast.step.metrics import LossRecord, StepRecord
 from sap_fast.step.safety import take_direction
 from sap_fast.step.trained import Trained, returned_loss
@@ -26,6 +27,8 @@ from sap_fast.step.trained import Trained, returned_loss
 #: Runs forward and backward on what it is given, and returns the loss.
 Task = Callable[[Any], Tensor]
 Safety = Callable[[], Tensor]
+
+_Result = TypeVar("_Result")
 
 
 class Stage(Enum):
@@ -148,6 +151,32 @@ class SinglePasses:
         finally:
             self.stage = before
 
+    def again_out_of_memory(
+        self, run: Callable[[], _Result], put_back: Callable[[], None] | None = None
+    ) -> _Result:
+        """Run passes; if they run out of memory, once more with every decoder layer checkpointed.
+
+        `inner_passes` runs its own so. Checkpointing stays on for the steps that follow, and
+        changes no bit.
+
+        Args:
+            run: leaves model, gradients and random state as they were if it fails.
+            put_back: called in between, for what it does not put back.
+
+        Returns:
+            What `run` returns.
+
+        Raises:
+            torch.OutOfMemoryError: if memory runs out again, if it would, as the layers are
+                checkpointed already or are not known, or on one of several ranks.
+        """
+        return run_again_out_of_memory(
+            run,
+            self.trained,
+            warn=lambda message: self._account.warn_once("memory", message),
+            put_back=put_back,
+        )
+
     def safety_pass(self, safety: Safety) -> None:
         """Take the direction, and compare L_safe with the level; a part of `inner_passes`."""
         self.refuse_inside("safety_pass()")
@@ -164,7 +193,6 @@ class SinglePasses:
             return take_direction(
                 direction,
                 self.trained,
-                self.probes,
                 lambda: returned_loss("safety()", safety),
                 backend=self.backend,
                 scaler=self.grad_scaler,
@@ -260,7 +288,7 @@ class SinglePasses:
         trained, probes, first = self.trained, self.probes, self.stage is not Stage.DONE
         with ExitStack() as stack:
             stack.enter_context(self._in(Stage.TASK))
-            random_state = trained.random_state()
+            random_state, losses = trained.random_state(), self.record.task_loss.total
             try:
                 # Later micro-batches go on where the one before stopped, as the probe passes did.
                 if self._task_random_state is not None:
@@ -268,8 +296,7 @@ class SinglePasses:
                 if restores_gradients:
                     every = trained.every(inside=True)
                     stack.enter_context(gradients_restored_on_error(every))
-                if probes is not None:
-                    stack.enter_context(probes.checkpointed())
+                stack.enter_context(trained.checkpointed())
                 if probes is not None and probes.offsets:
                     if first:
                         probes.rewind()
@@ -279,6 +306,7 @@ class SinglePasses:
                     report_overflow(trained.trainable, self.record.is_finite)
             except BaseException:
                 random_state.restore()
+                self.record.task_loss.total = losses
                 raise
             self._task_random_state = trained.random_state()
         self.stage = Stage.DONE

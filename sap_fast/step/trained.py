@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sap_fast.distributed import Ranks, local_shards, refuse_foreign_shards
+from sap_fast.model.checkpointing import Checkpointing
+from sap_fast.model.layers import find_decoder_layers, find_model
 from sap_fast.model.probes import ProbeSet
 from sap_fast.random_state import RandomState
 
@@ -36,6 +39,8 @@ class Trained:
         self.groups = params if _are_groups(params) else list(_flatten(params))
         self.begin()
         self._probes = probes
+        #: Of all decoder layers, in the place of the probe set's: since a pass ran out of memory.
+        self._checkpointing: Checkpointing | None = None
         self._refuse_unusable()
         if probes is not None and set(probes.model.parameters()).isdisjoint(self.parameters):
             raise ValueError(
@@ -156,6 +161,44 @@ class Trained:
         # A step asks several times, and a model has hundreds of parameters.
         self._devices = None if self._every is None else devices
         return RandomState(devices)
+
+    def checkpointed(self, *, frozen: bool = False) -> AbstractContextManager[None]:
+        """Checkpoint activations in the body: as the probe set says, or of every decoder layer.
+
+        Args:
+            frozen: nothing up to the lowest probed layer is differentiated.
+        """
+        if self._checkpointing is not None:
+            return self._checkpointing.active(frozen=frozen)
+        return nullcontext() if self._probes is None else self._probes.checkpointed(frozen=frozen)
+
+    def checkpoint_layers(self) -> str | None:
+        """Checkpoint every decoder layer in the passes from now on.
+
+        Returns:
+            None; or why that cannot be, or would change nothing.
+        """
+        probes = self._probes
+        given = None if probes is None else probes.checkpointing
+        if self._checkpointing is not None or given == "layers":
+            return "every decoder layer is checkpointed already"
+        model = self.ranks.model
+        if model is None:
+            model = find_model(self.trainable)
+        if model is None:
+            return (
+                "no module holds all parameters of the optimizer; call runs_in(model) once, of the "
+                "optimizer or of SafetyPasses"
+            )
+        lowest = 0 if probes is None else probes.layers[0]
+        try:
+            checkpointing = Checkpointing(*find_decoder_layers(model), "layers", lowest)
+        except ValueError as error:
+            return str(error)
+        if not checkpointing.has_layers:
+            return "the model checkpoints its decoder layers itself, or is in eval mode"
+        self._checkpointing = checkpointing
+        return None
 
     def forget_weights(self) -> None:
         """Drop copies of the weights: a later pass must not meet those of an earlier one."""

@@ -174,6 +174,11 @@ def test_a_step_that_takes_a_direction_now_and_then_pays_its_share() -> None:
     assert every - fifth == pytest.approx(0.8 * safety)
     kept = [Job(TINY, TINY_LORA, batches, direction_every=k).kept_bytes for k in (1, 5)]
     assert kept[1] == 1.5 * kept[0]
+    full = [Job(workloads.SMOLLM2, None, batches, direction_every=k).kept_bytes for k in (1, 5)]
+    # A byte and a sixty-fourth of one for each element, beside the moments' eight.
+    assert full[1] - full[0] == pytest.approx((1 + 1 / 64) / 8 * full[0])
+    exact = Job(workloads.SMOLLM2, None, batches, direction_every=5, direction_bytes=4)
+    assert exact.kept_bytes == 1.5 * full[0]
 
 
 def test_blending_is_a_safety_pass_and_reads_of_the_direction() -> None:

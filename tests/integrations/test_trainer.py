@@ -448,3 +448,78 @@ def test_safety_rows_of_about_the_same_length_come_together() -> None:
     # Rows of another form come in random order.
     other = SafetyBatches(list(range(40)), batch_size=4, seed=0)
     assert sorted(row for step in range(10) for row in other.rows(step)) == list(range(40))
+
+
+class OutOfMemoryTrainer(SAPTrainer):
+    """Runs out of memory in one call of a loss, and keeps figures as TRL's trainers do."""
+
+    fails_in = -1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls: list[str] = []
+        self.safety_rows: list[Tensor] = []
+        self._metrics: dict[str, list[float]] = {"loss": []}
+        super().__init__(*args, **kwargs)
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if len(self.calls) - 1 == self.fails_in:
+            torch.rand(1)
+            raise torch.OutOfMemoryError("injected")
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self._metrics["loss"].append(loss.item())
+        self._called("task")
+        return loss
+
+    def compute_safety_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss = super().compute_safety_loss(model, inputs)
+        self.safety_rows.append(inputs["chosen"]["input_ids"])
+        self._called("safety")
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("method", "fails_in", "again"),
+    [
+        # Two micro-batches in a step: the safety pass of the second, or its second micro-batch.
+        ("blend", 3, ["safety", "safety", "task", "task"]),
+        ("blend", 5, ["safety", "task", "task", "task"]),
+        # The second of the four of the probe passes: the safety pass is taken again, too.
+        ("sap", 2, ["safety", "task", "task", "safety", *["task"] * 6]),
+    ],
+)
+def test_a_step_that_runs_out_of_memory_goes_on_with_its_layers_checkpointed(
+    tmp_path: Path, method: str, fails_in: int, again: list[str]
+) -> None:
+    def train(fails_in: int) -> Any:
+        trainer = trainer_of(
+            OutOfMemoryTrainer,
+            model(),
+            arguments(tmp_path, max_steps=2, gradient_accumulation_steps=2, logging_steps=1),
+            **({"probe": PROBE} if method == "sap" else {"method": method}),
+        )
+        trainer.fails_in = fails_in
+        trainer.train()
+        return trainer
+
+    undisturbed = train(-1)
+    with pytest.warns(UserWarning, match="it is run again"):
+        disturbed = train(fails_in)
+    start = 0 if method == "sap" else 3
+    assert disturbed.calls[start:][: len(again)] == again
+    assert disturbed.passes.trained._checkpointing is not None
+    assert_same_bits(weights(disturbed.model), weights(undisturbed.model))
+    # The rows of the pass that is run again are those that it had.
+    rows = list(undisturbed.safety_rows)
+    if again.count("safety") > 1:
+        rows.insert(start // 3, rows[start // 3])
+    assert_same_bits(disturbed.safety_rows, rows)
+    assert disturbed._metrics == undisturbed._metrics
+    timings = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    logs = [
+        [{k: v for k, v in entry.items() if k not in timings} for entry in t.state.log_history]
+        for t in (disturbed, undisturbed)
+    ]
+    assert logs[0] == logs[1]

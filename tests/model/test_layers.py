@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sap_fast import FusedSAP, ProbeSet, task_loss
-from sap_fast.model.layers import find_decoder_layers, lower_layers
+from sap_fast.model.layers import find_decoder_layers, find_model, lower_layers
 from tests.tiny import HIDDEN, Problem, random_batch, safety, task, tiny_llama, with_lora
 from tests.versions import older
 
@@ -177,3 +177,11 @@ def test_the_lower_layers_are_those_up_to_the_lowest_probe() -> None:
     assert lower_layers(mixture, lowest) == [lowest]
     mixture.config.output_router_logits = True
     assert lower_layers(mixture, lowest) == []
+
+
+def test_the_model_of_parameters_is_the_outermost_module_that_holds_them_all() -> None:
+    model, other = with_lora(tiny_llama(layers=2)), tiny_llama(layers=2)
+    assert find_model(p for p in model.parameters() if p.requires_grad) is model
+    wrapped = nn.ModuleDict({"model": model})
+    assert find_model(model.parameters()) is wrapped
+    assert find_model([*model.parameters(), *other.parameters()]) is None

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sap_fast import BlendedAdamW, FusedSAP
-from sap_fast.step.direction import Direction
+from sap_fast import BlendedAdamW, FusedSAP, ProbeSet
+from sap_fast.ops.blockwise import Quantized, dequantize, quantize
+from sap_fast.step.direction import Direction, Parts
 from tests.tiny import (
     Problem,
     assert_same_bits,
@@ -105,15 +106,15 @@ def test_a_kept_direction_keeps_its_bits_through_steps_and_their_probe_passes(
     case = problem()
     optimizer = sap(case, direction_every=3, **options)
     step_by_passes(case, optimizer)
-    kept = optimizer.passes.direction.tensors
+    kept = optimizer.passes.direction.kept
     assert kept is not None
     copies = [tensor.clone() for tensor in kept]
     for _ in range(2):
         step_by_passes(case, optimizer)
-        assert optimizer.passes.direction.tensors is kept
+        assert optimizer.passes.direction.kept is kept
         assert_same_bits(kept, copies)
     step_by_passes(case, optimizer)
-    assert optimizer.passes.direction.tensors is not kept
+    assert optimizer.passes.direction.kept is not kept
 
 
 def test_a_direction_is_freed_before_another_takes_its_place() -> None:
@@ -160,9 +161,9 @@ def test_calibration_keeps_the_direction_of_an_earlier_step() -> None:
     optimizer = sap(case, direction_every=3)
     step_by_passes(case, optimizer)
     direction = optimizer.passes.direction
-    kept, copies = direction.tensors, [tensor.clone() for tensor in direction.tensors or []]
+    kept, copies = direction.kept, [tensor.clone() for tensor in direction.tensors or []]
     optimizer.passes.calibrate(*closures(case))
-    assert optimizer.passes.direction is direction and direction.tensors is kept
+    assert optimizer.passes.direction is direction and direction.kept is kept
     assert not direction.is_due(optimizer.passes.steps)
     assert direction.taken == 1
     assert_same_bits(kept, copies)
@@ -197,7 +198,7 @@ def taken(every: int = 2) -> tuple[Direction, list[nn.Parameter]]:
     params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
     direction = Direction(every)
     tensors = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])]
-    direction.take(params[1:], tensors, torch.tensor(25.0), torch.tensor(8.0))
+    direction.take(params[1:], tensors, torch.tensor(8.0))
     return direction, params
 
 
@@ -265,11 +266,11 @@ def test_one_of_other_parameters_is_refused(shapes: list[int]) -> None:
         Direction(2).load_state_dict(state, others)
 
 
-@pytest.mark.parametrize("square", [0.0, float("nan"), float("inf")])
-def test_a_norm_of_zero_or_of_no_number_is_no_direction(square: float) -> None:
+@pytest.mark.parametrize("element", [0.0, float("nan"), float("inf")])
+def test_a_norm_of_zero_or_of_no_number_is_no_direction(element: float) -> None:
     direction, params = taken()
     assert bool(direction.valid)
-    direction.take(params, [], torch.tensor(square))
+    direction.take(params, [torch.full((2,), element) for _ in params])
     assert not bool(direction.valid)
 
 
@@ -329,3 +330,145 @@ def test_a_step_without_a_direction_does_not_use_the_probe_of_the_step_before() 
     task(theirs)
     adamw.step()
     assert_same_bits(weights(ours), weights(theirs))
+
+
+# ---- kept in int8 ----
+
+
+class Wide(nn.Module):
+    """Two layers large enough for it, and a norm that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(2))
+        self.norm = nn.LayerNorm(512)
+
+    def backward(self, seed: int) -> Tensor:
+        x, y = torch.randn(2, 8, 512, generator=torch.Generator().manual_seed(seed))
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        loss = (self.norm(x) - y).square().mean()
+        loss.backward()
+        return loss.detach()
+
+
+def wide(probe: bool, **options: Any) -> tuple[Wide, BlendedAdamW]:
+    model = Wide()
+    settings: dict[str, Any] = {"lr": 1e-3, "safety_weight": 0.3, "direction_every": 3, **options}
+    if not probe:
+        return model, BlendedAdamW(model.parameters(), safety_level=None, **settings)
+    probes = ProbeSet(model, layers=[model.layers[0]], rho=1e-2, size=0.05)
+    return model, FusedSAP(model.parameters(), probes, **settings)
+
+
+def wide_step(model: Wide, optimizer: BlendedAdamW, number: int) -> None:
+    optimizer.zero_grad()
+    optimizer.step(lambda: model.backward(10 + number), lambda: model.backward(number))
+
+
+@pytest.mark.parametrize("by_blend", [False, True])
+def test_every_step_blends_with_what_is_kept_of_a_large_direction(by_blend: bool) -> None:
+    model, optimizer = wide(probe=False, lr=0.0)
+    exact = Wide()
+    exact.backward(1)
+    for number in (1, 2):
+        optimizer.zero_grad()
+        optimizer.passes.inner_passes(lambda _: torch.zeros(()), lambda: model.backward(1))
+        with optimizer.task_pass():
+            model.backward(10 + number)
+        direction = optimizer.passes.direction
+        assert [isinstance(d, Quantized) for d in direction.kept or []] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+        kept = direction.tensors or []
+        for d, parameter in zip(kept, exact.parameters(), strict=True):
+            assert parameter.grad is not None
+            cosine = torch.cosine_similarity(d.flatten(), parameter.grad.flatten(), dim=0)
+            assert cosine > 0.9999
+        norm = norm_of([d.double() for d in kept])
+        assert direction.norm is not None and direction.norm.item() == pytest.approx(norm, rel=1e-6)
+        g = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        c = 0.3 * norm_of([own.double() for own in g]) / norm
+        blended = [own + c * d for own, d in zip(g, kept, strict=True)]
+        before = [optimizer.state[p].get("exp_avg", torch.zeros(())) for p in model.parameters()]
+        moments = [0.9 * m + 0.1 * b for m, b in zip(before, blended, strict=True)]
+        if by_blend:
+            optimizer.passes.blend_()
+            for p, b in zip(model.parameters(), blended, strict=True):
+                torch.testing.assert_close(p.grad, b)
+            optimizer.passes.end_step()
+            continue
+        optimizer.step()
+        for p, moment in zip(model.parameters(), moments, strict=True):
+            torch.testing.assert_close(optimizer.state[p]["exp_avg"], moment)
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_a_direction_kept_in_int8_is_saved_and_goes_on_with_its_bits(probe: bool) -> None:
+    model, optimizer = wide(probe)
+    wide_step(model, optimizer, 1)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    saved = state[1]["sap"]["direction"]
+    assert {place: tensor.dtype for place, tensor in saved["tensors"].items()} == {
+        0: torch.int8,
+        1: torch.int8,
+        2: torch.float32,
+        3: torch.float32,
+    }
+    assert set(saved["scales"]) == {0, 1}
+    other_model, other = wide(probe)
+    other_model.load_state_dict(state[0])
+    other.load_state_dict(state[1])
+    # In the layout of torch.distributed.checkpoint there is a place for it before the first step.
+    entries = optimizer.sap_state.state_dict()
+    places = wide(probe)[1].sap_state.state_dict()
+    assert entries.keys() == places.keys() and "direction.0.scales" in entries
+    for name in entries.keys() - {"sap"}:
+        assert entries[name].dtype == places[name].dtype
+        assert entries[name].shape == places[name].shape
+    other.sap_state.load_state_dict(entries)
+    for number in (2, 3, 4):  # the last takes one of its own
+        wide_step(model, optimizer, number)
+        wide_step(other_model, other, number)
+        assert_same_bits(weights(model), weights(other_model))
+    assert optimizer.passes.direction.taken == other.passes.direction.taken == 2
+
+
+def test_a_large_direction_that_is_not_kept_is_exact() -> None:
+    model, optimizer = wide(probe=False, direction_every=1)
+    optimizer.passes.inner_passes(lambda _: torch.zeros(()), lambda: model.backward(1))
+    exact = Wide()
+    exact.backward(1)
+    for d, parameter in zip(optimizer.passes.direction.kept or [], exact.parameters(), strict=True):
+        assert isinstance(d, Tensor) and parameter.grad is not None
+        assert torch.equal(d, parameter.grad)
+
+
+def test_parts_hold_every_parameter_in_order_and_each_a_sixteenth_of_what_is_quantized() -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(512, 512, generator=generator)) for _ in range(33)]
+    params[7] = nn.Parameter(torch.randn(3))
+    kept: dict[nn.Parameter, Any] = {p: quantize(p.detach()) for p in params if p.dim() > 1}
+    kept[params[7]] = params[7].detach()
+    del kept[params[9]]
+    parts = Parts(kept)
+    assert sum(memory.numel() for memory in parts._memory.values()) == 512 * 512
+    found = []
+    for together, tensors in parts.of(params):
+        assert len(together) <= 3  # one of them quantized, beside the two that are not
+        for parameter, tensor in zip(together, tensors, strict=True):
+            found.append(parameter)
+            d = kept.get(parameter)
+            if isinstance(d, Quantized):
+                assert tensor is not None
+                assert torch.equal(tensor, dequantize(d, torch.float32))
+            else:
+                assert tensor is d
+    assert all(a is b for a, b in zip(found, params, strict=True))
+    exact = {p: d for p, d in kept.items() if isinstance(d, Tensor)}
+    ((together, _),) = Parts(exact).of(params)
+    assert len(together) == len(params), "nothing is quantized, so all at once"
