@@ -53,6 +53,11 @@ def find_head(causal_lm: nn.Module, compiled: bool) -> nn.Module:
         # Compiled code keeps the hooks that it was traced with and is blind to later ones: traced
         # with ours, it would return one position for ever.
         raise UnknownHeadError("it is compiled, and compiled code can't be hooked")
+    if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):
+        # The backward pass would find the head's weights let go of, when it runs the chunks again.
+        raise UnknownHeadError(
+            "its head is spread by ZeRO-3, and gathered for the model's own forward only"
+        )
     return head
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sap_fast.model.probes import ProbeSet
 from sap_fast.step.direction import Direction
-from sap_fast.step.guards import Perturbation, frozen, gradients_set_aside
+from sap_fast.step.guards import frozen, gradients_set_aside
 from sap_fast.step.metrics import StepRecord
 from sap_fast.step.trained import Trained
 
@@ -73,7 +73,9 @@ def estimate(
             ):
                 task()
 
-        with Perturbation(direction.parameters, buffers, scale, backend=backend) as perturbation:
+        with trained.perturbation(
+            direction.parameters, buffers, scale, backend=backend
+        ) as perturbation:
             one_pass(+1.0)
             if measure_rounding:
                 record.perturbation_applied = perturbation.applied_norm(probes.compute_dtype)

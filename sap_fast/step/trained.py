@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sap_fast.distributed import Ranks, local_shards, refuse_foreign_shards
 from sap_fast.model.probes import ProbeSet
 from sap_fast.random_state import RandomState
+from sap_fast.step.guards import Perturbation
 
 
 class Trained:
@@ -37,13 +38,23 @@ class Trained:
         self.begin()
         self._probes = probes
         self._refuse_unusable()
-        if probes is not None and set(probes.model.parameters()).isdisjoint(self.parameters):
+        if probes is not None and not self.belong_to(probes.model):
             raise ValueError(
                 "params and probes share no parameter: the optimizer would perturb weights that "
                 "the probed model does not use; pass the parameters of the model that ProbeSet was "
                 "given"
             )
         self.runs_in(None if probes is None else probes.model)
+
+    def belong_to(self, model: nn.Module) -> bool:
+        """Return whether some of these are parameters of the model."""
+        return not set(model.parameters()).isdisjoint(self.parameters)
+
+    def perturbation(
+        self, params: Sequence[Tensor], buffers: Sequence[Tensor], scale: Tensor, *, backend: str
+    ) -> Perturbation:
+        """Return the context in which the model computes with W + ΔW; see `Perturbation`."""
+        return Perturbation(params, buffers, scale, backend=backend)
 
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
         """Know of more parameters: those of a group that the optimizer was given later.
