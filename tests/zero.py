@@ -94,6 +94,7 @@ class Run:
         micro_batches: int = 1,
         passes: bool = True,
         config: dict[str, Any] | None = None,
+        sharded_before: bool = False,
         **options: Any,
     ) -> None:
         import deepspeed
@@ -102,13 +103,14 @@ class Run:
 
         self.rank, self.micro_batches = rank, micro_batches
         self._failure: tuple[int, BaseException] | None = None
+        settings = {"gradient_accumulation_steps": micro_batches} | (config or {})
+        settings = configuration(stage, **settings)
         self.model: nn.Module = problem(lora=lora).model
+        if sharded_before:  # as models are that were made under zero.Init, by from_pretrained
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=settings)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         inner = torch.optim.AdamW(self.trained, lr=LR, eps=EPSILON, weight_decay=0.1, fused=True)
-        settings = {"gradient_accumulation_steps": micro_batches} | (config or {})
-        self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=inner, config=configuration(stage, **settings)
-        )
+        self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=inner, config=settings)
         self.passes: Any = None
         if passes:
             probes = None if probe is None else ProbeSet(self.model, **probe)

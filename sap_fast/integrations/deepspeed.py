@@ -103,6 +103,11 @@ class ZeroPasses(SafetyPasses):
 
     def _run_beside(self, optimizer: Any) -> None:
         """Blend before the update and end the step after it; be in the optimizer's state dict."""
+        if "step" in vars(optimizer):
+            raise ValueError(
+                "deepspeed: the engine has a ZeroPasses already; two would blend twice, so make "
+                "another engine for other settings"
+            )
         step, save, load = optimizer.step, optimizer.state_dict, optimizer.load_state_dict
 
         def blended_step(*args: Any, **kwargs: Any) -> None:
@@ -351,6 +356,9 @@ class _Zero:
     def reduce(self) -> None:
         """Make of what backward passes left the averaged gradients of the shards."""
 
+    def let_go(self) -> None:
+        """Give up weights that were gathered for a forward or backward pass that failed."""
+
     def clear_padding(self) -> None:
         """Set to zero what fills up a shard: it counts in no norm."""
 
@@ -411,6 +419,9 @@ class _Zero:
                     engine.enable_backward_allreduce = reduces
                     optimizer.set_gradient_accumulation_boundary(False)
                     yield
+                except BaseException:
+                    self.let_go()
+                    raise
                 finally:
                     self.forget_gradients()
                     engine._is_gradient_accumulation_boundary = before
@@ -506,6 +517,9 @@ class _Zero3(_Zero):
     def put_weights_back_(self, copies: Sequence[Tensor]) -> None:
         super().put_weights_back_(copies)
         # Small parameters stay gathered from step to step: the next forward gathers them anew.
+        self.let_go()
+
+    def let_go(self) -> None:
         self.optimizer._partition_all_parameters()
 
     @torch.no_grad()

@@ -94,10 +94,13 @@ class SAPTrainerMixin(_Base):
     Raises:
         ValueError: without safety data or collator, for an unknown `safety_loss` or `method`, for a
             `probe` without a method that has one, for an optimizer that updates inside of backward,
-            for options of an update that another optimizer makes, or for settings beside a
-            `FusedSAP` or `BlendedAdamW` that is given.
+            for options of an update that another optimizer makes, for settings beside a `FusedSAP`
+            or `BlendedAdamW` that is given, or for a rival under DeepSpeed.
         TypeError: for an optimizer that is no `torch.optim.Optimizer`.
     """
+
+    #: Whether the method is in the passes alone, and reads no gradients by itself.
+    _runs_beside_deepspeed = True
 
     def __init__(
         self,
@@ -159,6 +162,11 @@ class SAPTrainerMixin(_Base):
     def _find_other_update(self) -> str | None:
         """Say who makes the update, if it is none of this package's optimizers."""
         if self.is_deepspeed_enabled:
+            if not self._runs_beside_deepspeed:
+                raise ValueError(
+                    f"{type(self).__name__} reads the gradients of parameters, where DeepSpeed "
+                    "leaves none; train it without DeepSpeed"
+                )
             return "DeepSpeed's ZeRO"
         if self.optimizer is not None:
             given = _unwrapped(self.optimizer)

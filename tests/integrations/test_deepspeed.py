@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_fast import BlendedAdamW, SAPTrainer
+from sap_fast.baselines import SAMTrainer
 from tests import zero
 from tests.integrations.test_stacks import build
 from tests.ranks import distance, on_ranks
@@ -23,6 +24,13 @@ pytestmark = pytest.mark.skipif(
 )
 STAGES = [1, 2, 3]
 BLEND: dict[str, Any] = {"safety_weight": 0.3}
+#: Of the trainer.
+CONFIGURATION: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 2},
+}
 SAP: dict[str, Any] = {"probe": zero.PROBE, "safety_weight": 0.0}
 BOTH: dict[str, Any] = {"probe": zero.PROBE, "safety_weight": 0.2, "rule": "floor"}
 
@@ -48,10 +56,9 @@ CASES: dict[str, dict[str, Any]] = {
     "sap, full": SAP | {"lora": False},
     "the level held, the direction kept": BLEND
     | {"safety_level": "auto", "direction_every": 2, "steps": 5},
-    "calibrated, by forward differences": {
-        "probe": zero.PROBE | {"rho": "auto", "difference": "forward"},
-        "safety_weight": 0.0,
-    },
+    "calibrated": SAP | {"probe": zero.PROBE | {"rho": "auto"}},
+    # One pass of two at W, from which the task pass goes on.
+    "by forward differences": SAP | {"probe": zero.PROBE | {"difference": "forward"}},
 }
 
 
@@ -63,6 +70,8 @@ def run_cases(rank: int, stage: int) -> dict[str, list[Tensor]]:
         run = zero.Run(rank, stage, config={"gradient_clipping": clip}, **settings)
         found[name] = run.run(steps)
         assert run.passes.steps == steps and run.passes.metrics.skipped_steps == 0
+    if stage == 3:
+        found["sap, sharded before"] = zero.Run(rank, 3, True, sharded_before=True, **SAP).run(3)
     return found
 
 
@@ -70,6 +79,7 @@ def run_cases(rank: int, stage: int) -> dict[str, list[Tensor]]:
 def test_two_ranks_equal_one_without_deepspeed(tmp_path: Path, stage: int) -> None:
     first, second = on_ranks(tmp_path, run_cases, stage)
     assert_same_bits(first, second)
+    assert_same_bits(first.get("sap, sharded before", first["sap"]), first["sap"])
     for name, case in CASES.items():
         settings = {"lora": True, "steps": 3, "probe": None, "safety_level": None} | case
         settings["max_grad_norm"] = settings.pop("clip", None)
@@ -103,7 +113,9 @@ def test_without_blending_and_probe_it_is_plain_deepspeed_bit_for_bit(
 
 
 def run_bf16(rank: int, stage: int, alone: bool) -> dict[str, list[Tensor]]:
-    config = {"bf16": {"enabled": True}}
+    config: dict[str, Any] = {"bf16": {"enabled": True}}
+    if stage == 2:  # where the averaged gradients lie in another form
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     settings = {"blend": BLEND, "sap": SAP, "plain": {"passes": False}}
     rows = None if alone else rank
     return {
@@ -182,8 +194,11 @@ def test_an_error_in_an_inner_pass_leaves_no_trace(tmp_path: Path, stage: int) -
         assert_same_bits(undisturbed, disturbed)
 
 
-def run_edges(rank: int) -> None:
+def run_edges(rank: int, folder: str) -> None:
     from sap_fast.integrations.deepspeed import ZeroPasses
+
+    with pytest.raises(ValueError, match="SAMTrainer reads the gradients of parameters"):
+        build(SAMTrainer, Path(folder), small(True), how={}, deepspeed=CONFIGURATION)
 
     for stage in STAGES:
         run = zero.Run(rank, stage, True, micro_batches=2, **BLEND)
@@ -193,6 +208,8 @@ def run_edges(rank: int) -> None:
             run.step(1)
         with pytest.raises(ValueError, match="another one for another engine"):
             run.passes.runs_in(nn.Linear(1, 1))
+        with pytest.raises(ValueError, match="has a ZeroPasses already"):
+            ZeroPasses(run.engine)
         state = run.passes.state_dict()
         state["direction"]["tensors"] = {0: torch.zeros(3)}
         with pytest.raises(ValueError, match="the saved direction of parameter 0 has the shape"):
@@ -207,7 +224,7 @@ def run_edges(rank: int) -> None:
 
 
 def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:
-    on_ranks(tmp_path, run_edges)
+    on_ranks(tmp_path, run_edges, str(tmp_path))
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -264,12 +281,7 @@ def trained(
         how = {"probe": {"layers": [1], "rho": 1e-2, "size": 0.1}}
     shares = dict.fromkeys(("per_device_train_batch_size", "safety_batch_size"), 4 // ranks)
     if stage:
-        settings["deepspeed"] = {
-            "zero_optimization": {"stage": stage},
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-        }
+        settings["deepspeed"] = CONFIGURATION | {"zero_optimization": {"stage": stage}}
     resume = settings.pop("resume", None)
     settings = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0} | settings
     trainer = build(SAPTrainer, Path(folder), small(lora), how=how, **shares, **settings)
@@ -299,14 +311,10 @@ def test_two_ranks_of_the_trainer_equal_one_without_deepspeed(tmp_path: Path, st
     assert_same_bits(first, second)
     for case, found in first.items():
         method, lora = case.split()
-        alone = trained(0, str(tmp_path), 0, method, lora == "True", ranks=1)
+        alone = weights(trained(0, str(tmp_path), 0, method, lora == "True", ranks=1).model)
         start = weights(small(lora == "True"))
-        moved = [[a - b for a, b in zip(w, start, strict=True)] for w in (found, alone_of(alone))]
+        moved = [[a - b for a, b in zip(w, start, strict=True)] for w in (found, alone)]
         assert distance(*moved) <= 1e-5, case
-
-
-def alone_of(trainer: Any) -> list[Tensor]:
-    return weights(trainer.model)
 
 
 def run_resumed_trainer(rank: int, stage: int, folder: str) -> list[list[Tensor]]:
