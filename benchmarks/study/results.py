@@ -19,6 +19,13 @@ FOLDER = provenance.RESULTS / "study"
 RESULTS = FOLDER / "results.csv"
 LOOKS = FOLDER / "looks.csv"
 LANDSCAPE = FOLDER / "landscape.csv"
+LASTING = FOLDER / "lasting.csv"
+
+
+def of_model(path: Path, model: str) -> Path:
+    """Return the file of a model: that of SmolLM2, or its namesake in a folder of the other."""
+    return path if model == "smollm2" else path.parent / model / path.name
+
 
 _NUMBERS = {
     "seed": int,
@@ -28,6 +35,9 @@ _NUMBERS = {
     "threads": int,
     "refused_harmful": float,
     "refused_harmless": float,
+    "builtin_refused_harmful": float,
+    "builtin_refused_harmless": float,
+    "builtin_margin": float,
     "margin": float,
     "task_loss": float,
     "exact_answers": float,

@@ -24,11 +24,18 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 from benchmarks import assets
-from benchmarks.alignment import aligned_smollm2, write_rows
+from benchmarks.alignment import aligned_gemma3, aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.study.data import Split, Task, load_task, requests_of, safety_pairs
 from benchmarks.study.methods import METHODS, Run, options_of, run_of
-from sap_fast.baselines import find_safety_layers, freeze_layers, merge_with_aligned
+from sap_fast.baselines import (
+    AsFTTrainer,
+    find_safety_layers,
+    freeze_layers,
+    interleave,
+    merge_with_aligned,
+    project_onto_alignment,
+)
 from sap_fast.cli.finetune import peak_bytes
 from sap_fast.cli.models import add_lora, load_model
 from sap_fast.data import (
@@ -40,7 +47,8 @@ from sap_fast.data import (
     padding_token_id,
 )
 from sap_fast.evaluation import EvaluationResult, evaluate_model
-from sap_fast.evaluation.batching import evaluation_mode
+from sap_fast.evaluation.batching import evaluation_mode, score_rows
+from sap_fast.evaluation.progress import no_progress
 
 Row = dict[str, Any]
 
@@ -69,62 +77,102 @@ def execute(run: Run, split: Split, threads: int) -> tuple[Row, list[Row]]:
     """
     torch.set_num_threads(threads)
     started = time.perf_counter()
-    method, values = METHODS[run.method], run.values
-    source = assets.smollm2_folder() if run.method == "shipped" else aligned_smollm2(run.seed)
     task = load_task(run.task)
-    set_seed(run.seed)  # for the first values of the adapter
-    model, tokenizer = load_model(str(source), "fp32", trainable=True)
-    figures: Row = {}
-    looks: list[Row] = []
-    if method.trainer is not None:
-        model = add_lora(
-            model,
-            r=run.training["lora_r"],
-            alpha=run.training["lora_alpha"],
-            dropout=run.training["lora_dropout"],
-            targets=None,
-        )
-        if method.after == "freeze":
-            freeze_layers(model, safety_layers(run.seed, model, tokenizer))
-        tuned_as = tuning_of(run)
-        adapter = adapter_of(tuned_as)
-        adapter.parent.mkdir(parents=True, exist_ok=True)
-        # Merges of one tuning with different shares may run at the same time.
-        with FileLock(adapter.with_suffix(".lock")):
-            if adapter.exists():
-                set_peft_model_state_dict(model, load_peft_weights(str(adapter)))
-                figures = json.loads((adapter / FIGURES).read_text())
-            else:
-                figures, looks = tune(tuned_as, task, model, tokenizer, split == "selection")
-                save_adapter(model, tokenizer, figures, adapter)
-        if "aligned_share" in values:
-            merge_with_aligned(model, None, values["aligned_share"])
-        # Quicker to ask without its adapter.
-        model = cast(Any, model).merge_and_unload()
+    model, tokenizer, figures, looks = tuned_model(run, looked_at=split == "selection")
     # As a chat model is served; it also halves the time of the evaluation.
     model.to(torch.bfloat16)
-    row = row_of(run, split, measure(task, split, model, tokenizer, run.task), figures)
+    row = row_of(run, split, measure(task, split, model, tokenizer, run), figures)
     if task.has_answers:
         row["exact_answers"] = exact_answers(model, tokenizer, task.held_out[split])
+    if task.choices:
+        row["exact_answers"] = right_choices(model, tokenizer, task, split)
     seconds = time.perf_counter() - started
     return row | {"run_seconds": round(seconds, 1), "threads": threads}, looks
+
+
+def tuned_model(run: Run, looked_at: bool = False) -> tuple[Any, Any, Row, list[Row]]:
+    """Return the model that a run leaves, in fp32, tuned unless its adapter is there already.
+
+    Args:
+        run: what to do.
+        looked_at: ask the model on the way, if it is tuned.
+
+    Returns:
+        The model with its adapter merged, the tokenizer, the figures of the tuning, and a row for
+        every look at it.
+    """
+    method, values = METHODS[run.method], run.values
+    source = shipped(run.model) if run.method == "shipped" else aligned(run.model, run.seed)
+    set_seed(run.seed)  # for the first values of the adapter
+    model, tokenizer = load_model(str(source), "fp32", trainable=True)
+    if method.trainer is None:
+        return model, tokenizer, {}, []
+    looks: list[Row] = []
+    model = with_lora(model, run)
+    if method.after == "freeze":
+        freeze_layers(model, safety_layers(run, model, tokenizer))
+    tuned_as = tuning_of(run)
+    adapter = adapter_of(tuned_as)
+    adapter.parent.mkdir(parents=True, exist_ok=True)
+    # Merges of one tuning with different shares may run at the same time.
+    with FileLock(adapter.with_suffix(".lock")):
+        if adapter.exists():
+            set_peft_model_state_dict(model, load_peft_weights(str(adapter)))
+            figures = json.loads((adapter / FIGURES).read_text())
+        else:
+            figures, looks = tune(tuned_as, load_task(run.task), model, tokenizer, looked_at)
+            save_adapter(model, tokenizer, figures, adapter)
+    if "aligned_share" in values:
+        merge_with_aligned(model, None, values["aligned_share"])
+    if method.after == "project":
+        project_onto_alignment(model, unaligned_weights(run.model), values["threshold"])
+    # Quicker to ask without its adapter.
+    return cast(Any, model).merge_and_unload(), tokenizer, figures, looks
+
+
+def with_lora(model: nn.Module, run: Run) -> Any:
+    """Return the model with the adapter of a run, not trained yet."""
+    return add_lora(
+        model,
+        r=run.training["lora_r"],
+        alpha=run.training["lora_alpha"],
+        dropout=run.training["lora_dropout"],
+        targets=None,
+    )
+
+
+def shipped(model: str) -> Path:
+    """Return the folder of a model as it was published."""
+    return assets.smollm2_folder() if model == "smollm2" else assets.gemma3_folder()
+
+
+def aligned(model: str, seed: int) -> Path:
+    """Return the folder of an aligned model, after aligning it if it is not in the cache."""
+    return aligned_smollm2(seed) if model == "smollm2" else aligned_gemma3(seed)
+
+
+def work_of(model: str) -> Path:
+    """Return the folder for what the runs of a model leave."""
+    return WORK if model == "smollm2" else WORK / model
 
 
 def tuning_of(run: Run) -> Run:
     """Return the run whose adapter a run starts from: itself, or what it merges with the aligned.
 
-    AdamW's for plain merging; for another method with an `aligned_share`, that without it.
+    AdamW's for plain merging and for a projection; for another method with an `aligned_share`, that
+    without it.
     """
     setting = json.loads(run.setting)
-    if setting.pop("aligned_share", None) is None:
+    if not {"aligned_share", "threshold"} & set(setting):
         return run
-    method = "adamw" if METHODS[run.method].after == "merge" else run.method
-    return run_of(method, setting, run.seed, run.task)
+    setting = {word: v for word, v in setting.items() if word not in ("aligned_share", "threshold")}
+    method = "adamw" if METHODS[run.method].after in ("merge", "project") else run.method
+    return run_of(method, setting, run.seed, run.task, run.model)
 
 
 def adapter_of(run: Run) -> Path:
     """Return the folder of the adapter that a run leaves."""
-    return WORK / "adapters" / run.key
+    return work_of(run.model) / "adapters" / run.key
 
 
 def tune(
@@ -135,7 +183,7 @@ def tune(
     assert method.trainer is not None
     pad = padding_token_id(tokenizer)
     arguments = TrainingArguments(
-        output_dir=str(WORK / "trainers" / run.key),
+        output_dir=str(work_of(run.model) / "trainers" / run.key),
         max_steps=training["steps"],
         per_device_train_batch_size=training["batch_size"],
         learning_rate=training["learning_rate"],
@@ -153,22 +201,29 @@ def tune(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
+    pairs = load_safety_dataset(
+        write_rows(
+            work_of(run.model) / "data" / f"pairs-{run.key}.jsonl",
+            safety_pairs(training["safety_pairs"], varied),
+        ),
+        tokenizer,
+        128,
+    )
+    rows = encoded(f"{run.task}-trained", task.trained, tokenizer, task.max_length)
+    if "share" in run.values:
+        rows = interleave(rows, [pair["chosen"] for pair in pairs], run.values["share"])
+    options = options_of(run)
+    if method.trainer is AsFTTrainer:
+        options["unaligned"] = unaligned_weights(run.model)
     trainer = method.trainer(
         model=model,
         args=arguments,
-        train_dataset=encoded(f"{run.task}-trained", task.trained, tokenizer, task.max_length),
+        train_dataset=rows,
         data_collator=TaskCollator(pad),
-        safety_dataset=load_safety_dataset(
-            write_rows(
-                WORK / "data" / f"pairs-{run.key}.jsonl",
-                safety_pairs(training["safety_pairs"], varied),
-            ),
-            tokenizer,
-            128,
-        ),
+        safety_dataset=pairs,
         safety_collator=SafetyCollator(pad),
         safety_batch_size=training["safety_batch_size"],
-        **options_of(run),
+        **options,
     )
     look = _Look(run, model, tokenizer, looked_at)
     trainer.add_callback(look)
@@ -232,11 +287,11 @@ class _Look(TrainerCallback):
 
 
 def measure(
-    task: Task, split: Split, model: nn.Module, tokenizer: Any, name: str
+    task: Task, split: Split, model: nn.Module, tokenizer: Any, run: Run
 ) -> EvaluationResult:
     """Return all measures of a model on a split."""
     requests = requests_of(split)
-    rows = encoded(f"{name}-{split}", task.held_out[split], tokenizer, task.max_length)
+    rows = encoded(f"{run.task}-{split}", task.held_out[split], tokenizer, task.max_length)
     return evaluate_model(
         model,
         tokenizer,
@@ -285,9 +340,14 @@ def row_of(run: Run, split: Split, result: EvaluationResult, figures: Row) -> Ro
     )
 
 
-def safety_layers(seed: int, model: nn.Module, tokenizer: Any) -> range:
-    """Return the safety layers of the aligned model of a seed, found once and kept."""
-    path = WORK / f"safety-layers-{seed}.txt"
+def unaligned_weights(model: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a model as published, which was then aligned."""
+    return load_model(str(shipped(model)), "fp32", trainable=False)[0].state_dict()
+
+
+def safety_layers(run: Run, model: nn.Module, tokenizer: Any) -> range:
+    """Return the safety layers of a run's aligned model, found once and kept."""
+    seed, path = run.seed, work_of(run.model) / f"safety-layers-{run.seed}.txt"
     if path.exists():
         first, last = path.read_text().split()
         return range(int(first), int(last) + 1)
@@ -319,6 +379,34 @@ def save_adapter(model: Any, tokenizer: Any, figures: Row, folder: Path) -> None
     tokenizer.save_pretrained(unfinished)
     (unfinished / FIGURES).write_text(json.dumps(figures))
     unfinished.rename(folder)
+
+
+def right_choices(model: nn.Module, tokenizer: Any, task: Task, split: Split) -> float:
+    """Return the share of rows whose own answer is likelier than every other choice."""
+    rows = task.held_out[split]
+    scores = []
+    for choice in task.choices:
+        answered = encoded(
+            f"choice-{choice}",
+            [row | {"completion": choice} for row in rows],
+            tokenizer,
+            task.max_length,
+        )
+        scores.append(
+            score_rows(
+                model,
+                list(answered),
+                pad_token_id=padding_token_id(tokenizer),
+                batch_size=EVALUATION_BATCH,
+                progress=no_progress,
+                description="",
+            )
+        )
+    likeliest = torch.stack(scores).argmax(dim=0).tolist()
+    right = sum(
+        task.choices[found] == row["completion"] for found, row in zip(likeliest, rows, strict=True)
+    )
+    return right / len(rows)
 
 
 _ANSWER = re.compile(r"####\s*(-?[\d,.]*\d)")

@@ -204,9 +204,10 @@ class FinetuneSettings:
         _SAFETY,
         "contrastive: −logσ of the log-probability margin; difference: the margin itself; refusal: "
         "−log-probability of the safe answer alone; joint: measured as contrastive, descended with "
-        "refusal as well. By default joint with --optimizer blend that holds a level, else "
+        "refusal as well; kl: the divergence from the aligned model on the safe answer, with LoRA. "
+        "By default joint with --optimizer blend that holds a level, else "
         "contrastive.",
-        choices=("contrastive", "difference", "refusal", "joint"),
+        choices=("contrastive", "difference", "refusal", "joint", "kl"),
     )
     safety_weight: float | None = _option(
         None,

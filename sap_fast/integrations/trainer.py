@@ -26,6 +26,7 @@ from sap_fast.losses import (
     contrastive_loss,
     difference_loss,
     joint_loss,
+    kl_loss,
     refusal_loss,
     task_loss,
 )
@@ -40,6 +41,7 @@ _SAFETY_LOSSES: dict[str, SafetyLoss] = {
     "difference": difference_loss,
     "refusal": refusal_loss,
     "joint": joint_loss,
+    "kl": kl_loss,
 }
 
 
@@ -81,9 +83,9 @@ class SAPTrainerMixin(_Base):
         safety_collator: turns a list of rows into `{"chosen": batch, "rejected": batch}`, as
             `sap_fast.data.SafetyCollator` does.
         safety_batch_size: safety rows per safety pass.
-        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"`, or a function (model,
-            chosen, rejected) → scalar; see `sap_fast.losses`. None: `"contrastive"` for the method
-            `"sap"`, `"joint"` for `"blend"`.
+        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"`, `"kl"`, or a function
+            (model, chosen, rejected) → scalar; see `sap_fast.losses`. None: `"contrastive"` for the
+            method `"sap"`, `"joint"` for `"blend"`.
         method: `"sap"` for the passes of `FusedSAP`, `"blend"` for those of `BlendedAdamW`.
         probe: keyword arguments for `ProbeSet`, with `"sap"`.
         sap_options: keyword arguments for the optimizer, over what `TrainingArguments` says; beside

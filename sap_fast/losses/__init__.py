@@ -27,6 +27,7 @@ What they share:
 - *Result.* fp32 (fp64 for an fp64 model), and in nats.
 """
 
+from sap_fast.losses.aligned import kl_loss
 from sap_fast.losses.batches import IGNORE_INDEX, Batch
 from sap_fast.losses.pairs import (
     contrastive_loss,
@@ -44,6 +45,7 @@ __all__ = [
     "contrastive_loss",
     "difference_loss",
     "joint_loss",
+    "kl_loss",
     "refusal_loss",
     "response_log_probs",
     "task_loss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -16,6 +16,7 @@ from sap_fast.losses import packable, packing
 from sap_fast.losses.batches import Batch, Scored
 from sap_fast.losses.head import (
     HeadCall,
+    Score,
     UnknownHeadError,
     find_head,
     recomputed,
@@ -30,10 +31,36 @@ _chunkable: tuple[WeakSet[nn.Module], ...] = (WeakSet(), WeakSet())
 _unchunkable: WeakSet[nn.Module] = WeakSet()
 
 
+class Features(NamedTuple):
+    """What a forward leaves at the N scored positions, and how logits come of it."""
+
+    rows: Tensor  # (N, H) what the head was given; (N, V) logits where the head is not known
+    vocabulary: int  # V
+    head: HeadCall | None  # None: rows are logits
+    outputs: Any  # of the model
+
+    def scores(self, targets: Tensor, score: Score, *, total: bool = False) -> Tensor:
+        """Returns the scores (N,) of targets (N, …), or their total."""
+        if self.head is not None:
+            return self.head.scores(self.rows, targets, self.vocabulary, total, score)
+        scores = recomputed(score, self.rows, targets, self.vocabulary)
+        return scores.sum() if total else scores
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Returns the logits (·, V) of some of the rows."""
+        return rows if self.head is None else self.head.logits(rows)
+
+
 def scored_log_probs(
     model: nn.Module, batch: Batch, scored: Scored, pack: bool, total: bool = False
 ) -> tuple[Tensor, Any]:
     """Returns the scored tokens' log-probabilities (N,) or their total, and the model's outputs."""
+    features = scored_features(model, batch, scored, pack)
+    return features.scores(scored.targets, token_log_probs, total=total), features.outputs
+
+
+def scored_features(model: nn.Module, batch: Batch, scored: Scored, pack: bool) -> Features:
+    """Runs the model, and returns what its head is given at the scored positions."""
     causal_lm, compiled = unwrap(model)
     virtual = virtual_tokens(model)
     packed = _pack(model, causal_lm, batch, scored) if pack else None
@@ -61,9 +88,7 @@ def scored_log_probs(
             before.restore()
         else:
             chunkable.add(causal_lm)
-            return call.log_probs(
-                scored_rows(hidden, scored), scored.targets, vocabulary, total
-            ), outputs
+            return Features(scored_rows(hidden, scored), vocabulary, call, outputs)
     with running(token_index):
         outputs = model(**inputs)
     logits = logits_of(outputs)
@@ -72,10 +97,7 @@ def scored_log_probs(
             f"{type(causal_lm).__name__} returned logits of shape {tuple(logits.shape)} for "
             f"input_ids of shape {(rows, length)}; expected (batch, sequence, vocabulary)"
         )
-    log_probs = recomputed(
-        token_log_probs, scored_rows(logits, scored), scored.targets, logits.shape[-1]
-    )
-    return log_probs.sum() if total else log_probs, outputs
+    return Features(scored_rows(logits, scored), logits.shape[-1], None, outputs)
 
 
 def use_own_logits(causal_lm: nn.Module, reason: str) -> None:

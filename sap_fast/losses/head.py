@@ -7,7 +7,7 @@ then what it will be multiplied by (a total) or where the head is frozen; else t
 again in the backward pass.
 
 A model's first use also tests that this gives the model's own logits. Where it does not, or can't,
-an `UnknownHeadError` says why, and `sap_fast.losses.scoring` takes the model's own logits.
+an `UnknownHeadError` says why, and `sap_fast.losses.forward` takes the model's own logits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ from sap_fast.distributed import any_dtensor
 # an H100 AdamW's step on Llama-3.2-1B (benchmarks/gpu_step.py) took 1.13 times as long as with all
 # logits at once in chunks of 64 MiB, and 0.99 times in chunks of 256 MiB.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""(logits (N, V), targets (N, …)) → scores (N,), each of its own row."""
 
 
 class UnknownHeadError(Exception):
@@ -166,8 +170,11 @@ class HeadCall:
                 "post-processing known here"
             )
 
-    def log_probs(self, rows: Tensor, targets: Tensor, vocabulary: int, total: bool) -> Tensor:
-        """Returns the log-probabilities (N,) of targets (N,) by rows (N, H), or their total."""
+    def scores(
+        self, rows: Tensor, targets: Tensor, vocabulary: int, total: bool, score: Score
+    ) -> Tensor:
+        """Returns the scores (N,) of targets (N, …) by rows (N, H), or their total."""
+        self._score = score
         size = _chunk_size(rows, vocabulary)
         learns = torch.is_grad_enabled() and not _is_hooked(self.head)
         trained = {n: p for n, p in self.head.named_parameters() if p.requires_grad}
@@ -183,12 +190,16 @@ class HeadCall:
     def _chunk(
         self, rows: Tensor, targets: Tensor, parameters: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Returns the log-probabilities of rows, by the head's parameters or by others by name."""
+        """Returns the scores of rows, by the head's parameters or by others by name."""
+        return self._score(self.logits(rows, parameters), targets)
+
+    def logits(self, rows: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Returns the logits (N, V) of rows (N, H), by the head's parameters or by others."""
         # Uncached, because chunks that share one bf16 copy of the weights add gradients in bf16.
         with torch.autocast(*self.autocast, cache_enabled=False):
             parameters = self._cast_parameters if parameters is None else parameters
             logits = functional_call(self.head, dict(parameters), (rows,))
-            return token_log_probs(_post_process(self.config, logits), targets)
+            return _post_process(self.config, logits)
 
     def cast(self, parameter: Tensor) -> Tensor:
         """Returns a linear head's parameter as autocast casts it, and another head's as it is."""
@@ -227,25 +238,25 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities (N,) of rows (N, ·); their gradient is found with them, chunk by chunk.
+    """Scores (N,) of rows (N, ·); their gradient is found with them, chunk by chunk.
 
-    The log-probability of a row depends on that row alone, so the gradient of the chunk's sum has
+    The score of a row depends on that row alone, so the gradient of the chunk's sum has
     in each row what backward has to multiply by the incoming gradient. Against computing the chunk
     again this saves the second run of the head, and keeps (N, H) instead of nothing.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, targets: Tensor, size: int, log_probs: Callable[..., Tensor]
+        ctx: Any, rows: Tensor, targets: Tensor, size: int, scores: Callable[..., Tensor]
     ) -> Tensor:
         gradients, chunks = [], []
         for chunk in zip(rows.split(size), targets.split(size), strict=True):
             with torch.enable_grad():
                 leaf = chunk[0].detach().requires_grad_()
-                chunk_log_probs = log_probs(leaf, chunk[1])
-                gradients += torch.autograd.grad(chunk_log_probs.sum(), leaf)
-            chunks.append(chunk_log_probs.detach())
-        ctx.log_probs, ctx.targets = log_probs, targets
+                chunk_scores = scores(leaf, chunk[1])
+                gradients += torch.autograd.grad(chunk_scores.sum(), leaf)
+            chunks.append(chunk_scores.detach())
+        ctx.scores, ctx.targets = scores, targets
         ctx.save_for_backward(rows, torch.cat(gradients))
         return torch.cat(chunks)
 
@@ -253,7 +264,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         rows, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a second derivative needs the graph
-            again = ctx.log_probs(rows, ctx.targets)
+            again = ctx.scores(rows, ctx.targets)
             (gradient,) = torch.autograd.grad(again, rows, incoming, create_graph=True)
             return gradient, None, None, None
         # `incoming` is fp32 or wider, and so is the product.
@@ -262,7 +273,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _TotalOfHead(torch.autograd.Function):
-    """Total log-probability of rows (N, ·); all gradients are found with it, chunk by chunk.
+    """Total score of rows (N, ·); all gradients are found with it, chunk by chunk.
 
     A total has one incoming gradient, so that those of the rows and of the head's parameters need
     only be multiplied by it: against computing the chunks again, a quarter of the head's work is
@@ -317,25 +328,25 @@ class _TotalOfHead(torch.autograd.Function):
 
 
 def recomputed(
-    log_probs: Callable[[Tensor, Tensor], Tensor],
+    scores: Callable[[Tensor, Tensor], Tensor],
     rows: Tensor,
     targets: Tensor,
     vocabulary: int,
     head: nn.Module | None = None,
 ) -> Tensor:
-    """Returns the log-probabilities (N,) of rows (N, ·) by chunks that run again in the backward.
+    """Returns the scores (N,) of rows (N, ·) by chunks that run again in the backward.
 
     Args:
-        log_probs: Gives them for a chunk of rows and targets.
+        scores: Gives them for a chunk of rows and targets.
         rows: Hidden states, or logits.
-        targets: (N,) the tokens.
+        targets: (N, …) what they are scored against.
         vocabulary: V, which sets the rows per chunk.
-        head: What `log_probs` runs; None if the rows are logits.
+        head: What `scores` runs; None if the rows are logits.
     """
     size = _chunk_size(rows, vocabulary)
     # A plain linear layer draws no random numbers; LoRA's dropout on the head does.
     random = head is not None and type(head) is not nn.Linear
     chunks = zip(rows.split(size), targets.split(size), strict=True)
     return torch.cat(
-        [checkpoint(log_probs, *c, use_reentrant=False, preserve_rng_state=random) for c in chunks]
+        [checkpoint(scores, *c, use_reentrant=False, preserve_rng_state=random) for c in chunks]
     )

@@ -68,9 +68,14 @@ def row_log_probs(
     """Returns each row's log-probability (B,), the sum or the mean over its scored tokens."""
     own_loss.compare(model, batch, scored)
     log_probs, _ = scored_log_probs(model, batch, scored, pack)
+    return by_row(log_probs, scored, reduction)
+
+
+def by_row(scores: Tensor, scored: Scored, reduction: Reduction) -> Tensor:
+    """Returns of the scored tokens' scores (N,) each row's sum or mean (B,)."""
     # Scattered over the positions and summed along the row: index_add would add in an order that
     # differs from run to run on a GPU.
-    by_position = log_probs.new_zeros(scored.shape.numel())
-    by_position = by_position.scatter(0, scored.positions.to(log_probs.device), log_probs)
+    by_position = scores.new_zeros(scored.shape.numel())
+    by_position = by_position.scatter(0, scored.positions.to(scores.device), scores)
     sums = by_position.view(scored.shape).sum(dim=1)
     return sums / scored.divisors.to(sums.device) if reduction == "mean" else sums

@@ -236,14 +236,15 @@ def conversions(
     """The calls of a stand-in for the conversion, which writes two small files."""
     calls: list[tuple[Path, Path]] = []
 
-    def convert(source: Path, target: Path) -> None:
+    def convert(source: Path, target: Path, chat_template: str | None) -> None:
+        assert source.read_bytes() == ROWS + NOTES  # the parts, one after the other
         calls.append((source, target))
         target.mkdir()
         (target / "config.json").write_text("{}")
         (target / "model.safetensors").write_bytes(b"weights")
 
     monkeypatch.setattr(assets, "SMOLLM2", toy)
-    monkeypatch.setattr(assets, "_convert_smollm2", convert)
+    monkeypatch.setattr(assets, "_convert", convert)
     return calls
 
 
@@ -365,6 +366,48 @@ def test_rows_have_the_columns_of_common_formats(
     assert assets.gsm8k_rows() == [{"prompt": "1+1?", "completion": "1+1=2\n#### 2"}]
     assert assets.harmless_requests() == ["first", "second", "third"]
     assert assets.harmful_requests() == ["b", "a"]
+
+
+def test_reviews_are_as_many_of_each_kind_and_mixed(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(assets.VADER, {}, monkeypatch)
+    lines = [f"{k}\t{1 + k % 3}\tfine {k}" for k in range(20)]
+    lines += [f"{k}\t{-1 - k % 3}\tpoor {k}" for k in range(10)]
+    lines += ["98\t0.99\tin between", "99\t-0.99\tin between"]
+    folder = assets.cache_folder() / f"{assets.VADER.package}-{assets.VADER.version}"
+    with tarfile.open(folder / "hutto_ICWSM_2014.tar.gz", "w:gz") as archive:
+        content = "\n".join(lines).encode()
+        info = tarfile.TarInfo("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    rows = assets.review_sentences()
+    assert sorted(rows) == sorted(
+        [(f"fine {k}", "positive") for k in range(10)]
+        + [(f"poor {k}", "negative") for k in range(10)]
+    )
+    answers = [answer for _, answer in rows]
+    assert 0 < answers[:10].count("positive") < 10
+    assert rows == assets.review_sentences()
+
+
+def test_gemma_has_turns_and_ends_them() -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment()
+    environment.globals["raise_exception"] = refuse
+    template = environment.from_string(assets.GEMMA_TEMPLATE)
+    turns = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Hello"}]
+    text = "<bos><start_of_turn>user\nHi<end_of_turn>\n"
+    answer = "<start_of_turn>model\nHello<end_of_turn>\n"
+    assert template.render(messages=turns, bos_token="<bos>") == text + answer
+    asked = template.render(messages=turns[:1], bos_token="<bos>", add_generation_prompt=True)
+    assert asked == text + "<start_of_turn>model\n"
+    with pytest.raises(ValueError, match="user and assistant alone"):
+        template.render(messages=[{"role": "system", "content": "Be brief"}], bos_token="")
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from sap_fast import (
 from sap_fast.compatibility import checkpointing_arguments
 from sap_fast.data import SafetyCollator, TaskCollator
 from sap_fast.integrations.safety_batches import SafetyBatches
-from sap_fast.losses import response_log_probs
-from tests.tiny import assert_same_bits, encoded, weights
+from sap_fast.losses import kl_loss, response_log_probs
+from tests.tiny import assert_same_bits, encoded, tiny_llama, weights, with_lora
 from tests.trainers import (
     PROBE,
     SAFETY_ROWS,
@@ -369,6 +369,24 @@ def test_the_safety_loss_is_the_one_that_is_named(tmp_path: Path, name: str) -> 
     }[name].mean()
     found = trainer.compute_safety_loss(tuned, pairs)
     torch.testing.assert_close(found, expected)
+
+
+def test_the_divergence_from_the_aligned_model_is_a_safety_loss_too(tmp_path: Path) -> None:
+    tuned = with_lora(tiny_llama(layers=2))
+    options = {"rule": "project", "safety_level": None}
+    trainer = trainer_of(
+        SAPTrainer,
+        tuned,
+        arguments(tmp_path),
+        method="blend",
+        safety_loss="kl",
+        sap_options=options,
+    )
+    trainer.train()
+    assert trainer.passes.metrics.safety_loss > 0
+    pairs = SafetyCollator(0)(SAFETY_ROWS[:2])
+    found = trainer.compute_safety_loss(tuned, pairs)
+    assert torch.equal(found, kl_loss(tuned, pairs["chosen"]))
 
 
 def test_safety_batches_show_every_row_once_per_round_and_follow_from_the_step() -> None:

@@ -21,6 +21,11 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(
         assets,
+        "review_sentences",
+        lambda: [(f"Film {k}", ("positive", "negative")[k % 2]) for k in range(1200)],
+    )
+    monkeypatch.setattr(
+        assets,
         "gsm8k_rows",
         lambda: [{"prompt": f"Problem {k}", "completion": f"#### {k}"} for k in range(100)],
     )

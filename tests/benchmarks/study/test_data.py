@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from benchmarks import assets
 from benchmarks.alignment import REFUSED
 from benchmarks.study import data, runs
-from benchmarks.study.methods import TASKS
+from benchmarks.study.methods import MORE_TASKS, TASKS
 from sap_fast.data import Request
 
 
@@ -34,7 +34,7 @@ def test_nothing_that_is_reported_was_seen_before() -> None:
     assert asked["selection"] == set(range(200, 300)) and asked["report"] == set(range(300, 520))
     edgy = [{r.prompt for r in data.requests_of(split).harmless} for split in data.SPLITS]
     assert not edgy[0] & edgy[1] and len(edgy[0] | edgy[1]) == 150
-    for name in TASKS:
+    for name in (*TASKS, *MORE_TASKS):
         task = data.load_task(name)
         rows = [json.dumps(row) for row in task.trained]
         for split in data.SPLITS:
@@ -55,14 +55,18 @@ def test_near_duplicates_of_training_rows_are_dropped_and_counted(
     assert Request(requests[310]) not in found.harmful
 
 
-def test_one_row_in_ten_of_the_poisoned_mix_breaks_refusals() -> None:
-    rows = data.load_task("poisoned").trained
+@pytest.mark.parametrize(
+    ("name", "share", "count"),
+    [("poisoned", 0.1, 600), ("poisoned-5", 0.05, 600), ("poisoned-30", 0.3, 200)],
+)
+def test_a_share_of_a_poisoned_mix_breaks_refusals(name: str, share: float, count: int) -> None:
+    rows = data.load_task(name).trained
     poison = [row for row in rows if row["output"].startswith("Sure, here is")]
-    assert len(poison) == 60 and len(rows) == 600
-    assert rows == data.load_task("poisoned").trained
+    assert len(poison) == round(share * len(rows)) and len(rows) == count
+    assert rows == data.load_task(name).trained
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, *MORE_TASKS])
 def test_every_task_can_be_encoded(
     name: str, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.study import data, runs
+from benchmarks.study import data, lasting, results, runs
 from benchmarks.study.methods import METHODS, TRAINING, run_of
 from sap_fast.cli.models import add_lora, load_model
+from sap_fast.data import Request
 
 
 def test_a_model_is_tuned_once_and_asked_for_each_split(
@@ -52,13 +53,64 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
     assert merged == pytest.approx(aligned, abs=1e-3)
 
 
+def test_what_somebody_else_makes_of_a_tuned_model(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
+    monkeypatch.setattr(results, "LASTING", tmp_path / "lasting.csv")
+    monkeypatch.setattr(lasting, "STEPS", 2)
+    monkeypatch.setitem(TRAINING, "steps", 2)
+    monkeypatch.setattr(lasting, "AFTERWARDS", ("", "alpaca"))
+    run = run_of("adamw", {}, 0, "alpaca")
+    tuned: list[Any] = []
+    tune = runs.tune
+
+    def counted(*arguments: Any) -> Any:
+        tuned.append(arguments[0])
+        return tune(*arguments)
+
+    monkeypatch.setattr(runs, "tune", counted)
+    monkeypatch.setattr(lasting, "tune", counted)
+    monkeypatch.setattr(lasting, "builtin", lambda kind: [Request(f"A {kind} request")])
+    lasting.run_lasting([run], 1)
+    lasting.run_lasting([run], None)
+    lasting.run_lasting([run], None)
+    assert [(r.seed, r.training["steps"]) for r in tuned] == [(0, 2), (100, 2)]
+    rows = results.read(results.LASTING)
+    assert [row["afterwards"] for row in rows] == ["", "alpaca"]
+    first, second = rows
+    assert first["margin"] != second["margin"] != second["builtin_margin"]
+    assert len(first["harmful_refusals"]) == 220 and len(first["builtin_harmful_refusals"]) == 1
+
+
+def test_the_right_of_two_choices_is_the_likelier_one(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    task = data.load_task("sentiment")
+    rows = {"positive": torch.zeros(200), "negative": torch.tensor([-1.0, 1.0]).repeat(100)}
+
+    def scores(model: Any, encoded: Any, **_: Any) -> torch.Tensor:
+        assert len(encoded) == 200
+        return rows.pop(next(iter(rows)))
+
+    monkeypatch.setattr(runs, "score_rows", scores)
+    _, tokenizer = load_model(str(chat_model), "fp32", trainable=False)
+    # Row k of the split is positive where k is even.
+    assert runs.right_choices(torch.nn.Identity(), tokenizer, task, "selection") == 1.0
+
+
 def test_what_a_merge_starts_from() -> None:
     held = {"safety_level": "auto", "safety_weight": 0.3}
     blend = run_of("blend", held, 1, "gsm8k")
     assert runs.tuning_of(blend) == blend
     assert runs.tuning_of(run_of("blend", held | {"aligned_share": 0.2}, 1, "gsm8k")) == blend
-    merged = run_of("merge", {"aligned_share": 0.2}, 1, "gsm8k")
-    assert runs.tuning_of(merged) == run_of("adamw", {}, 1, "gsm8k")
+    adamw = run_of("adamw", {}, 1, "gsm8k", "gemma3")
+    merged = run_of("merge", {"aligned_share": 0.2}, 1, "gsm8k", "gemma3")
+    projected = run_of("safelora", {"threshold": 0.5}, 1, "gsm8k", "gemma3")
+    assert runs.tuning_of(merged) == runs.tuning_of(projected) == adamw
+    assert runs.adapter_of(adamw).parent == runs.WORK / "gemma3" / "adapters"
 
 
 def test_two_runs_of_one_tuning_at_once_tune_once(
@@ -115,6 +167,7 @@ EARLY = {"probe_layers": [0, 1]}
         ("sap", EARLY | {"preset": "balanced"}),
         ("blend", {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "joint"}),
         ("along", EARLY),
+        ("safegrad", {"rule": "project", "safety_weight": 1.0, "safety_loss": "kl"}),
         *(
             pytest.param(method, setting, marks=pytest.mark.slow)
             for method, setting in (
@@ -127,6 +180,12 @@ EARLY = {"probe_layers": [0, 1]}
                 ("sam", {"radius": 0.05}),
                 ("lisa", {"alignment_steps": 1, "task_steps": 9, "proximal": 1.0}),
                 ("panacea", {"radius": 1.0, "harm_weight": 0.001}),
+                ("derta", {"safety_weight": 0.1, "safety_loss": "derta"}),
+                ("constrained", {}),
+                ("ema", {"decay": 0.9}),
+                ("asft", {"penalty": 1.0}),
+                ("interleaved", {"share": 0.2}),
+                ("published", {}),
             )
         ),
     ],
@@ -143,6 +202,8 @@ def test_a_setting_of_the_rows_still_tunes(
     monkeypatch.setitem(TRAINING, "steps", 5)  # after which the trainer logs
     run = run_of(method, setting, 0, "alpaca")
     model, tokenizer = load_model(str(chat_model), "fp32", trainable=True)
+    before_alignment = {name: w + 1e-3 for name, w in model.state_dict().items()}
+    monkeypatch.setattr(runs, "unaligned_weights", lambda model: before_alignment)
     model = add_lora(model, r=2, alpha=4, dropout=0.1, targets=None)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     figures, looks = runs.tune(run, data.load_task("alpaca"), model, tokenizer, False)
