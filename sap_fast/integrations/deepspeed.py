@@ -118,10 +118,12 @@ class ZeroPasses(SafetyPasses):
             else:
                 self.end_step()
 
-        def load_state_dict(saved: Any, *args: Any, **kwargs: Any) -> None:
+        def load_state_dict(state_dict_list: Any, *args: Any, **kwargs: Any) -> None:
             # The states of all ranks, each in its place; a universal checkpoint has none.
-            own = saved[dist.get_rank(self._zero.group)] if isinstance(saved, list) else None
-            load(saved, *args, **kwargs)
+            own = None
+            if isinstance(state_dict_list, list):
+                own = state_dict_list[dist.get_rank(self._zero.group)]
+            load(state_dict_list, *args, **kwargs)
             self._zero.clear_padding()
             if own is not None and "sap" in own:
                 self.load_state_dict(own["sap"])

@@ -57,9 +57,11 @@ CASES: dict[str, dict[str, Any]] = {
     "the level held, the direction kept": BLEND
     | {"safety_level": "auto", "direction_every": 2, "steps": 5},
     "calibrated": SAP | {"probe": zero.PROBE | {"rho": "auto"}},
-    # One pass of two at W, from which the task pass goes on.
-    "by forward differences": SAP | {"probe": zero.PROBE | {"difference": "forward"}},
+    # One pass of two at W, from which the task pass goes on. ρ is larger, for less of rounding.
+    "by forward differences": SAP | {"probe": zero.PROBE | {"rho": 5e-2, "difference": "forward"}},
 }
+#: The ρ that calibration finds is smaller than 1e-2, so that more of h is rounding.
+WITHIN = {"calibrated": 5e-5}
 
 
 def run_cases(rank: int, stage: int) -> dict[str, list[Tensor]]:
@@ -87,7 +89,7 @@ def test_two_ranks_equal_one_without_deepspeed(tmp_path: Path, stage: int) -> No
         expected = movement(lora, zero.by_hand(**settings))
         off = {"probe": None, "safety_weight": 0.0, "rule": "blend"}
         plain = movement(lora, zero.by_hand(**settings | off))
-        assert distance(movement(lora, first[name]), expected) <= 1e-5, name
+        assert distance(movement(lora, first[name]), expected) <= WITHIN.get(name, 1e-5), name
         assert distance(plain, expected) > 1e-2, name
 
 
@@ -116,7 +118,8 @@ def run_bf16(rank: int, stage: int, alone: bool) -> dict[str, list[Tensor]]:
     config: dict[str, Any] = {"bf16": {"enabled": True}}
     if stage == 2:  # where the averaged gradients lie in another form
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    settings = {"blend": BLEND, "sap": SAP, "plain": {"passes": False}}
+    sap = SAP | {"probe": zero.PROBE | {"rho": 5e-2}}
+    settings = {"blend": BLEND, "sap": sap, "plain": {"passes": False}}
     rows = None if alone else rank
     return {
         name: zero.Run(rows, stage, True, config=config, **how).masters(3)
@@ -130,13 +133,12 @@ def test_in_bf16_two_ranks_equal_one_to_its_rounding(tmp_path: Path, stage: int)
     assert_same_bits(first, second)
     (alone,) = on_ranks(tmp_path, run_bf16, stage, True, ranks=1)
     exact = movement(True, zero.by_hand(True, 3, None, safety_level=None, **BLEND))
-    start = movement(True, first["plain"])
-    for name in ("blend", "sap"):
-        apart = distance(movement(True, first[name]), movement(True, alone[name]))
-        rounding = distance(start, movement(True, alone["plain"]))
-        assert apart <= 1.5 * rounding + 1e-3, name
-        assert distance(movement(True, first[name]), start) > 2 * apart, name
-    assert distance(movement(True, first["blend"]), exact) < 0.2
+    moved = {name: movement(True, found) for name, found in first.items()}
+    apart = {name: distance(moved[name], movement(True, found)) for name, found in alone.items()}
+    assert apart["blend"] <= 1.5 * apart["plain"] + 1e-3 <= 0.05
+    # bf16 leaves h less exact than the gradient.
+    assert apart["sap"] < distance(moved["sap"], moved["plain"]) / 2
+    assert distance(moved["blend"], exact) < distance(moved["blend"], moved["plain"]) / 2
 
 
 def run_resumed(rank: int, stage: int, folder: str) -> list[Any]:
