@@ -266,8 +266,8 @@ class _EngineRanks(Ranks):
 
     def __init__(self, zero: _Zero) -> None:
         self._zero = zero
-        self.model = zero.engine.module
-        self.replicas, self.shards = [], [self.model]
+        module: Any = zero.engine.module
+        self.model, self.replicas, self.shards = module, [], [module]
 
     def reshard(self) -> None:
         """Nothing is left to be dropped: `_Zero.publish_` does so where weights change."""
@@ -342,7 +342,7 @@ class _Zero:
         raise NotImplementedError
 
     @property
-    def _parameters(self) -> list[list[nn.Parameter]]:
+    def _parameters(self) -> list[list[Any]]:
         raise NotImplementedError
 
     def publish_(self) -> None:
@@ -458,7 +458,7 @@ class _Zero12(_Zero):
         return list(self.optimizer.bit16_groups_flat)
 
     @property
-    def _parameters(self) -> list[list[nn.Parameter]]:
+    def _parameters(self) -> list[list[Any]]:
         return list(self.optimizer.bit16_groups)
 
     def publish_(self) -> None:
@@ -509,7 +509,7 @@ class _Zero3(_Zero):
         return list(self.optimizer.fp16_partitioned_groups_flat)
 
     @property
-    def _parameters(self) -> list[list[nn.Parameter]]:
+    def _parameters(self) -> list[list[Any]]:
         return list(self.optimizer.fp16_groups)
 
     @torch.no_grad()
