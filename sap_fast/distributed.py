@@ -223,8 +223,9 @@ def _refuse_wrapper(module: nn.Module) -> None:
 
 
 _NO_DEEPSPEED = (
-    "DeepSpeed steps its own optimizer on its own copies of the parameters, which SAP can't "
-    "perturb; use FSDP2: torch.distributed.fsdp.fully_shard, in Accelerate fsdp_version=2"
+    "DeepSpeed trains its own copies of the parameters; give deepspeed.initialize another "
+    "optimizer, and its engine to sap_fast.integrations.deepspeed.ZeroPasses(engine, "
+    "ProbeSet(model)), with the model inside of it"
 )
 
 

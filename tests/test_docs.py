@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 #: Pages whose code needs several processes; the examples run the same loops on two ranks.
-ON_SEVERAL_RANKS = {"how-to/fsdp2.md"}
+ON_SEVERAL_RANKS = {"how-to/deepspeed.md", "how-to/fsdp2.md"}
 #: Pages whose code needs packages of `make test-stacks`, where the examples run it.
 OF_STACKS = {"how-to/faster-kernels.md", "how-to/other-loops.md"}
 

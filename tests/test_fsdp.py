@@ -361,12 +361,12 @@ def test_what_is_not_supported_names_what_is(tmp_path: Path):
     assert found[0]["ranks"] == str(RANKS)
 
 
-def test_deepspeed_is_refused():
+def test_deepspeed_is_referred_to_its_passes():
     engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
     engine.module = problem().model
-    with pytest.raises(ValueError, match=r"DeepSpeed.*use FSDP2"):
+    with pytest.raises(ValueError, match=r"DeepSpeed.*ZeroPasses"):
         ProbeSet(engine, layers=[1])
     parameter = nn.Parameter(torch.zeros(3))
     parameter.ds_id = 0
-    with pytest.raises(ValueError, match=r"DeepSpeed.*use FSDP2"):
+    with pytest.raises(ValueError, match=r"DeepSpeed.*ZeroPasses"):
         BlendedAdamW([parameter])

@@ -27,6 +27,8 @@ class AveragingTrainer(SAPTrainer):
         **kwargs: as for `SAPTrainer`.
     """
 
+    _runs_beside_deepspeed = False
+
     def __init__(
         self,
         *args: Any,

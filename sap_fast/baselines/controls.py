@@ -41,6 +41,8 @@ class ControlTrainer(SAPTrainer):
         **kwargs: as for `SAPTrainer`.
     """
 
+    _runs_beside_deepspeed = False
+
     def __init__(
         self,
         *args: Any,

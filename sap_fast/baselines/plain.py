@@ -23,6 +23,8 @@ class PlainTrainer(SAPTrainer):
         **kwargs: as for `SAPTrainer`.
     """
 
+    _runs_beside_deepspeed = False
+
     def __init__(
         self, *args: Any, sap_options: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:

@@ -75,7 +75,7 @@ class SAPTrainerMixin(_Base):
 
     The update is that of `FusedSAP` or `BlendedAdamW` where `TrainingArguments` ask for an AdamW of
     PyTorch, and else that of the optimizer that they, `optimizer_cls_and_kwargs` or `optimizers`
-    say: the passes run beside it.
+    say: the passes run beside it. So they do beside DeepSpeed, which clips after the blending.
 
     Every log of the training loss carries the figures of `SAPMetrics` as `sap/…`.
 
@@ -98,10 +98,13 @@ class SAPTrainerMixin(_Base):
     Raises:
         ValueError: without safety data or collator, for an unknown `safety_loss` or `method`, for a
             `probe` without a method that has one, for an optimizer that updates inside of backward,
-            for options of an update that another optimizer makes, or for settings beside a
-            `FusedSAP` or `BlendedAdamW` that is given.
+            for options of an update that another optimizer makes, for settings beside a `FusedSAP`
+            or `BlendedAdamW` that is given, or for a rival under DeepSpeed.
         TypeError: for an optimizer that is no `torch.optim.Optimizer`.
     """
+
+    #: Whether the method is in the passes alone, and reads no gradients by itself.
+    _runs_beside_deepspeed = True
 
     def __init__(
         self,
@@ -146,7 +149,7 @@ class SAPTrainerMixin(_Base):
         self._other_update = self._find_other_update()
         if self._other_update is not None:
             self._refuse_options_of_the_update(self._other_update)
-            if self.optimizer is not None:
+            if self.optimizer is not None and not self.is_deepspeed_enabled:
                 self._run_beside(self.model)
         elif self.optimizer is not None and (self._probe or self._sap_options):
             raise ValueError(
@@ -162,6 +165,13 @@ class SAPTrainerMixin(_Base):
 
     def _find_other_update(self) -> str | None:
         """Say who makes the update, if it is none of this package's optimizers."""
+        if self.is_deepspeed_enabled:
+            if not self._runs_beside_deepspeed:
+                raise ValueError(
+                    f"{type(self).__name__} reads the gradients of parameters, where DeepSpeed "
+                    "leaves none; train it without DeepSpeed"
+                )
+            return "DeepSpeed's ZeRO"
         if self.optimizer is not None:
             given = _unwrapped(self.optimizer)
             name = type(given).__name__
@@ -187,14 +197,39 @@ class SAPTrainerMixin(_Base):
 
     def _run_beside(self, model: Any) -> None:
         """Run the passes beside the optimizer that there is."""
-        options = {"grad_scaler": self.accelerator.scaler} | self._sap_options
+        optimizer = checked_optimizer(_unwrapped(self.optimizer))
+        probes, options = self._settings_of_passes(model)
+        options = {"grad_scaler": self.accelerator.scaler} | options
+        self._passes = SafetyPasses(optimizer.param_groups, probes, **options)
+        run_beside(optimizer, self._passes)
+
+    def _settings_of_passes(self, model: Any) -> tuple[ProbeSet | None, dict[str, Any]]:
+        """Return the probe set and the options of passes that run beside another update."""
+        options = dict(self._sap_options)
         for name in ("safety_weight", "safety_level"):
             default = inspect.signature(METHODS[self._method].optimizer).parameters[name].default
             options.setdefault(name, default)
-        optimizer = checked_optimizer(_unwrapped(self.optimizer))
-        probes = ProbeSet(model, **self._probe) if self._method == "sap" else None
-        self._passes = SafetyPasses(optimizer.param_groups, probes, **options)
-        run_beside(optimizer, self._passes)
+        return ProbeSet(model, **self._probe) if self._method == "sap" else None, options
+
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's engine, once there is one; None without DeepSpeed."""
+        return self._engine
+
+    # Trainer sets it as soon as the engine is there, and loads a checkpoint after that: the state
+    # of the passes is in the checkpoint.
+    @deepspeed.setter
+    def deepspeed(self, engine: Any) -> None:
+        self._engine = engine
+        if engine is None or self.optimizer is None:  # for evaluation there is no optimizer
+            return
+        # Not above: most who train have no DeepSpeed.
+        from sap_fast.integrations.deepspeed import ZeroPasses
+
+        if self._passes is not None and self._passes.probes is not None:
+            self._passes.probes.detach()  # those of an earlier call of train()
+        probes, options = self._settings_of_passes(self.model)
+        self._passes = ZeroPasses(engine, probes, **options)
 
     @property
     def probe_set(self) -> ProbeSet | None:
@@ -246,7 +281,8 @@ class SAPTrainerMixin(_Base):
         trained_model: Any = self.model if model is None else model
         if self._other_update is not None:
             optimizer = create_optimizer(super().create_optimizer, model)
-            self._run_beside(trained_model)
+            if not self.is_deepspeed_enabled:
+                self._run_beside(trained_model)
             return optimizer
         settings = {
             "lr": self.args.learning_rate,
@@ -355,7 +391,9 @@ class SAPTrainerMixin(_Base):
         model.train()
         rows = self._safety_batches.rows(number, self.args.process_index, self.args.world_size)
         loss = self.compute_safety_loss(model, self._to_device(self._safety_collator(rows)))
-        self.accelerator.backward(loss)
+        # As the trainer does: the loss is that of the step, not of one of its micro-batches.
+        scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss, **scaling)
         return loss.detach()
 
     def _keeps_direction(self) -> bool:

@@ -60,6 +60,11 @@ def find_head(causal_lm: nn.Module, compiled: bool) -> nn.Module:
             "it is compiled, and compiled code can't be hooked (decoder layers that are compiled "
             "each by itself, layer.compile(), leave the head as it is)"
         )
+    if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):
+        # The backward pass would find the head's weights let go of, when it runs the chunks again.
+        raise UnknownHeadError(
+            "its head is spread by ZeRO-3, and gathered for the model's own forward only"
+        )
     return head
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sap_fast.model.paired import Adapter
 from sap_fast.model.probes import ProbeSet
 from sap_fast.step.direction import Direction
-from sap_fast.step.guards import Perturbation, frozen, gradients_set_aside
+from sap_fast.step.guards import frozen, gradients_set_aside
 from sap_fast.step.metrics import StepRecord
 from sap_fast.step.trained import Trained
 
@@ -78,7 +78,9 @@ def estimate(
             ):
                 task()
 
-        with Perturbation(direction.parameters, buffers, scale, backend=backend) as perturbation:
+        with trained.perturbation(
+            direction.parameters, buffers, scale, backend=backend
+        ) as perturbation:
             if adapters:
                 matrices = [matrix for adapter in adapters for matrix in adapter.matrices]
                 both = dict(zip(matrices, perturbation.of_both_signs(matrices), strict=True))

@@ -39,6 +39,7 @@ from sap_fast.step.guards import gradients_restored_on_error, refuse_sparse
 from sap_fast.step.metrics import SAPMetrics, StepRecord, read_metrics
 from sap_fast.step.rules import Rule, find_rule
 from sap_fast.step.single_passes import Safety, SinglePasses, Stage, Task
+from sap_fast.step.trained import Trained
 
 __all__ = ["Safety", "SafetyPasses", "Stage", "Task"]
 
@@ -56,7 +57,8 @@ class SafetyPasses(SinglePasses):
         passes.end_step()
 
     Args:
-        params: the parameters that the optimizer trains, or its parameter groups.
+        params: the parameters that the optimizer trains, or its parameter groups; or what stands
+            for them where a stack keeps them in another form (`sap_fast.integrations.deepspeed`).
         probes: where the probe lives; None for blending alone.
         safety_weight: γ, the size of the blending; 0 blends nothing.
         safety_level: probe and blend only while the last safety pass found L_safe above this level:
@@ -92,7 +94,7 @@ class SafetyPasses(SinglePasses):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | Trained,
         probes: ProbeSet | None = None,
         *,
         safety_weight: float = 0.3,

@@ -57,7 +57,7 @@ class SinglePasses:
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | Trained,
         probes: ProbeSet | None,
         safety_weight: float,
         safety_level: float | Literal["auto"] | None,
@@ -73,7 +73,7 @@ class SinglePasses:
         self.grad_scaler = grad_scaler
         self.keeps_direction = self.measures_rounding = self.measures_lean = self.maximize = False
         self.steps = 0
-        self.trained = Trained(params, probes)
+        self.trained = params if isinstance(params, Trained) else Trained(params, probes)
         self.direction = Direction(direction_every)
         self.level = Level(safety_level)
         self.calibration: Calibration | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from sap_fast.model.checkpointing import Checkpointing
 from sap_fast.model.layers import find_decoder_layers, find_model
 from sap_fast.model.probes import ProbeSet
 from sap_fast.random_state import RandomState
+from sap_fast.step.guards import Perturbation
 
 
 class Trained:
@@ -42,13 +43,23 @@ class Trained:
         #: Of all decoder layers, in the place of the probe set's: since a pass ran out of memory.
         self._checkpointing: Checkpointing | None = None
         self._refuse_unusable()
-        if probes is not None and set(probes.model.parameters()).isdisjoint(self.parameters):
+        if probes is not None and not self.belong_to(probes.model):
             raise ValueError(
                 "params and probes share no parameter: the optimizer would perturb weights that "
                 "the probed model does not use; pass the parameters of the model that ProbeSet was "
                 "given"
             )
         self.runs_in(None if probes is None else probes.model)
+
+    def belong_to(self, model: nn.Module) -> bool:
+        """Return whether some of these are parameters of the model."""
+        return not set(model.parameters()).isdisjoint(self.parameters)
+
+    def perturbation(
+        self, params: Sequence[Tensor], buffers: Sequence[Tensor], scale: Tensor, *, backend: str
+    ) -> Perturbation:
+        """Return the context in which the model computes with W + ΔW; see `Perturbation`."""
+        return Perturbation(params, buffers, scale, backend=backend)
 
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
         """Know of more parameters: those of a group that the optimizer was given later.

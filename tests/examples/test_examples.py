@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,11 @@ ON_RANKS = [script for script in SCRIPTS if "torchrun" in script.read_text()]
 #: torchtitan has to be told that a CPU is a device: tests/integrations/test_torchtitan.py does.
 ELSEWHERE = [EXAMPLES / "torchtitan_trainer.py"]
 #: Examples for stacks of `make test-stacks`, and what each imports.
-OF_STACKS = {"lightning_loop": "pytorch_lightning", "torchtitan_trainer": "torchtitan"}
+OF_STACKS = {
+    "deepspeed_loop": "deepspeed",
+    "lightning_loop": "pytorch_lightning",
+    "torchtitan_trainer": "torchtitan",
+}
 
 
 def skip_without_its_stack(script: Path) -> None:
