@@ -34,6 +34,7 @@ class AsFTTrainer(PlainTrainer):
         super().__init__(*args, **kwargs)
         self._penalty = penalty
         self._layers = []
+        assert self.model is not None  # Trainer wants one, or makes it
         for layer in alignment_layers(self.model, unaligned):
             identity = torch.eye(len(layer.projection), device=layer.projection.device)
             self._layers.append((layer, identity - layer.projection))
@@ -122,9 +123,10 @@ def alignment_layers(model: nn.Module, unaligned: Mapping[str, Tensor]) -> Itera
     if not layers:
         raise ValueError("the model has no LoRA, whose updates could be projected")
     for name, module in layers:
-        aligned, key = getattr(module.get_base_layer(), "weight", None), f"{name}.weight"
-        if not isinstance(module.get_base_layer(), nn.Linear) or not aligned.is_floating_point():
+        base, key = module.get_base_layer(), f"{name}.weight"
+        if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
             raise ValueError(f"{name} is no nn.Linear with weights of floating point")
+        aligned = base.weight
         if any(module.use_dora.values()):
             raise ValueError(f"{name} has a DoRA, whose update isn't the product of its matrices")
         if key not in unaligned or unaligned[key].shape != aligned.shape:

@@ -285,7 +285,7 @@ def _joined(tokens: Sequence[str], style: str) -> Text:
 def _shown_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Returns the texts of tokens; of several that are one character, it and their number."""
     shown: list[str] = []
-    start = 0
+    ids, start = list(ids), 0
     while start < len(ids):
         # A character of another script may be bytes of which none can be read by itself.
         size = 1

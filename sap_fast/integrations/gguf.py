@@ -313,8 +313,8 @@ def _check(path: Path, model: nn.Module, rounded: Mapping[str, Tensor]) -> None:
         expected = torch.func.functional_call(model.eval(), dict(rounded), (ids,)).logits
         found = loaded.eval()(input_ids=ids).logits
     model.train(was_training)
-    error = float((found - expected).abs().max() / expected.abs().max())
-    if not error < 1e-4:
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference < 1e-4:
         raise GgufError(
-            f"what was written loads to other logits, off by {error:.1e} of the largest"
+            f"what was written loads to other logits, off by {difference:.1e} of the largest"
         )

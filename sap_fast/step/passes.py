@@ -137,12 +137,12 @@ class SafetyPasses(SinglePasses):
         """
         self.refuse_inside("inner_passes()")
         self.begin()
-        part = self._part(batch)
-        self.again_out_of_memory(lambda: self._inner_passes(task, safety, part))
+        self.again_out_of_memory(lambda: self._inner_passes(task, safety, batch))
         self.stage = Stage.READY
 
-    def _inner_passes(self, task: Task, safety: Safety, part: Any) -> None:
+    def _inner_passes(self, task: Task, safety: Safety, batch: Any) -> None:
         try:
+            part = self._part(batch)  # here, as a pass that is put back forgets it
             if self.is_active and self.direction.is_due(self.steps):
                 self.safety_pass(safety)
             self._describe_direction()
