@@ -233,5 +233,5 @@ def test_axolotl_trains_by_the_example(
     assert (tmp_path / "tuned" / "adapter_model.safetensors").exists()
     state = next((tmp_path / "tuned").glob("checkpoint-*/trainer_state.json"))
     logs = [row for row in json.loads(state.read_text())["log_history"] if "loss" in row]
-    figure = "sap/lean" if method == "sap" else "sap/safety_level"
+    figure = "sap/lean" if method == "sap" else "sap/skipped_steps"
     assert len(logs) == 2 and all(figure in row for row in logs)

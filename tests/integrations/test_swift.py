@@ -206,5 +206,5 @@ def test_swift_sft_trains_with_a_plugin_file(
     state = next((tmp_path / "tuned").glob("checkpoint-*/trainer_state.json"))
     assert (state.parent / "adapter_model.safetensors").exists()
     logs = [row for row in json.loads(state.read_text())["log_history"] if "loss" in row]
-    figure = "sap/lean" if method == "sap" else "sap/safety_level"
+    figure = "sap/lean" if method == "sap" else "sap/skipped_steps"
     assert len(logs) == 2 and all(figure in row for row in logs)

@@ -15,7 +15,6 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
 from sap_fast import BlendedAdamW, FusedSAP, ProbeSet, contrastive_loss, task_loss
@@ -61,6 +60,9 @@ CORDA = lora(init_lora_weights="corda", corda_config=CordaConfig(corda_method="k
 
 def corda() -> nn.Module:
     """A base with what CorDA measured on it."""
+    pytest.importorskip("attr")  # PEFT imports it there, and does not ask for it
+    from peft.tuners.lora.corda import preprocess_corda
+
     model = base()
     with torch.no_grad():
         preprocess_corda(
