@@ -72,7 +72,7 @@ def test_a_compiler_that_does_not_work_is_one_line(terminal: Terminal, tmp_path:
     assert "--compile gcc: expected inductor or aot_eager or eager" in line
     more = ["--compile", "eager", "--checkpointing", "layers"]
     line = terminal.refusal(*terminal.finetuning(tmp_path / "tuned", *more))
-    assert "--checkpointing layers: with --optimizer sap it is switched pass by pass" in line
+    assert "--checkpointing layers: with --optimizer sap it changes pass by pass" in line
 
 
 def liger(monkeypatch: pytest.MonkeyPatch, *model_types: str) -> list[dict[str, Any]]:
