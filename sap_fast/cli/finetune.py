@@ -121,7 +121,7 @@ def prepare(settings: FinetuneSettings, work: Path) -> tuple[Trainer, PreTrained
     if settings.compile and settings.optimizer == "sap" and settings.checkpointing != "none":
         raise UserError(
             f"--checkpointing {settings.checkpointing}: with --optimizer sap it changes pass by "
-            f"pass, which layers compiled by --compile {settings.compile} cannot be; leave out one"
+            f"pass, which the layers of --compile {settings.compile} cannot; leave out one"
         )
     for name in ("eval_every", "keep_best", "early_stop"):
         if settings.eval is None and getattr(settings, name) is not None:
