@@ -290,10 +290,10 @@ def _shown_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
         # A character of another script may be bytes of which none can be read by itself.
         size = 1
         for longer in range(1, min(_BYTES, len(ids) - start) + 1):
-            if _UNREADABLE not in tokenizer.decode(ids[start : start + longer]):
+            if _UNREADABLE not in tokenizer.decode(list(ids[start : start + longer])):
                 size = longer
                 break
-        text = "".join(map(_shown, tokenizer.decode(ids[start : start + size])))
+        text = "".join(map(_shown, tokenizer.decode(list(ids[start : start + size]))))
         shown.append(text + (str(size).translate(_SUPERSCRIPT) if size > 1 else ""))
         start += size
     return shown
