@@ -23,8 +23,8 @@ class SAPSettings:
         safety_dataset: A file of safety rows, as `sap_fast.data.load_safety_dataset` reads it.
         method: `"blend"` or `"sap"`.
         safety_batch_size: Safety rows per safety pass and rank.
-        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"` or `"kl"`; None for that
-            of the method.
+        safety_loss: `"contrastive"`, `"difference"`, `"refusal"`, `"joint"` or `"kl"`; None for
+            that of the method.
         probe: Keyword arguments of `ProbeSet`, with `"sap"`.
         sap_options: Keyword arguments of the optimizer.
 
