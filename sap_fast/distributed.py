@@ -44,7 +44,8 @@ def any_dtensor(tensors: Iterable[Any]) -> bool:
     return dtensor != () and any(isinstance(tensor, dtensor) for tensor in tensors)
 
 
-def _is_fsdp2(module: Any) -> TypeIs[FSDPModule]:
+def is_fsdp2(module: Any) -> TypeIs[FSDPModule]:
+    """Return whether `fully_shard` was called on this module, alone or in a list."""
     return isinstance(module, _class_of("torch.distributed.fsdp", "FSDPModule"))
 
 
@@ -79,7 +80,7 @@ class Ranks:
         modules = [] if model is None else list(model.modules())
         self.model = model
         self.replicas = [m for m in modules if isinstance(m, DistributedDataParallel)]
-        self.shards = [m for m in modules if _is_fsdp2(m)]
+        self.shards = [m for m in modules if is_fsdp2(m)]
         for module in modules:
             _refuse_wrapper(module)
         if len(self.shards) == 1 and self.shards[0] is model:

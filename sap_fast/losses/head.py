@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sap_fast.configuration import text_config
-from sap_fast.distributed import any_dtensor
+from sap_fast.distributed import any_dtensor, is_fsdp2
 
 # Bytes of one chunk's logits. Backward holds about four such tensors (logits, log-softmax, their
 # gradients): 256 MiB, where the logits of 8 rows of 2,048 tokens at V=128,000 take 7.8 GiB alone.
@@ -40,6 +40,12 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 class UnknownHeadError(Exception):
     """Head and known post-processing do not give the model's logits; the message says why."""
+
+
+_SHARDED_BY_ITSELF = (
+    "its head is sharded by itself and gathered for the model's forward only; leave it to the "
+    "fully_shard of the model"
+)
 
 
 def find_head(causal_lm: nn.Module, compiled: bool) -> nn.Module:
@@ -65,6 +71,11 @@ def find_head(causal_lm: nn.Module, compiled: bool) -> nn.Module:
         raise UnknownHeadError(
             "its head is spread by ZeRO-3, and gathered for the model's own forward only"
         )
+    if any(is_fsdp2(module) for module in head.modules()):
+        # In a group with others, as Accelerate and torchtitan have it, the head may still be
+        # gathered after the forward. But each chunk calls it, and with it the hooks of the group,
+        # which reduce its gradients and free its weights after the first.
+        raise UnknownHeadError(_SHARDED_BY_ITSELF)
     return head
 
 
@@ -147,10 +158,7 @@ class HeadCall:
         if self.calls != 1:
             raise UnknownHeadError(f"its head ran {self.calls} times in one forward")
         if any_dtensor(self.head.parameters()):
-            raise UnknownHeadError(
-                "its head is sharded by itself and gathered for the model's forward only; leave it "
-                "to the fully_shard of the model"
-            )
+            raise UnknownHeadError(_SHARDED_BY_ITSELF)
         if self.hidden is None:
             raise UnknownHeadError("its head does not take (batch, sequence, hidden) alone")
         if self.test:

@@ -145,8 +145,9 @@ def test_finetune_on_shards_of_accelerate_is_that_on_one_rank(
     command = short(terminal, together, "--optimizer", optimizer, *more)
     (status, shown), (other, silence) = on_all(tmp_path, command, sharded=True)
     assert (status, other, silence) == (0, 0, ""), shown
-    # The head is in one group with the last norm, and serves chunks all the same.
-    assert "Losses are computed from its own logits" not in shown
+    # Accelerate shards the head apart from the model, and chunks would call the hooks of that.
+    said = "Losses are computed from its own logits" in " ".join(shown.split())
+    assert said == (optimizer != "adamw")
 
     whole = ["--batch-size", "4", "--safety-batch-size", "4", "--optimizer", optimizer, *more]
     assert terminal.run(*short(terminal, alone, *whole)) == 0
