@@ -68,7 +68,7 @@ def corda() -> nn.Module:
         preprocess_corda(
             model,
             CORDA,
-            run_model=lambda: [model(**random_batch(rows=8, seed=k)) for k in range(3)],
+            run_model=lambda: [model(**random_batch(rows=1, seed=k)) for k in range(24)],
         )
     return model
 
