@@ -35,7 +35,7 @@ from benchmarks.provenance import RESULTS, replace_rows
 from benchmarks.workloads import LLAMA_1B, THREADS, Row, Shape, random_data, random_llama
 from sap_fast import ProbeSet, SafetyPasses, contrastive_loss, task_loss
 from sap_fast.ops.blockwise import Quantized, dequantize
-from sap_fast.step import estimate
+from sap_fast.step import trained
 from sap_fast.step.direction import Direction, Kept
 from sap_fast.step.guards import Perturbation
 
@@ -141,12 +141,12 @@ def way(name: str, model: nn.Module) -> Iterator[None]:
 
     buffers, low = Direction.buffers, Shadows.low
     try:
-        estimate.Perturbation = Shadows  # type: ignore[assignment, misc]
+        trained.Perturbation = Shadows  # type: ignore[assignment, misc]
         Direction.buffers = read_only  # type: ignore[method-assign]
         Shadows.low = multiplied_in_bf16(model)
         yield
     finally:
-        estimate.Perturbation = Perturbation  # type: ignore[misc]
+        trained.Perturbation = Perturbation  # type: ignore[misc]
         Direction.buffers = buffers  # type: ignore[method-assign]
         Shadows.low = low
 

@@ -75,6 +75,8 @@ def test_what_the_probe_needs_belongs_to_the_probe_set() -> None:
         ("rho", KEYWORD, "auto"),
         ("difference", KEYWORD, "central"),
         ("rows", KEYWORD, 1.0),
+        ("own_rows", KEYWORD, False),
+        ("passes", KEYWORD, "two"),
         ("checkpointing", KEYWORD, "none"),
     ]
 
@@ -96,7 +98,7 @@ def test_the_package_exports_what_users_rely_on() -> None:
     assert set(sap_fast.__all__) == {
         *("BlendedAdamW", "FusedSAP", "ProbeSet", "SafetyPasses", "SAPTrainer"),
         *("SAPTrainerMixin", "SAPMetrics", "task_loss", "contrastive_loss", "difference_loss"),
-        *("refusal_loss", "joint_loss"),
+        *("refusal_loss", "joint_loss", "kl_loss"),
     }
     assert all(getattr(sap_fast, name) is not None for name in sap_fast.__all__)
 

@@ -229,8 +229,11 @@ def tune(
     trainer.add_callback(look)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    name = "sap/lean"
-    leans = [entry[name] for entry in trainer.state.log_history if name in entry]
+    # That of the part, where the probe passes see no more.
+    logged = [
+        entry.get("sap/lean", entry.get("sap/lean_of_rows")) for entry in trainer.state.log_history
+    ]
+    leans = [lean for lean in logged if lean is not None]
     figures = {
         "lean_predicted": statistics.fmean(leans) if leans else None,
         # The first step also calibrates and warms up.

@@ -35,6 +35,8 @@ class SAPProbe(BaseModel):
     rho: float | Literal["auto"] | None = None
     difference: Literal["central", "forward"] | None = None
     rows: float | None = None
+    own_rows: bool | None = None
+    passes: Literal["two", "paired", "auto"] | None = None
     checkpointing: Literal["none", "layers", "auto"] | None = None
 
 

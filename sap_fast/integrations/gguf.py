@@ -297,7 +297,11 @@ def _check(path: Path, model: nn.Module, rounded: Mapping[str, Tensor]) -> None:
     try:
         with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, **options
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                use_safetensors=True,
+                **options,
             )
     # transformers reads some sizes as those of the models that it knows, and then tells it so.
     except (RuntimeError, ValueError, KeyError) as error:

@@ -8,7 +8,7 @@ import torch
 from benchmarks import shadows
 from benchmarks.shadows import Shadows, multiplied_in_bf16
 from benchmarks.workloads import Row, Shape, random_llama
-from sap_fast.step import estimate
+from sap_fast.step import trained
 from sap_fast.step.direction import Direction
 from sap_fast.step.guards import Perturbation
 
@@ -39,9 +39,9 @@ def test_the_package_has_its_own_way_again_whatever_happens() -> None:
     model = random_llama(SMALL)
     buffers = Direction.buffers
     with pytest.raises(ValueError, match="injected"), shadows.way("shadows", model):
-        assert estimate.Perturbation is Shadows
+        assert trained.Perturbation is Shadows
         raise ValueError("injected")
-    assert estimate.Perturbation is Perturbation and Direction.buffers is buffers
+    assert trained.Perturbation is Perturbation and Direction.buffers is buffers
 
 
 def test_tied_embeddings_and_norms_are_not_multiplied_in_bf16() -> None:

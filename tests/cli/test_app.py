@@ -204,8 +204,10 @@ def test_without_the_extra_the_command_says_what_to_install(
 def test_an_option_given_twice_is_an_error_that_names_it(
     terminal: Terminal, tmp_path: Path, command: str
 ) -> None:
-    given = [*terminal.command(command, tmp_path / "out"), "--model", "another"]
-    assert terminal.refusal(*given) == "Error: --model is given twice: expected it once"
+    arguments = terminal.command(command, tmp_path / "out")
+    option = "--model" if "--model" in arguments else "--output"
+    error = f"Error: {option} is given twice: expected it once"
+    assert terminal.refusal(*arguments, option, "another") == error
 
 
 @pytest.mark.parametrize(

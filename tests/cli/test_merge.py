@@ -64,6 +64,7 @@ def test_a_merged_adapter_is_a_plain_model(
 def test_a_gguf_file_lies_beside_the_weights(
     terminal: Terminal, tmp_path: Path, adapter: Path
 ) -> None:
+    pytest.importorskip("gguf")
     written: list[tuple[Path, str]] = []
 
     def write(path: Path, model: torch.nn.Module, tokenizer: object, stored: str) -> None:

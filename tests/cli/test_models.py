@@ -354,6 +354,8 @@ def tied(chat_model: Path, folder: Path) -> Path:
 def test_whole_modules_are_trained_beside_the_adapter_and_load(
     terminal: Terminal, tmp_path: Path, is_tied: bool
 ) -> None:
+    if is_tied and "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this version of peft would save head and embeddings apart, and is refused")
     model = tied(terminal.chat_model, tmp_path / "tied") if is_tied else terminal.chat_model
     output, merged = tmp_path / "tuned", tmp_path / "merged"
     # Of two that are one matrix, either names both.

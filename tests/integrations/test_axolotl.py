@@ -24,6 +24,8 @@ from tests.integrations.stand_ins import axolotl as stand_in
 from tests.tiny import assert_same_bits, weights, with_lora
 from tests.trainers import TASK_ROWS
 
+pytest.importorskip("pydantic", reason="Axolotl, and so the plugin, has it")
+
 IS_INSTALLED = find_spec("axolotl") is not None
 EXAMPLE = Path(__file__).parents[2] / "examples" / "axolotl.yaml"
 

@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
+import transformers
 from tokenizers import Regex, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -33,6 +32,8 @@ from sap_fast.integrations.gguf import (
 )
 from tests.byte_tokenizer import byte_tokenizer as tokenizer
 from tests.conftest import TEMPLATE
+
+gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'sap-fast[gguf]'")
 
 SIZES = {
     "hidden_size": 64,
@@ -67,7 +68,7 @@ def loaded(path: Path) -> Any:
         path.parent,
         gguf_file=path.name,
         dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
+        quantization_config=transformers.GgufConfig(dequantize=True),
     ).eval()
 
 
