@@ -68,9 +68,10 @@ def quantize(tensor: Tensor) -> Quantized:
     for given, code, scale in _blocks(local, codes, scales):
         wide = given.to(scale.dtype)
         torch.div(wide.abs().amax(-1), _LARGEST, out=scale)
-        step = scale.where(scale != 0, 1.0).unsqueeze(-1)
-        # Where the scale is subnormal, and so rounded itself, a quotient may be beyond 127.
-        code.copy_((wide / step).round_().nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST))
+        # Of a block of zeros 0/0 is to be 0. Where the scale is subnormal, and so rounded itself, a
+        # quotient may be beyond 127.
+        quotient = (wide / scale.unsqueeze(-1)).nan_to_num_(0.0)
+        code.copy_(quotient.round_().clamp_(-_LARGEST, _LARGEST))
     return Quantized(shard_like(codes, tensor, tensor.shape), shard_like(scales, tensor, shape))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch._utils
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule
 
 if __name__ == "__main__":
@@ -33,6 +34,10 @@ if __name__ == "__main__":
     for name, function in missing.items():
         if not hasattr(cpu, name):
             setattr(cpu, name, function)
+    cpu.current_device = lambda: 0  # a number, as barrier() wants it
+    distributed: Any = torch.distributed
+    if not hasattr(distributed, "set_timeout"):  # torchtitan 0.3 asks for a torch after 2.13
+        distributed.set_timeout = distributed_c10d._set_pg_timeout
     sharded: Any = FSDPModule
     divide = sharded.set_gradient_divide_factor
 

@@ -108,3 +108,10 @@ def test_a_tensor_is_quantized_if_it_is_large_and_becomes_smaller() -> None:
     assert not is_worth_it(torch.zeros(2**18))
     assert not is_worth_it(torch.zeros(512, 512).T[:, :-1])
     assert not is_worth_it(torch.zeros(2**18, 4, dtype=torch.bfloat16))  # two bytes either way
+
+
+def test_values_whose_scale_is_subnormal_keep_their_sign() -> None:
+    smallest = torch.finfo(torch.float32).tiny * torch.finfo(torch.float32).eps
+    given = torch.linspace(-180, 180, 2 * BLOCK).view(2, BLOCK) * smallest
+    kept = dequantize(quantize(given), torch.float32)
+    assert (kept * given.sign() >= 0).all() and (kept != 0).any()
