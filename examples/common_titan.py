@@ -18,6 +18,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config.configs import ParallelismConfig, TrainingConfig
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3 import model_registry
+from torchtitan.tools.logging import init_logger
 
 
 class RandomRows(BaseDataLoader):
@@ -109,6 +110,7 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The keywords of a `Trainer.Config` for a Llama of torchtitan, on random rows."""
+    init_logger()  # as torchtitan's own script does
     spec = model_registry("debugmodel" if options.tiny else options.flavor, attn_backend="varlen")
     for layer in spec.model.layers:  # a row is one sequence, and needs no mask
         layer.attention.inner_attention = ScaledDotProductAttention.Config()

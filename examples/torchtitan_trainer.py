@@ -9,7 +9,6 @@ import torch.distributed as dist
 from common import parser
 from common_titan import Answers, options_of, random_pairs, settings
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.tools.logging import init_logger
 from torchtitan.trainer import Trainer
 
 from sap_fast import ProbeSet, SafetyPasses, contrastive_loss
@@ -74,7 +73,6 @@ class SafeTrainer(Trainer):
         SAPState(self.passes).load_state_dict({"sap": state["sap"]})
 
 
-init_logger()  # as torchtitan's own script does
 trainer = SafeTrainer.Config(**settings(options_of(parser(__doc__)))).build()
 trainer.train()
 trainer.close()
