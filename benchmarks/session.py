@@ -58,6 +58,11 @@ COMMANDS = (
     ),
     Command("sap-fast evaluate --model tuned --task held-out.jsonl --limit 36", 14),
     Command("sap-fast merge --model tuned --output merged --dtype bf16 --gguf q8_0", 1),
+    Command(
+        "sap-fast compare --model chat-model --task rows.jsonl --held-out held-out.jsonl "
+        f"--output compared --limit 24 --max-steps 8 {_TRAINING}",
+        21,
+    ),
 )
 
 
