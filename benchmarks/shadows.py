@@ -140,6 +140,7 @@ def way(name: str, model: nn.Module) -> Iterator[None]:
         return self.kept
 
     buffers, low = Direction.buffers, Shadows.low
+    # mypy takes it for a mistake to put something in the place of a class or a method.
     try:
         trained.Perturbation = Shadows  # type: ignore[assignment, misc]
         Direction.buffers = read_only  # type: ignore[method-assign]

@@ -47,8 +47,9 @@ from sap_fast.data import (
     padding_token_id,
 )
 from sap_fast.evaluation import EvaluationResult, evaluate_model
-from sap_fast.evaluation.batching import evaluation_mode, score_rows
+from sap_fast.evaluation.batching import score_rows
 from sap_fast.evaluation.progress import no_progress
+from sap_fast.losses.aside import evaluation_mode
 
 Row = dict[str, Any]
 

@@ -39,22 +39,9 @@ class AsFTTrainer(PlainTrainer):
             identity = torch.eye(len(layer.projection), device=layer.projection.device)
             self._layers.append((layer, identity - layer.projection))
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the loss of the task rows, while training with the penalty."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not model.training:
-            return loss
-        penalty = torch.stack([self._square(*layer) for layer in self._layers]).sum()
-        if num_items_in_batch is not None:
-            # The trainer divides the whole loss only where nothing else did.
-            penalty = penalty / self.current_gradient_accumulation_steps
-        return loss + self._penalty * penalty.to(loss.device)
+    def _added_loss(self, model: nn.Module) -> Tensor:
+        squares = torch.stack([self._square(*layer) for layer in self._layers])
+        return self._penalty * squares.sum()
 
     @staticmethod
     def _square(layer: AlignmentLayer, outside: Tensor) -> Tensor:

@@ -29,20 +29,7 @@ class MixedTrainer(PlainTrainer):
         self._refusal_weight = refusal_weight
         super().__init__(*args, **kwargs)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the loss of the task rows, while training with that of the refusals."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not model.training:
-            return loss
+    def _added_loss(self, model: nn.Module) -> Tensor:
         with self.accelerator.autocast():
             refusals = task_loss(model, self._answers("chosen", self._window_position - 1))
-        if num_items_in_batch is not None:
-            # The trainer divides the whole loss only where nothing else did.
-            refusals = refusals / self.current_gradient_accumulation_steps
-        return loss + self._refusal_weight * refusals
+        return self._refusal_weight * refusals

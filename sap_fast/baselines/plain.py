@@ -31,6 +31,27 @@ class PlainTrainer(SAPTrainer):
         options = {"safety_weight": 0.0} | (sap_options or {})
         super().__init__(*args, method="blend", sap_options=options, **kwargs)
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of the task rows, while training with what the method adds to it."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        added = self._added_loss(model) if model.training else None
+        if added is None:
+            return loss
+        if num_items_in_batch is not None:
+            # The trainer divides the whole loss only where nothing else did.
+            added = added / self.current_gradient_accumulation_steps
+        return loss + added.to(loss.device)
+
+    def _added_loss(self, model: nn.Module) -> Tensor | None:
+        """Return what a method adds to the loss of each micro-batch; None: nothing."""
+        return None
+
     def _answers(self, kind: Literal["chosen", "rejected"], micro_batch: int) -> Any:
         """Return safe or harmful answers of a safety batch, another one for each micro-batch."""
         number = self.state.global_step * self.args.gradient_accumulation_steps + micro_batch

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sap_fast.data import TaskCollator, encode_prompt, padding_token_id
 from sap_fast.evaluation import Progress, generate_openings, is_refusal, no_progress
-from sap_fast.evaluation.batching import device_of, evaluation_mode, similar_length_batches
+from sap_fast.evaluation.batching import device_of, similar_length_batches
+from sap_fast.losses.aside import evaluation_mode
 from sap_fast.model.layers import find_decoder_layers
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """What every measure shares: evaluation mode and batches of similar length."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,18 +8,7 @@ from torch import Tensor, nn
 from sap_fast.data import EncodedRow, TaskCollator
 from sap_fast.evaluation.progress import Progress
 from sap_fast.losses import response_log_probs
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off and gives every module its own mode back on exit."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+from sap_fast.losses.aside import evaluation_mode
 
 
 def similar_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from sap_fast.evaluation.batching import device_of, evaluation_mode
+from sap_fast.evaluation.batching import device_of
 from sap_fast.evaluation.progress import Progress, no_progress
 from sap_fast.evaluation.refusals import greedy_continuations, is_refusal
+from sap_fast.losses.aside import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

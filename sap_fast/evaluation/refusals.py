@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from torch import nn
 
 from sap_fast.data import TaskCollator, encode_prompt, padding_token_id
-from sap_fast.evaluation.batching import device_of, evaluation_mode, similar_length_batches
+from sap_fast.evaluation.batching import device_of, similar_length_batches
 from sap_fast.evaluation.progress import Progress, no_progress
+from sap_fast.losses.aside import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sap_fast.configuration import virtual_tokens
+from sap_fast.losses.aside import evaluation_mode
 from sap_fast.losses.batches import (
     Batch,
     Scored,
@@ -110,20 +111,13 @@ class AlignedModel:
     def running(self) -> Iterator[nn.Module]:
         """Gives the model, in evaluation mode and without gradients; all is as before on exit."""
         assert self._model is not None
-        modes = [(module, module.training) for module in self._model.modules()]
+        without_adapter = self._adapted.disable_adapter() if self._adapted else nullcontext()
         # PEFT freezes the adapter that it switches off, and thaws all of it afterwards.
         learns = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
-        self._model.eval()
         try:
-            if self._adapted is None:
-                with torch.no_grad():
-                    yield self._model
-            else:
-                with torch.no_grad(), self._adapted.disable_adapter():
-                    yield self._adapted
+            with evaluation_mode(self._model), torch.no_grad(), without_adapter:
+                yield self._model
         finally:
-            for module, training in modes:
-                module.training = training
             for parameter, required in learns:
                 parameter.requires_grad_(required)
 
