@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.provenance import RESULTS, ROOT, read_rows
 
-SUMMARY = RESULTS / "study" / "summary.csv"
+SUMMARY = RESULTS / "study" / "first" / "summary.csv"
 DEMO = RESULTS / "demo.csv"
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "pictures" / "kept.svg"

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import set_seed
 
@@ -87,7 +86,6 @@ def measured(run: Run, afterwards: str) -> Row:
         model = with_lora(model, again)
         tune(again, load_task(afterwards), model, tokenizer, False)
         model = model.merge_and_unload()
-    model.to(torch.bfloat16)
     row: Row = described(run) | {"afterwards": afterwards}
     asked = {
         "": (requests_of("report").harmful, requests_of("report").harmless),

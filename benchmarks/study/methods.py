@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.workloads import RECIPES, Recipe, label_of
 from sap_fast import SAPTrainer
 from sap_fast.baselines import (
     AsFTTrainer,
@@ -47,7 +46,7 @@ TRAINING: Setting = {
     "lora_dropout": 0.1,
     "max_grad_norm": 1.0,
     "weight_decay": 0.01,
-    "precision": "bf16-mixed",
+    "precision": "fp32",
     "safety_batch_size": 4,
     "safety_pairs": 140,
 }
@@ -75,7 +74,8 @@ class Method:
         settings: what is tried; see `options_of`.
         has_probe: whether `SAPTrainer` is to have a probe; it is `PROBE` with the setting over it.
         after: what is done with the tuned model, or before the tuning.
-        gone: settings that were tried, and that the package has no more. Their rows stay.
+        first: settings that the first study tried beside these. Its rows stay, in a folder of
+            their own; the package has some of these settings no more.
     """
 
     title: str
@@ -83,11 +83,33 @@ class Method:
     settings: tuple[Setting, ...] = ({},)
     has_probe: bool = False
     after: str | None = None
-    gone: tuple[Setting, ...] = ()
+    first: tuple[Setting, ...] = ()
 
 
+#: What the settings below leave out is `PROBE`'s. ρ is the package's: "auto".
 _SAP: tuple[Setting, ...] = (
-    {},  # the settings below say what differs from `PROBE`
+    {"probe_layers": EARLY},
+    {"probe_layers": EARLY, "probe_lr": 4e-3},
+    {"probe_layers": EARLY, "probe_lr": 2e-3},
+    {"probe_layers": EARLY, "safety_loss": "joint"},
+    {},
+)
+
+#: h of a part of the rows, its direction kept for steps, and whether V serves the other rows too.
+_ROWS: tuple[Setting, ...] = tuple(
+    {"probe_layers": EARLY} | part
+    for part in (
+        {"rows": 0.25},
+        {"rows": 0.25, "direction_every": 10},
+        {"rows": 0.5},
+        {"rows": 0.25, "own_rows": True, "probe_lr": 6e-3},
+        {"rows": 0.5, "direction_every": 5},
+        {"direction_every": 5},
+    )
+)
+
+#: Of the first study alone.
+_FIRST_SAP: tuple[Setting, ...] = (
     {"probe_lr": 2e-3},
     {"probe_lr": 1e-3},
     {"probe_lr": 1e-2},
@@ -96,12 +118,10 @@ _SAP: tuple[Setting, ...] = (
     {"probe_rule": "adam", "probe_lr": 5e-2},
     {"probe_rule": "gradient", "probe_lr": 1.0},
     {"safety_loss": "difference"},
-    {"probe_layers": EARLY},
     {"probe_layers": list(range(20, 29))},
     {"probe_layers": list(range(30))},
     {"safety_pairs": 8},
     {"safety_batch_size": 16},
-    {"probe_layers": EARLY, "probe_lr": 4e-3},
     {"probe_layers": EARLY, "probe_lr": 5e-3},
     {"probe_layers": EARLY, "preset": "balanced"},
     {"probe_layers": EARLY, "preset": "economical"},
@@ -109,10 +129,12 @@ _SAP: tuple[Setting, ...] = (
     {"probe_layers": list(range(5, 15))},
     {"probe_layers": EARLY, "probe_lr": 5e-3, "safety_level": "auto"},
     {"probe_layers": EARLY, "probe_lr": 1e-2, "safety_level": "auto"},
+    {"schedule": "lagged"},  # V of the batch before; gone from the package
+    {"probe_shape": "token"},  # a probe for each token; gone, too
 )
 
-#: V of the batch before, and a probe for each token.
-_GONE: tuple[Setting, ...] = ({"schedule": "lagged"}, {"probe_shape": "token"})
+#: γ-blending that holds the level, with the likelihood of refusals and the margin descended.
+_HELD: Setting = {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "joint"}
 
 _CONTROLS: tuple[Setting, ...] = ({}, {"probe_layers": EARLY}, {"probe_lr": 1e-2})
 
@@ -120,21 +142,28 @@ METHODS: dict[str, Method] = {
     "shipped": Method("As published", None),
     "aligned": Method("Aligned, not tuned", None),
     "adamw": Method("AdamW", SAPTrainer),
-    "sap": Method("SAP", SAPTrainer, _SAP, has_probe=True, gone=_GONE),
+    "sap": Method("SAP", SAPTrainer, _SAP, has_probe=True, first=_FIRST_SAP),
+    "sap-rows": Method("SAP of some rows", SAPTrainer, _ROWS, has_probe=True),
     "blend": Method(
         "γ-blending",
         SAPTrainer,
         (
+            _HELD,
+            _HELD | {"direction_every": 10},
+            _HELD | {"direction_every": 5},
+            _HELD | {"safety_weight": 0.1},
+            {"safety_weight": 0.3, "safety_level": "auto"},
+            _HELD | {"safety_weight": 1.0, "direction_every": 10},
+        ),
+        first=(
             {"safety_weight": 0.1, "safety_level": "auto"},
             {"safety_weight": 0.1},
-            {"safety_weight": 0.3, "safety_level": "auto"},
             {"safety_weight": 0.03},
             {"safety_weight": 0.1, "direction_every": 5},
             {"safety_weight": 0.3},
             {"safety_weight": 1.0, "safety_level": "auto"},
             {"safety_weight": 0.3, "safety_level": "auto", "safety_batch_size": 8},
             {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "refusal"},
-            {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "joint"},
             {"safety_weight": 0.3, "safety_level": "auto", "varied_openings": True},
             {"safety_weight": 0.1, "safety_level": "auto", "varied_openings": True},
             {"safety_weight": 0.3, "safety_level": "auto", "aligned_share": 0.2},
@@ -145,6 +174,11 @@ METHODS: dict[str, Method] = {
         "SAP and γ-blending",
         SAPTrainer,
         (
+            _HELD | {"probe_layers": EARLY},
+            _HELD | {"probe_layers": EARLY, "rows": 0.25, "direction_every": 10},
+        ),
+        has_probe=True,
+        first=(
             {"safety_weight": 0.1},
             {"safety_weight": 0.03},
             {"safety_weight": 0.1, "probe_lr": 1e-3},
@@ -156,7 +190,6 @@ METHODS: dict[str, Method] = {
                 "preset": "balanced",
             },
         ),
-        has_probe=True,
     ),
     "mixed": Method(
         "Refusals in the data",
@@ -178,9 +211,9 @@ METHODS: dict[str, Method] = {
         "Lisa",
         LisaTrainer,
         (
+            {"alignment_steps": 1, "task_steps": 9, "proximal": 0.1},
             {"alignment_steps": 1, "task_steps": 9, "proximal": 1.0},
             {"alignment_steps": 2, "task_steps": 8, "proximal": 0.1},
-            {"alignment_steps": 1, "task_steps": 9, "proximal": 0.1},
             {"alignment_steps": 1, "task_steps": 9, "proximal": 0.0},
             {"alignment_steps": 2, "task_steps": 8, "proximal": 0.0},
         ),
@@ -310,7 +343,13 @@ _OF_TRAINER = frozenset(
     | {"harm_weight", "averaged", "strengths", "later_strength", "decay", "penalty"}
 )
 #: of `ProbeSet`, and what they are called there;
-_OF_PROBE = {"probe_layers": "layers", "probe_lr": "size", "probe_rule": "rule"}
+_OF_PROBE = {
+    "probe_layers": "layers",
+    "probe_lr": "size",
+    "probe_rule": "rule",
+    "rows": "rows",
+    "own_rows": "own_rows",
+}
 #: of the optimizer;
 _OF_OPTIMIZER = frozenset({"safety_weight", "safety_level", "direction_every", "rule"})
 #: of what is done before or after the tuning.
@@ -325,7 +364,6 @@ def options_of(run: Run) -> dict[str, Any]:
     """
     method, values = METHODS[run.method], run.values
     values = {word: value for word, value in values.items() if word not in _AROUND | set(TRAINING)}
-    recipe = RECIPES[label_of(values.pop("preset"))] if "preset" in values else Recipe()
     options = {word: values.pop(word) for word in _OF_TRAINER & set(values)}
     probe = {name: values.pop(word) for word, name in _OF_PROBE.items() if word in values}
     if run.model != "smollm2" and probe.get("layers") == EARLY:
@@ -333,9 +371,6 @@ def options_of(run: Run) -> dict[str, Any]:
     optimizer = {word: values.pop(word) for word in _OF_OPTIMIZER & set(values)}
     if values:
         raise ValueError(f"{run.method} {run.setting}: {', '.join(values)} is no more to be had")
-    if recipe.direction_every > 1:
-        optimizer |= {"direction_every": recipe.direction_every}
-        probe |= {"rows": recipe.rows}
     if options.get("safety_loss") == "derta":
         options["safety_loss"] = derta_loss
     if method.trainer is ControlTrainer:

@@ -553,7 +553,7 @@ def _knobs(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
     }
     adamw = table.get(("adamw", "{}"))
     knobs = []
-    for setting in (*METHODS["sap"].settings, *METHODS["sap"].gone):
+    for setting in (*METHODS["sap"].settings, *METHODS["sap"].first):
         row = table.get(("sap", json.dumps(setting, sort_keys=True)))
         if row and adamw:
             loss = row["task_loss"] / adamw["task_loss"] - 1

@@ -64,24 +64,22 @@ LOOK_EVERY = 20
 MAX_ANSWER_TOKENS = 200
 
 
-def execute(run: Run, split: Split, threads: int) -> tuple[Row, list[Row]]:
+def execute(run: Run, split: Split, threads: int, looked_at: bool = False) -> tuple[Row, list[Row]]:
     """Tune one model, unless its adapter is there already, and measure it on a split.
 
     Args:
         run: what to do.
         split: what to ask; half of the time of a run goes into this.
         threads: of the CPU.
+        looked_at: ask the model on the way as well, where it is tuned for the selection split.
 
     Returns:
-        The row of the split, and a row for every look during the tuning: the model is looked at
-        for the selection split only.
+        The row of the split, and a row for every look during the tuning.
     """
     torch.set_num_threads(threads)
     started = time.perf_counter()
     task = load_task(run.task)
-    model, tokenizer, figures, looks = tuned_model(run, looked_at=split == "selection")
-    # As a chat model is served; it also halves the time of the evaluation.
-    model.to(torch.bfloat16)
+    model, tokenizer, figures, looks = tuned_model(run, looked_at and split == "selection")
     row = row_of(run, split, measure(task, split, model, tokenizer, run), figures)
     if task.has_answers:
         row["exact_answers"] = exact_answers(model, tokenizer, task.held_out[split])
