@@ -109,8 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = results.choose_settings(results.read(results.RESULTS))
     if options.stage in ("landscape", "all") and options.model == "smollm2":
         run_landscapes(chosen)
-    if chosen:
-        write_pages()
+    write_pages()
 
 
 def settings_for(model: str) -> dict[str, Setting]:
@@ -121,7 +120,9 @@ def settings_for(model: str) -> dict[str, Setting]:
 
 def write_pages() -> None:
     """Write the report and the tables of README and docs from the rows there are."""
-    print(report.write_report())
+    for folder in (results.FIRST, results.FOLDER, results.FOLDER / "gemma3"):
+        if results.choose_settings(results.read(folder / results.RESULTS.name)):
+            print(report.write_report(folder))
     tables.write_tables()
 
 

@@ -112,7 +112,6 @@ _ROWS: tuple[Setting, ...] = tuple(
 _FIRST_SAP: tuple[Setting, ...] = (
     {"probe_lr": 2e-3},
     {"probe_lr": 1e-3},
-    {"probe_lr": 1e-2},
     {"preset": "balanced"},
     {"preset": "economical"},
     {"probe_rule": "adam", "probe_lr": 5e-2},
@@ -124,9 +123,7 @@ _FIRST_SAP: tuple[Setting, ...] = (
     {"safety_batch_size": 16},
     {"probe_layers": EARLY, "probe_lr": 5e-3},
     {"probe_layers": EARLY, "preset": "balanced"},
-    {"probe_layers": EARLY, "preset": "economical"},
     {"probe_layers": list(range(5))},
-    {"probe_layers": list(range(5, 15))},
     {"probe_layers": EARLY, "probe_lr": 5e-3, "safety_level": "auto"},
     {"probe_layers": EARLY, "probe_lr": 1e-2, "safety_level": "auto"},
     {"schedule": "lagged"},  # V of the batch before; gone from the package
@@ -160,7 +157,6 @@ METHODS: dict[str, Method] = {
             {"safety_weight": 0.1},
             {"safety_weight": 0.03},
             {"safety_weight": 0.1, "direction_every": 5},
-            {"safety_weight": 0.3},
             {"safety_weight": 1.0, "safety_level": "auto"},
             {"safety_weight": 0.3, "safety_level": "auto", "safety_batch_size": 8},
             {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "refusal"},
@@ -180,15 +176,7 @@ METHODS: dict[str, Method] = {
         has_probe=True,
         first=(
             {"safety_weight": 0.1},
-            {"safety_weight": 0.03},
-            {"safety_weight": 0.1, "probe_lr": 1e-3},
             {"probe_layers": EARLY, "safety_weight": 0.3, "safety_level": "auto"},
-            {
-                "probe_layers": EARLY,
-                "safety_weight": 0.3,
-                "safety_level": "auto",
-                "preset": "balanced",
-            },
         ),
     ),
     "mixed": Method(

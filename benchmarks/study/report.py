@@ -696,19 +696,26 @@ HEADINGS = (
 def write_report(folder: Path = FOLDER) -> Path:
     """Write `report.html`, `summary.csv`, frontier and landscape as PNG from the rows there are.
 
+    Args:
+        folder: where the rows are, and the files go.
+
     Raises:
         ValueError: if there is nothing to report yet.
     """
-    rows, looks = results.read(results.RESULTS), results.read(results.LOOKS)
+    rows = results.read(folder / results.RESULTS.name)
+    looks = results.read(folder / results.LOOKS.name)
+    training = TRAINING | ({"precision": "bf16-mixed"} if folder == results.FIRST else {})
     settings = results.choose_settings(rows)
     summaries = on_common_seeds(rows, settings)
     if not summaries:
-        raise ValueError("no method has run everywhere that settings are chosen on: run make study")
+        raise ValueError(
+            f"{folder}: no method has run everywhere that settings are chosen on: run make study"
+        )
     write_summary(summarize(rows), settings, folder)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     _draw_frontier(summaries, figure)
     figure.savefig(folder / "frontier.png", dpi=110)
-    grounds = results.read(results.LANDSCAPE)
+    grounds = results.read(folder / results.LANDSCAPE.name)
     if grounds:
         figure = Figure(figsize=(11, 6), layout="constrained")
         _draw_landscape(grounds, figure)
@@ -724,7 +731,7 @@ def write_report(folder: Path = FOLDER) -> Path:
                 if any(s.task == task for s in summaries)
             ],
             headings=HEADINGS,
-            training=TRAINING,
+            training=training,
             findings=findings(summaries),
             left_out=left_out(rows, settings, summaries),
             commits=sorted({row["commit"] for row in rows}),

@@ -16,6 +16,8 @@ from benchmarks.study.methods import METHODS, SELECTION, Run, Setting
 Row = dict[str, Any]
 
 FOLDER = provenance.RESULTS / "study"
+#: The rows of the first study, which ran under bf16 autocast.
+FIRST = FOLDER / "first"
 RESULTS = FOLDER / "results.csv"
 LOOKS = FOLDER / "looks.csv"
 LANDSCAPE = FOLDER / "landscape.csv"

@@ -9,8 +9,8 @@ from pathlib import Path
 from benchmarks.provenance import ROOT
 from benchmarks.study import results
 from benchmarks.study.methods import METHODS, TASKS
-from benchmarks.study.report import FOLDER, MISSING, TASK_TITLES, described
-from benchmarks.study.results import Row
+from benchmarks.study.report import MISSING, TASK_TITLES, described
+from benchmarks.study.results import FIRST, Row
 
 BEGIN, END = "<!-- from summary.csv -->\n", "<!-- until here -->\n"
 HEADING = "refuses harmful, and points over AdamW (95 %) · harmless · task loss"
@@ -26,21 +26,22 @@ def _is_compared(by_task: dict[str, Row]) -> bool:
     return len(by_task) == len(TASKS) and _is_chosen(by_task)
 
 
-#: Files with a table, and which settings get a line in it, given their rows by task.
-PAGES: dict[Path, Callable[[dict[str, Row]], bool]] = {
-    ROOT / "docs" / "measurements" / "safety.md": _is_compared,
-    ROOT / "docs" / "study.md": bool,
+#: Files with a table, the folder of its study, and which settings get a line in it, given their
+#: rows by task.
+PAGES: dict[Path, tuple[Path, Callable[[dict[str, Row]], bool]]] = {
+    ROOT / "docs" / "measurements" / "safety.md": (FIRST, _is_compared),
+    ROOT / "docs" / "study.md": (FIRST, bool),
 }
 
 
-def write_tables(folder: Path = FOLDER) -> None:
-    """Put the tables of `folder`'s `summary.csv` into docs/.
+def write_tables() -> None:
+    """Put the tables of every `summary.csv` into docs/.
 
     Raises:
         ValueError: if a page lacks the comments between which its table goes.
     """
-    rows = results.read(folder / "summary.csv")
-    for page, is_wanted in PAGES.items():
+    for page, (folder, is_wanted) in PAGES.items():
+        rows = results.read(folder / "summary.csv")
         text = page.read_text(encoding="utf-8")
         page.write_text(with_table(text, markdown_table(rows, is_wanted), page), encoding="utf-8")
 

@@ -30,7 +30,7 @@ def test_an_interrupted_study_goes_on_and_runs_nothing_twice(
 
         def __exit__(self, *_: Any) -> None: ...
 
-        def submit(self, _: Any, run: Any, split: Any, threads: int) -> Any:
+        def submit(self, _: Any, run: Any, split: Any, threads: int, looks: bool) -> Any:
             from concurrent.futures import Future
 
             executed.append((split, run))
@@ -38,8 +38,9 @@ def test_an_interrupted_study_goes_on_and_runs_nothing_twice(
             if failing and run == failing[0]:
                 future.set_exception(RuntimeError("out of luck"))
             else:
-                looks = [runs.described(run) | {"step": 10, "refused_harmful": 0.5, "margin": 1.0}]
-                future.set_result((row("adamw", {}, "alpaca", run.seed, split=split), looks))
+                look = runs.described(run) | {"step": 10, "refused_harmful": 0.5, "margin": 1.0}
+                found = row("adamw", {}, "alpaca", run.seed, split=split)
+                future.set_result((found, [look] if looks else []))
             return future
 
     monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
@@ -48,8 +49,8 @@ def test_an_interrupted_study_goes_on_and_runs_nothing_twice(
         study.run_all("selection", plan, 1, None)
     failing.clear()
     study.run_all("selection", plan, 1, 1)
-    study.run_all("selection", plan, 2, None)
-    study.run_all("selection", plan, 2, None)
+    study.run_all("selection", plan, 2, None, looks=True)
+    study.run_all("selection", plan, 2, None, looks=True)
     assert executed == [("selection", plan[k]) for k in (0, 1, 1, 2)]
     # What was asked for one split says nothing of the other.
     study.run_all("report", plan[:1], 1, None)
@@ -57,7 +58,7 @@ def test_an_interrupted_study_goes_on_and_runs_nothing_twice(
     rows = results.read(tmp_path / "results.csv")
     assert results.finished(rows, "selection") == {run.key for run in plan}
     assert results.finished(rows, "report") == {plan[0].key}
-    assert len(results.read(tmp_path / "looks.csv")) == 4
+    assert len(results.read(tmp_path / "looks.csv")) == 1
     assert {"commit", "device", "torch"} <= set(rows[0])
 
 

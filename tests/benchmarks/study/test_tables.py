@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.provenance import ROOT
-from benchmarks.study import report, results, tables
+from benchmarks.study import results, tables
 
 
 @pytest.mark.parametrize("page", list(tables.PAGES), ids=lambda page: page.name)
 def test_pages_hold_the_table_of_the_summary(page: Path) -> None:
-    table = tables.markdown_table(results.read(report.FOLDER / "summary.csv"), tables.PAGES[page])
+    folder, is_wanted = tables.PAGES[page]
+    table = tables.markdown_table(results.read(folder / "summary.csv"), is_wanted)
     text = page.read_text(encoding="utf-8")
     assert tables.with_table(text, table, page) == text, (
         "run python -m benchmarks.study --stage none"
@@ -44,13 +45,13 @@ def test_a_cell_gives_share_difference_loss_and_seeds() -> None:
 def test_one_page_has_the_chosen_settings_that_ran_on_every_task() -> None:
     rows = [
         {**row, "setting": setting}
-        for row in results.read(report.FOLDER / "summary.csv")
+        for row in results.read(results.FIRST / "summary.csv")
         if row["method"] == "sap" and row["chosen"] == "1"
         for setting in ("{}", '{"probe_lr": 0.002}')
     ]
     for row in rows[::2]:
         row["chosen"] = "0"
-    compared = tables.PAGES[ROOT / "docs" / "measurements" / "safety.md"]
+    _, compared = tables.PAGES[ROOT / "docs" / "measurements" / "safety.md"]
     lines = tables.markdown_table(rows, compared).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| SAP, probe_lr 0.002 *"]
     assert len(tables.markdown_table(rows[2:], compared).splitlines()) == 2  # one task is missing
