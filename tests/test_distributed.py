@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "forward": {"probe": {"difference": "forward"}},
     "rows": {"probe": {"rows": 0.5}},
     "own rows": {"probe": {"rows": 0.5, "own_rows": True}},
+    "lean": {"probe": {"rule": "lean", "size": 0.002}},
     "kept": {"direction_every": 3},
     "kept and rows": {"direction_every": 2, "probe": {"rows": 0.25}},
     "blended": {"safety_weight": 0.5},
@@ -191,7 +192,17 @@ def assert_as_one_rank(
 
 def some_with_full(options: dict[str, dict[str, Any]]) -> list[Any]:
     """All options with LoRA, some of each kind with full parameters; all with those is slow."""
-    some = ("paper", "forward", "rows", "kept", "held", "project", "blend_() for SGD", "native")
+    some = (
+        "paper",
+        "forward",
+        "rows",
+        "lean",
+        "kept",
+        "held",
+        "project",
+        "blend_() for SGD",
+        "native",
+    )
     return [
         pytest.param(True, options, id="lora"),
         pytest.param(False, {k: v for k, v in options.items() if k in some}, id="full"),

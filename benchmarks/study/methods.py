@@ -108,6 +108,19 @@ _ROWS: tuple[Setting, ...] = tuple(
     )
 )
 
+#: A probe as large as makes the gradient lean by a part of its length, whatever it is found from.
+_LEAN: tuple[Setting, ...] = tuple(
+    {"probe_rule": "lean"} | size
+    for size in (
+        {"probe_layers": EARLY, "probe_lr": 0.2},
+        {"probe_layers": EARLY, "probe_lr": 0.2, "rows": 0.25, "direction_every": 10},
+        {"probe_layers": EARLY, "probe_lr": 0.1},
+        {"probe_lr": 0.2},
+        {"probe_layers": EARLY, "probe_lr": 0.2, "rows": 0.25, "own_rows": True},
+        {"probe_layers": EARLY, "probe_lr": 0.4, "rows": 0.25, "direction_every": 10},
+    )
+)
+
 #: Of the first study alone.
 _FIRST_SAP: tuple[Setting, ...] = (
     {"probe_lr": 2e-3},
@@ -141,6 +154,7 @@ METHODS: dict[str, Method] = {
     "adamw": Method("AdamW", SAPTrainer),
     "sap": Method("SAP", SAPTrainer, _SAP, has_probe=True, first=_FIRST_SAP),
     "sap-rows": Method("SAP of some rows", SAPTrainer, _ROWS, has_probe=True),
+    "sap-lean": Method("SAP sized by its lean", SAPTrainer, _LEAN, has_probe=True),
     "blend": Method(
         "γ-blending",
         SAPTrainer,

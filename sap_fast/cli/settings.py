@@ -291,15 +291,17 @@ class FinetuneSettings:
     probe_size: float = _option(
         3e-3,
         _PROBE,
-        "β: the probe's size, relative to the hidden states; 0 makes SAP plain AdamW.",
+        "β: the probe's size, relative to the hidden states, or with --probe-rule lean the part of "
+        "the gradient's length that the probe makes it lean by; 0 makes SAP plain AdamW.",
         least=0,
     )
     probe_rule: str = _option(
         "normalized",
         _PROBE,
-        "How the probe follows from its gradient: normalized: of that size; gradient: as in the "
-        "paper; adam: as in its authors' code.",
-        choices=("normalized", "gradient", "adam"),
+        "How the probe follows from its gradient: normalized: of that size; lean: as large as makes "
+        "the gradient lean by that part of its length; gradient: as in the paper; adam: as in its "
+        "authors' code.",
+        choices=("normalized", "lean", "gradient", "adam"),
     )
     probe_rows: float = _option(
         1.0,

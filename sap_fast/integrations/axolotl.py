@@ -31,7 +31,7 @@ class SAPProbe(BaseModel):
 
     layers: Literal["early", "middle"] | list[int] | None = None
     size: float | None = None
-    rule: Literal["normalized", "gradient", "adam"] | None = None
+    rule: Literal["normalized", "lean", "gradient", "adam"] | None = None
     rho: float | Literal["auto"] | None = None
     difference: Literal["central", "forward"] | None = None
     rows: float | None = None

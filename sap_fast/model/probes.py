@@ -36,7 +36,9 @@ from sap_fast.model.rows import Part, part_of
 from sap_fast.model.scales import TokenScales, token_mask
 from sap_fast.ops.reference import accumulation_dtype
 
-PROBE_RULES = ("normalized", "gradient", "adam")
+PROBE_RULES = ("normalized", "lean", "gradient", "adam")
+#: The most that `rule="lean"` makes of a v_j, in norms of an ordinary token's hidden state.
+LARGEST_OFFSET = 0.03
 DIFFERENCES = ("central", "forward")
 PASSES = ("two", "paired", "auto")
 CHECKPOINTING = ("none", "layers", "auto")
@@ -53,8 +55,11 @@ class ProbeSet:
             positions in this list).
         size: β, the size of the probe; what it means depends on `rule`.
         rule: how V follows from its gradient h. `"normalized"`: each v_j has β times the norm of an
-            ordinary token's hidden state. `"gradient"`: V = β·ρ‖W‖·h, the paper's. `"adam"`: one
-            step of AdamW of size β, the authors' code's.
+            ordinary token's hidden state. `"lean"`: the same V, as large as makes the task gradient
+            lean by β times the length it had in the step before: Σ_j ⟨h_j, v_j⟩ = β‖g‖ over the
+            whole batch, where no v_j exceeds `LARGEST_OFFSET`. β is then the probe's counterpart of
+            γ in blending. The first step has no length to go by, and no probe. `"gradient"`:
+            V = β·ρ‖W‖·h, the paper's. `"adam"`: one step of AdamW of size β, the authors' code's.
         rho: size ρ of the weight perturbation relative to ‖W‖ of the trained parameters. `"auto"`
             finds it on the first batch (`sap_fast.step.calibration`).
         difference: how h is differenced in ρ: `"central"` (W ± ΔW, error O(ρ²)) or `"forward"`
@@ -99,7 +104,7 @@ class ProbeSet:
         layers: Layers = "early",
         *,
         size: float = 3e-3,
-        rule: Literal["normalized", "gradient", "adam"] = "normalized",
+        rule: Literal["normalized", "lean", "gradient", "adam"] = "normalized",
         rho: float | Literal["auto"] = "auto",
         difference: Literal["central", "forward"] = "central",
         rows: float = 1.0,
@@ -368,26 +373,29 @@ class ProbeSet:
             buffer.mul_(coefficient.to(buffer.device))
         self.estimates = {index: self._buffers[index] for index in self.layers}
 
-    def apply_rule(self, perturbation_norm: Tensor) -> Tensor:
+    def apply_rule(self, perturbation_norm: Tensor, gradient_norm: Tensor | None = None) -> Tensor:
         """Set V from h by the probe rule (`ops.probe_rule_`).
 
         Args:
             perturbation_norm: ρ‖W‖, 0-d.
+            gradient_norm: ‖g‖ of the step before, 0-d, for `rule="lean"`; None: V is zero.
 
         Returns:
             0-d bool: whether h was finite; if not, V is zero.
         """
-        scales = self.scales
+        scales, leans = self.scales, self.rule == "lean"
         offsets = {j: self.estimates[j].clone() for j in self.layers}
         finite = ops.probe_rule_(
             list(offsets.values()),
-            self.rule,
-            self.size,
+            "normalized" if leans else self.rule,
+            LARGEST_OFFSET if leans else self.size,
             perturbation_norm=perturbation_norm,
             radii=[scales[j] * v.numel() ** 0.5 for j, v in offsets.items()],
             backend=self.backend,
         )
-        if self.own_rows and not self.sees_all_rows:
+        if leans:
+            self._shrink_to_lean(offsets, gradient_norm)
+        elif self.own_rows and not self.sees_all_rows:
             # As much of V over the whole batch, in the sum of squares, as if it served all rows.
             assert self._share is not None
             for offset in offsets.values():
@@ -395,9 +403,25 @@ class ProbeSet:
         self.offsets = offsets
         return finite
 
+    def _shrink_to_lean(self, offsets: dict[int, Tensor], gradient_norm: Tensor | None) -> None:
+        """Multiply V, each v_j as large as may be, by what makes it lean as wanted; at most by 1."""
+        assert self._share is not None
+        # Of h of a part f of the rows about f is that of all: with V on these rows alone by what a
+        # mean over rows is, with V on all as its cosine with h of all is about √f (docs/study.md).
+        lean = self._leans(offsets) * self._share
+        wanted = torch.zeros_like(lean)
+        if gradient_norm is not None:
+            wanted = (self.size * gradient_norm).to(lean)
+        factor = torch.where(lean > 0, wanted / lean, 0.0).clamp(max=1.0)
+        for offset in offsets.values():
+            offset.mul_(factor.to(offset.device))
+
     def lean(self) -> Tensor:
         """Return Σ_j ⟨h_j, v_j⟩, 0-d."""
-        products = [torch.sum(self.estimates[j] * v) for j, v in self.offsets.items()]
+        return self._leans(self.offsets)
+
+    def _leans(self, offsets: dict[int, Tensor]) -> Tensor:
+        products = [torch.sum(self.estimates[j] * v) for j, v in offsets.items()]
         return torch.stack([product.to(products[0].device) for product in products]).sum()
 
     @contextmanager

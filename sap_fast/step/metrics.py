@@ -37,6 +37,8 @@ class StepRecord:
     perturbation_norm: Tensor | None = None
     perturbation_applied: Tensor | None = None
     estimate_finite: Tensor | None = None
+    #: ‖g‖ when the task pass ended, where the next step's probe goes by it.
+    gradient_norm: Tensor | None = None
     #: What the losses were multiplied by before backward; None: by nothing.
     loss_scale: Tensor | None = None
     safety_loss: Tensor | None = None
@@ -74,7 +76,7 @@ class SAPMetrics:
             and where `SafetyPasses.measures_rounding` is set.
         estimate_norms: ‖h_j‖ by layer index.
         probe_sizes: ‖v_j‖/(s_j·√H) by layer index: the probe relative to an ordinary token's hidden
-            state, β for `ProbeSet(rule="normalized")`, and 1/√(the part of the rows) times that
+            state: β for `ProbeSet(rule="normalized")`, and 1/√(the part of the rows) times that
             with `own_rows`.
         lean: Σ_j ⟨h_j, v_j⟩, which is ⟨ĝ, ∇_W L_task(W, V) − ∇_W L_task(W, 0)⟩ to first order in V:
             by how much the probe makes the update lean away from the harmful direction ĝ. The probe

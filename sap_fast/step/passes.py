@@ -216,6 +216,8 @@ class SafetyPasses(SinglePasses):
         if self.direction.square is not None:
             self.direction.settle(self.steps)
             self.level.settle()
+        if self.record.gradient_norm is not None:
+            self.gradient_norm = self.record.gradient_norm
         self._last_record, offsets = self.record, None if probes is None else probes.offsets
         self.steps += 1
         self.begin()
@@ -273,6 +275,7 @@ class SafetyPasses(SinglePasses):
             "direction": self.direction.state_dict(self.trained.parameters),
             "level": self.level.state_dict(),
             "calibration": None if self.calibration is None else dict(vars(self.calibration)),
+            "gradient_norm": self.gradient_norm,
             "account": self._account.state_dict(),
         }
 
@@ -289,6 +292,7 @@ class SafetyPasses(SinglePasses):
         self.level.load_state_dict(state_dict["level"])
         found = state_dict["calibration"]
         self.calibration = None if found is None else Calibration(**found)
+        self.gradient_norm = state_dict["gradient_norm"]
         self._account.load_state_dict(state_dict["account"])
         self.steps = state_dict["steps"]
 

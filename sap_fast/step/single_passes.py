@@ -77,6 +77,8 @@ class SinglePasses:
         self.direction = Direction(direction_every)
         self.level = Level(safety_level)
         self.calibration: Calibration | None = None
+        #: ‖g‖ of the last step, 0-d; None before it, and where the probe has no use for it.
+        self.gradient_norm: Tensor | None = None
         self._account = Account()
         ops.check_backend(backend, {p.device.type for p in self.trained.parameters})
         if probes is not None:
@@ -238,7 +240,13 @@ class SinglePasses:
             keep_lower_forward=probes.rows == 1,
         )
         assert record.perturbation_norm is not None and record.direction_valid is not None
-        record.estimate_finite = probes.apply_rule(record.perturbation_norm)
+        if probes.rule == "lean" and self.gradient_norm is None and self.steps > 0:
+            raise RuntimeError(
+                'rule="lean" goes by the length of the task gradient, and no parameter had one in '
+                '.grad when the task pass of the step before ended; use rule="normalized" where '
+                "gradients are kept elsewhere"
+            )
+        record.estimate_finite = probes.apply_rule(record.perturbation_norm, self.gradient_norm)
         probes.mask_offsets(record.direction_valid)
         record.sees_all_rows = probes.sees_all_rows
         if measures_lean:
@@ -304,12 +312,25 @@ class SinglePasses:
                 yield self.record.task_loss
                 if self.grad_scaler is not None and self.record.direction_norm is not None:
                     report_overflow(trained.trainable, self.record.is_finite)
+                if probes is not None and probes.rule == "lean":
+                    self.record.gradient_norm = self._gradient_norm()
             except BaseException:
                 random_state.restore()
                 self.record.task_loss.total = losses
                 raise
             self._task_random_state = trained.random_state()
         self.stage = Stage.DONE
+
+    def _gradient_norm(self) -> Tensor | None:
+        """Return ‖g‖ of the gradients that parameters hold; the one before if it is not finite."""
+        gradients = [p.grad for p in self.trained.parameters if p.grad is not None]
+        if not gradients:
+            return None
+        norm = ops.sum_squares(gradients, backend=self.backend).sqrt()
+        if self.grad_scaler is not None:
+            norm = norm / self.grad_scaler.scale(torch.ones_like(norm))
+        before = torch.zeros_like(norm) if self.gradient_norm is None else self.gradient_norm
+        return torch.where(norm.isfinite(), norm, before.to(norm))
 
     @property
     def rho(self) -> float:

@@ -722,7 +722,7 @@ def test_v_is_off_outside_the_task_pass_and_in_no_state() -> None:
         state = {"model": case.model.state_dict(), "optimizer": optimizer.state_dict()}
         assert list(state["model"]) == names
         assert set(state["optimizer"]["sap"]) == {
-            *("steps", "direction", "level", "calibration", "account")
+            *("steps", "direction", "level", "calibration", "gradient_norm", "account")
         }
         leaves = tree_leaves([state, optimizer.sap_state.state_dict()])
         for leaf, v in itertools.product(leaves, offsets.values()):
