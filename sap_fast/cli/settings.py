@@ -298,9 +298,9 @@ class FinetuneSettings:
     probe_rule: str = _option(
         "normalized",
         _PROBE,
-        "How the probe follows from its gradient: normalized: of that size; lean: as large as makes "
-        "the gradient lean by that part of its length; gradient: as in the paper; adam: as in its "
-        "authors' code.",
+        "How the probe follows from its gradient: normalized: of that size; lean: as large as "
+        "makes the gradient lean by that part of its length; gradient: as in the paper; adam: as "
+        "in its authors' code.",
         choices=("normalized", "lean", "gradient", "adam"),
     )
     probe_rows: float = _option(

@@ -48,6 +48,7 @@ class Scored(NamedTuple):
     divisors: Tensor  # the same, (B,); on the batch's device
     shape: torch.Size  # (B, W)
     left_padded: bool
+    padded: bool  # anywhere
     tokens: Tensor  # (B, S); on the host
     attended: Tensor  # (B, S) bool; on the host
     #: By hidden size, dtype of the mask, and rows that share nothing with the others.
@@ -133,6 +134,7 @@ def _find(batch: Batch, view: HostView, after_virtual: bool) -> Scored:
         divisors=transferred(counts, labels.device),
         shape=labels.shape,
         left_padded=not bool(attended[:, 0].all()),
+        padded=not bool(attended.all()),
         tokens=tokens,
         attended=attended,
         packings={},

@@ -65,7 +65,7 @@ def scored_features(model: nn.Module, batch: Batch, scored: Scored, pack: bool) 
     virtual = virtual_tokens(model)
     packed = _pack(model, causal_lm, batch, scored) if pack else None
     if packed is None:
-        inputs, token_index = model_inputs(causal_lm, batch, scored.left_padded, virtual), None
+        inputs, token_index = model_inputs(causal_lm, batch, scored, virtual), None
     else:
         inputs, token_index = model_inputs(causal_lm, packed.inputs), packed.token_index
         positions = token_index.flatten()[scored.positions]
@@ -147,10 +147,14 @@ def _pack(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: Scored) 
 def model_inputs(
     causal_lm: nn.Module,
     batch: Batch,
-    left_padded: bool = False,
+    scored: Scored | None = None,
     virtual: VirtualTokens | None = None,
 ) -> dict[str, Any]:
-    """Returns what of a batch the model is given, without its labels."""
+    """Returns what of a batch the model is given, without its labels.
+
+    A mask that hides nothing is left out: transformers' models would look for a zero in it, for
+    which the host waits for the device.
+    """
     accepted = inspect.signature(causal_lm.forward).parameters
     inputs: dict[str, Any] = {
         key: value for key, value in batch.items() if key != "labels" and isinstance(value, Tensor)
@@ -163,9 +167,15 @@ def model_inputs(
     counted = virtual is not None and (
         virtual.in_sequence or (virtual.number > 0 and not prefix_takes_positions())
     )
-    counts = left_padded and not counted
+    counts = scored is not None and scored.left_padded and not counted
     if counts and "position_ids" in accepted and "position_ids" not in inputs:
         inputs["position_ids"] = (batch["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0)
+    # Beside positions its absence would mean that rows may hold several sequences; virtual tokens
+    # get a mask only beside one.
+    optional = "attention_mask" in accepted and accepted["attention_mask"].default is None
+    beside = "position_ids" in inputs or (virtual is not None and virtual.number > 0)
+    if scored is not None and not scored.padded and optional and not beside:
+        inputs.pop("attention_mask", None)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs

@@ -115,7 +115,7 @@ def own_loss(
     A model that takes no number of items returns a mean, which is scaled to them.
     """
     causal_lm, _ = unwrap(model)
-    inputs = model_inputs(causal_lm, batch, scored.left_padded, virtual_tokens(model))
+    inputs = model_inputs(causal_lm, batch, scored, virtual_tokens(model))
     count = len(scored.targets)
     if count == 0:  # whose mean would not be a number
         outputs = model(**inputs)
@@ -136,7 +136,7 @@ def _compare(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: Score
     virtual = virtual_tokens(model)
     sample = _sample(batch, scored)
     part = find_scored_anew(sample, virtual.in_sequence)
-    inputs = model_inputs(causal_lm, sample, part.left_padded, virtual)
+    inputs = model_inputs(causal_lm, sample, part, virtual)
     head = _head(causal_lm)
     with aside(model, sample["input_ids"].device) as random_state, _evaluated(head):
         try:

@@ -404,7 +404,7 @@ class ProbeSet:
         return finite
 
     def _shrink_to_lean(self, offsets: dict[int, Tensor], gradient_norm: Tensor | None) -> None:
-        """Multiply V, each v_j as large as may be, by what makes it lean as wanted; at most by 1."""
+        """Multiply V, each v_j as large as may be, by what makes it lean as wanted."""
         assert self._share is not None
         # Of h of a part f of the rows about f is that of all: with V on these rows alone by what a
         # mean over rows is, with V on all as its cosine with h of all is about √f (docs/study.md).

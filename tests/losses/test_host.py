@@ -97,3 +97,28 @@ def test_memo_forgets_with_the_tensors_and_beyond_its_size():
     tensors.pop()
     gc.collect()
     assert results[3]() is None and results[2]() is not None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_mask_that_hides_nothing_is_not_given_to_the_model(family):
+    """Transformers' models look for a zero in one, for which the host waits for the device."""
+    model, seen = build(family), []
+    task_loss(model, make_batch(seed=9))  # finds out what the model is like
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    whole, padded = make_batch((9, 9, 9)), make_batch((9, 8, 9))
+    assert whole["attention_mask"].all()
+    found = task_loss(model, whole, pack=False)
+    assert seen and all(mask is None for mask in seen)
+    seen.clear()
+    task_loss(model, padded, pack=False)
+    assert seen and all(mask is not None for mask in seen)
+    seen.clear()
+    # Positions without a mask would say where sequences of one row begin.
+    places = torch.arange(9).expand(3, 9)
+    task_loss(model, {**whole, "position_ids": places}, pack=False)
+    assert seen and all(mask is not None for mask in seen)
+    hook.remove()
+    own = model(**whole).loss
+    torch.testing.assert_close(found, own, rtol=1e-6, atol=0)
