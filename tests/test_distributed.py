@@ -216,10 +216,13 @@ LORA = pytest.mark.parametrize(
 )
 
 CHECKPOINTING = {"checkpointing": {"probe": {"checkpointing": "layers"}}}
+#: With LoRA alone.
+PAIRED = {"paired": {"probe": {"passes": "paired"}}}
 
 
 @pytest.mark.parametrize(("lora", "options"), some_with_full(OPTIONS | CHECKPOINTING))
 def test_two_ranks_of_ddp_equal_one_on_the_joined_batch(lora, options, tmp_path):
+    options = options | PAIRED if lora else options
     first, second = on_ranks(tmp_path, run_ddp, lora, options)
     assert_as_one_rank(first, second, lora, options)
 
