@@ -6,6 +6,9 @@ one, its line goes. Nothing here imports the package that it is about before it 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -99,6 +102,29 @@ def prefix_takes_positions() -> bool:
     """Says whether PEFT takes `position_ids` where virtual tokens are keys and values alone."""
     # Until PEFT 0.19 it drops them, and warns.
     return _installed("peft", "0.19")
+
+
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Keeps transformers' models from looking for further sequences in rows without a mask.
+
+    They look at the positions in every forward, from transformers 4.53 on, for which the host waits
+    for the device.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    find = getattr(masking, "find_packed_sequence_indices", None)
+    if find is None:
+        yield
+        return
+    masking.find_packed_sequence_indices = _no_sequences
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = find
+
+
+def _no_sequences(position_ids: Any) -> None:
+    """Returns what `transformers.masking_utils` does where every row holds one sequence."""
 
 
 def _installed(package: str, oldest: str) -> bool:

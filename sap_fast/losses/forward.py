@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from sap_fast.compatibility import prefix_takes_positions
+from sap_fast.compatibility import one_sequence_per_row, prefix_takes_positions
 from sap_fast.configuration import VirtualTokens, text_setting, virtual_tokens
 from sap_fast.losses import packable, packing
 from sap_fast.losses.batches import Batch, Scored
@@ -79,7 +79,7 @@ def scored_features(model: nn.Module, batch: Batch, scored: Scored, pack: bool) 
             head = find_head(causal_lm, compiled)
             test = causal_lm not in chunkable
             with HeadCall(causal_lm, head, shape, test) as call, running(token_index):
-                outputs = model(**inputs)
+                outputs = run_model(model, inputs)
             hidden, vocabulary = call.check(logits_of(outputs))
         except UnknownHeadError as reason:
             use_own_logits(causal_lm, str(reason))
@@ -90,7 +90,7 @@ def scored_features(model: nn.Module, batch: Batch, scored: Scored, pack: bool) 
             chunkable.add(causal_lm)
             return Features(scored_rows(hidden, scored), vocabulary, call, outputs)
     with running(token_index):
-        outputs = model(**inputs)
+        outputs = run_model(model, inputs)
     logits = logits_of(outputs)
     if logits.shape[:-1] != shape:
         raise ValueError(
@@ -179,6 +179,14 @@ def model_inputs(
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs
+
+
+def run_model(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Returns the outputs of a model, whose rows hold one sequence where nothing says otherwise."""
+    if inputs.keys() & {"attention_mask", "position_ids"}:
+        return model(**inputs)
+    with one_sequence_per_row():
+        return model(**inputs)
 
 
 def scored_rows(features: Tensor, scored: Scored) -> Tensor:

@@ -27,6 +27,7 @@ from sap_fast.losses.aside import aside
 from sap_fast.losses.batches import Batch, Scored, find_scored_anew
 from sap_fast.losses.forward import (
     model_inputs,
+    run_model,
     scored_log_probs,
     scored_rows,
     unwrap,
@@ -124,7 +125,7 @@ def own_loss(
     scale = 1.0 if num_items is None else count / num_items
     if num_items is not None and _takes_items(causal_lm):
         inputs["num_items_in_batch"], scale = num_items, 1.0
-    loss = _loss(model(**inputs))
+    loss = _loss(run_model(model, inputs))
     assert loss is not None  # as `compare` found
     return loss * (scale.to(loss.device) if isinstance(scale, Tensor) else scale)
 
