@@ -945,7 +945,7 @@ def test_a_step_of_a_model_of_transformers_waits_only_to_find_what_is_scored(
         counts.append((waits.count, copies.count))
     # The batch and the pairs, once each, whatever the number of passes and of rows in them.
     assert counts[0][1] == 2
-    # A part is made anew in each step, and what is scored in it found on the host: three reads there.
+    # A part is made anew in each step, and what is scored in it found on the host, by three reads.
     reads = 0 if probe is None or "rows" not in probe else 3
     assert counts[1] == (reads, 0)
     # Neither where they were read before they came to the device.

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.provenance import ROOT
 from benchmarks.study import results, tables
+from tests.benchmarks.study.helpers import row, share
 
 
 @pytest.mark.parametrize("page", list(tables.PAGES), ids=lambda page: page.name)
@@ -24,7 +25,7 @@ def test_pages_hold_the_table_of_the_summary(page: Path) -> None:
 
 
 def test_a_cell_gives_share_difference_loss_and_seeds() -> None:
-    row = {
+    reported = {
         "task": "gsm8k",
         "method": "sap",
         "setting": '{"probe_lr": 0.002}',
@@ -37,21 +38,55 @@ def test_a_cell_gives_share_difference_loss_and_seeds() -> None:
         "refused_harmless_mean": "0.013",
         "task_loss_over_adamw": "0.99999",
     }
-    line = tables.markdown_table([row], bool).splitlines()[-1]
+    line = tables.markdown_table([reported], bool).splitlines()[-1]
     cell = "66 %, −2 (−5 to +1) · 1 % · +0.0 % [2]"
     assert line == f"| SAP, probe_lr 0.002 * | – | – | {cell} |"
 
 
 def test_one_page_has_the_chosen_settings_that_ran_on_every_task() -> None:
     rows = [
-        {**row, "setting": setting}
-        for row in results.read(results.FIRST / "summary.csv")
-        if row["method"] == "sap" and row["chosen"] == "1"
+        {**each, "setting": setting}
+        for each in results.read(results.FIRST / "summary.csv")
+        if each["method"] == "sap" and each["chosen"] == "1"
         for setting in ("{}", '{"probe_lr": 0.002}')
     ]
-    for row in rows[::2]:
-        row["chosen"] = "0"
+    for each in rows[::2]:
+        each["chosen"] = "0"
     _, compared = tables.PAGES[ROOT / "docs" / "measurements" / "safety.md"]
     lines = tables.markdown_table(rows, compared).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| SAP, probe_lr 0.002 *"]
     assert len(tables.markdown_table(rows[2:], compared).splitlines()) == 2  # one task is missing
+
+
+def test_what_was_tried_has_a_line_each_and_says_what_could_be_seen() -> None:
+    rows = [
+        row("aligned", {}, "alpaca", answers=share(10), task_loss=1.53),
+        row("adamw", {}, "alpaca", answers=share(4)),
+        row("mixed", {"refusal_weight": 0.1}, "alpaca", answers=share(9), task_loss=1.4985),
+        row("asft", {"penalty": 1.0}, "alpaca", answers=share(7), edgy=share(1)),
+        row("asft", {"penalty": 1.0}, "gsm8k", answers=share(7)),
+        row("asft", {"penalty": 0.1}, "alpaca", split="report"),
+    ]
+    lines = tables.selection_table(rows).splitlines()
+    assert lines[2:6] == [
+        "| Aligned, not tuned | 100 % · 0 % · +2.0 % · 2 | – | – |",
+        "| AdamW | 40 % · 0 % · 2 | – | – |",
+        "| Refusals in the data, refusal_weight 0.1 | 90 % · 0 % · −0.1 % · 2 | – | – |",
+        "| AsFT, penalty 1.0 | 70 % · 10 % · +0.0 % · 2 | – | 70 % · 0 % · 2 |",
+    ]
+    # Refusals in the data and AsFT differ on 2 of 10 requests: 2.8 · (0.2/10)^½ is 0.396.
+    assert "disagree on 20 % of the 10 requests" in lines[-1] and "of 40 points" in lines[-1]
+    assert tables.power_line(rows[:3]) == ""
+
+
+@pytest.mark.parametrize("model", list(tables.SELECTION_TABLES))
+def test_the_page_of_the_second_study_holds_the_tables_of_its_rows(model: str) -> None:
+    rows = results.read(tables.SELECTION_TABLES[model] / "results.csv")
+    text = tables.SELECTION_PAGE.read_text(encoding="utf-8")
+    if rows:
+        table = tables.selection_table(rows)
+        page = tables.SELECTION_PAGE
+        assert tables.with_table(text, table, page, tables.begin_of(model)) == text, (
+            "run python -m benchmarks.study --stage none"
+        )
+    assert tables.begin_of(model) in text
