@@ -397,6 +397,8 @@ def merge(
     )
     run_merge(settings)
     console.print(f"Merged: [bold]{escape(str(output))}[/bold]")
+    for path in sorted(output.glob("*.gguf")):
+        console.print(f"GGUF: [bold]{escape(str(path))}[/bold]")
 
 
 @app.command("lm-eval-tasks")

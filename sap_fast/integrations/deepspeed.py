@@ -19,6 +19,7 @@ that no rank waits for another one that failed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -315,7 +316,7 @@ class _ShardPerturbation(Perturbation):
 # ---- where ZeRO keeps it ----
 
 
-class _Zero:
+class _Zero(ABC):
     """An engine's ZeRO optimizer: what it keeps on this rank.
 
     Args:
@@ -332,22 +333,22 @@ class _Zero:
         self.group: dist.ProcessGroup = self.optimizer.dp_process_group
 
     @property
+    @abstractmethod
     def masters(self) -> list[Tensor]:
         """This rank's shard of each group of parameters, in fp32, (N,)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def weights(self) -> list[Tensor]:
         """What forward uses, or is gathered from, by the same groups."""
-        raise NotImplementedError
 
     @property
-    def _parameters(self) -> list[list[Any]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _parameters(self) -> list[list[Any]]: ...
 
+    @abstractmethod
     def publish_(self) -> None:
         """Write the masters to the weights that forward uses, on all ranks."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def put_weights_back_(self, copies: Sequence[Tensor]) -> None:
@@ -355,12 +356,15 @@ class _Zero:
         for weight, copy in zip(self.weights, copies, strict=True):
             weight.copy_(copy)
 
+    @abstractmethod
     def reduce(self) -> None:
         """Make of what backward passes left the averaged gradients of the shards."""
 
+    @abstractmethod
     def let_go(self) -> None:
         """Give up weights that were gathered for a forward or backward pass that failed."""
 
+    @abstractmethod
     def clear_padding(self) -> None:
         """Set to zero what fills up a shard: it counts in no norm."""
 
@@ -464,6 +468,12 @@ class _Zero12(_Zero):
     def publish_(self) -> None:
         self.optimizer.update_lp_params()
 
+    def let_go(self) -> None:
+        """Leave the weights: they are not gathered."""
+
+    def clear_padding(self) -> None:
+        """Leave the shards: ZeRO fills them up with zeros."""
+
     def holds_gradients(self) -> bool:
         summed = self.optimizer.all_grad_tensors.values()
         return super().holds_gradients() or any(pieces is not None for pieces in summed)
@@ -520,6 +530,9 @@ class _Zero3(_Zero):
         super().put_weights_back_(copies)
         # Small parameters stay gathered from step to step: the next forward gathers them anew.
         self.let_go()
+
+    def reduce(self) -> None:
+        """Leave the gradients: each backward pass averages its own."""
 
     def let_go(self) -> None:
         self.optimizer._partition_all_parameters()

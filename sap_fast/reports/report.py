@@ -188,7 +188,7 @@ def _loss_cell(loss: float | None, interval: Mapping[str, float] | None) -> Cell
     if loss is None:
         return Cell(MISSING)
     ends = [_number(interval[end], 3) for end in ("low", "high")] if interval else []
-    return Cell(_number(loss, 3), "–".join(ends))
+    return Cell(_number(loss, 3), " to ".join(ends))
 
 
 def _time_cell(seconds: float | None, baseline_seconds: float | None) -> Cell:

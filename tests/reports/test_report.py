@@ -119,7 +119,7 @@ def test_table_rows() -> None:
             Cell(f"38{SPACE}%", f"26–51{SPACE}%"),
             Cell(f"5{SPACE}%", f"0–12{SPACE}%"),
             Cell("37.1", "34.0 to 40.2"),
-            Cell("1.481", "1.400–1.550"),
+            Cell("1.481", "1.400 to 1.550"),
             Cell("800 ms", "1.00×"),
             Cell("1.00 GiB"),
         ],
@@ -127,7 +127,7 @@ def test_table_rows() -> None:
             Cell(f"80{SPACE}%", f"68–90{SPACE}%"),
             Cell(f"5{SPACE}%", f"0–12{SPACE}%"),
             Cell("−1.2", "−3.0 to 0.0"),
-            Cell("1.502", "1.420–1.590"),
+            Cell("1.502", "1.420 to 1.590"),
             Cell("2.00 s", "2.50×"),
             Cell("1.50 GiB"),
         ],
@@ -435,7 +435,7 @@ def test_names_and_baseline_must_fit(tmp_path: Path, names: list[str]) -> None:
 
 def test_results_table_for_the_terminal() -> None:
     runs = [ALIGNED, replace(ADAMW, name="[bold]AdamW[/bold]"), SAP]
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))
+    console = Console(width=130, record=True, file=open(os.devnull, "w"))
     console.print(report.results_table(runs, "[bold]AdamW[/bold]"))
     printed = console.export_text()
     assert "[bold]AdamW[/bold]" in printed
