@@ -88,6 +88,11 @@ class ZeroPasses(SafetyPasses):
         direction_every: int = 1,
         backend: str = "auto",
     ) -> None:
+        if probes is not None and probes.rule == "lean":
+            raise ValueError(
+                'rule="lean" goes by the length of the task gradient, which ZeRO does not leave '
+                'with the parameters; give ProbeSet(rule="normalized")'
+            )
         refuse_unusable(engine)
         zero: _Zero = _Zero3(engine) if engine.zero_optimization_stage() == 3 else _Zero12(engine)
         self.engine, self._zero = engine, zero

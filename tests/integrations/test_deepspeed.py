@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sap_fast import BlendedAdamW, SAPTrainer
+from sap_fast import BlendedAdamW, ProbeSet, SAPTrainer
 from sap_fast.baselines import SAMTrainer
 from tests import zero
 from tests.integrations.test_stacks import build
@@ -227,6 +227,14 @@ def run_edges(rank: int, folder: str) -> None:
 
 def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:
     on_ranks(tmp_path, run_edges, str(tmp_path))
+
+
+def test_a_probe_that_goes_by_the_length_of_the_gradient_is_refused() -> None:
+    from sap_fast.integrations.deepspeed import ZeroPasses
+
+    probes = ProbeSet(problem().model, layers=[1], rule="lean")
+    with pytest.raises(ValueError, match=r'give ProbeSet\(rule="normalized"\)'):
+        ZeroPasses(SimpleNamespace(), probes)
 
 
 REFUSED: dict[str, dict[str, Any]] = {
