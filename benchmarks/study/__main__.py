@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--jobs",
         type=int,
         default=torch.get_num_threads(),
-        help="runs at once, which share the threads of the CPU: by default one for each, which gets "
-        "through a quarter more of them than one after the other; each takes 2 GB",
+        help="runs at once, which share the threads of the CPU: by default one for each, which "
+        "gets through a quarter more of them than one after the other; each takes 2 GB",
     )
     parser.add_argument(
         "--looks",
