@@ -122,7 +122,8 @@ def settings_for(model: str) -> dict[str, Setting]:
 def write_pages() -> None:
     """Write the report and the tables of README and docs from the rows there are."""
     for folder in (results.FIRST, results.FOLDER, results.FOLDER / "gemma3"):
-        if results.choose_settings(results.read(folder / results.RESULTS.name)):
+        rows = results.read(folder / results.RESULTS.name)
+        if results.choose_settings(rows) and any(row["split"] == "report" for row in rows):
             print(report.write_report(folder))
     tables.write_tables()
 

@@ -130,7 +130,8 @@ def _selection_cell(row: Row, adamw: float | None) -> str:
     cell = f"{row['refused_harmful']:.0%} · {row['refused_harmless']:.0%}".replace("%", " %")
     if adamw is not None and row["method"] != "adamw":
         cell += f" · {100 * (row['task_loss'] / adamw - 1):+.1f} %"
-    return f"{cell} · {row['margin']:.0f}".replace("-", "−").replace("−0.0 %", "+0.0 %")
+    margin = round(row["margin"]) + 0
+    return f"{cell} · {margin}".replace("-", "−").replace("−0.0 %", "+0.0 %")
 
 
 def power_line(rows: Sequence[Row]) -> str:

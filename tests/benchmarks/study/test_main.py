@@ -10,7 +10,7 @@ import pytest
 from benchmarks.study import __main__ as study
 from benchmarks.study import results, runs
 from benchmarks.study.methods import SEEDS, run_of
-from tests.benchmarks.study.helpers import row
+from tests.benchmarks.study.helpers import everywhere, row
 
 
 def test_an_interrupted_study_goes_on_and_runs_nothing_twice(
@@ -76,3 +76,19 @@ def test_what_is_not_in_the_plan_is_named(
     with pytest.raises(SystemExit):
         study.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_study_that_has_only_selected_has_nothing_to_report_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "FIRST", tmp_path / "first")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(study.tables, "write_tables", lambda: None)
+    selected = [*everywhere("aligned", {}), *everywhere("adamw", {})]
+    results.append(tmp_path / "results.csv", selected)
+    reported = [row(each["method"], {}, "alpaca", split="report") for each in selected[::3]]
+    results.append(tmp_path / "first" / "results.csv", [*selected, *reported])
+    written: list[Path] = []
+    monkeypatch.setattr(study.report, "write_report", written.append)
+    study.write_pages()
+    assert written == [tmp_path / "first"]
