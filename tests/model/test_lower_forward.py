@@ -99,8 +99,9 @@ def test_a_layer_that_ran_without_gradients_is_not_gone_on_from(
     model.config.use_cache = False  # a layer that runs again would write to it again
     for layer in find_decoder_layers(model)[0]:
         checkpointed_with_its_hooks(layer, function)
+    # AdamW makes much of how a gradient near zero is rounded, in moves of up to 0.01 a step.
     for left, right in zip(run(case), expected, strict=True):
-        torch.testing.assert_close(left, right)
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

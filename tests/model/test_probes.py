@@ -258,7 +258,11 @@ def test_a_model_with_probes_can_be_pickled() -> None:
         ("size", float("nan"), "size=nan is out of range"),
         ("rho", -0.1, "rho=-0.1 is out of range; give a number ≥ 0"),
         ("rho", "large", "rho='large' is not known; give \"auto\" or a number ≥ 0"),
-        ("rule", "sign", "rule='sign' is not known; choose one of normalized, gradient, adam"),
+        (
+            "rule",
+            "sign",
+            "rule='sign' is not known; choose one of normalized, lean, gradient, adam",
+        ),
         ("difference", "backward", "difference='backward'.*central, forward"),
         ("checkpointing", "some", "checkpointing='some'.*none, layers, auto"),
     ],

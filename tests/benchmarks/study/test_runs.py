@@ -27,7 +27,7 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
     threads = torch.get_num_threads()
     adamw = run_of("adamw", {}, 0, "alpaca")
     try:
-        selection, looks = runs.execute(adamw, "selection", 1)
+        selection, looks = runs.execute(adamw, "selection", 1, looked_at=True)
         monkeypatch.delattr(runs, "tune")
         reported, unseen = runs.execute(adamw, "report", 1)
         found = [
@@ -164,7 +164,7 @@ EARLY = {"probe_layers": [0, 1]}
 @pytest.mark.parametrize(
     ("method", "setting"),
     [
-        ("sap", EARLY | {"preset": "balanced"}),
+        ("sap", EARLY | {"rows": 0.5, "direction_every": 5}),
         ("blend", {"safety_weight": 0.3, "safety_level": "auto", "safety_loss": "joint"}),
         ("along", EARLY),
         ("safegrad", {"rule": "project", "safety_weight": 1.0, "safety_loss": "kl"}),
