@@ -125,17 +125,19 @@ def problem(
     return Problem(model, *batches)
 
 
-def task(case: Problem, batch: Batch | None = None) -> Tensor:
+def task(
+    case: Problem, batch: Batch | None = None, scaler: torch.amp.GradScaler | None = None
+) -> Tensor:
     """A task closure's work: backward on the task loss, and the loss."""
     loss = naive_task_loss(case.model, case.batch if batch is None else batch)
-    loss.backward()
+    (loss if scaler is None else scaler.scale(loss)).backward()
     return loss
 
 
-def safety(case: Problem) -> Tensor:
+def safety(case: Problem, scaler: torch.amp.GradScaler | None = None) -> Tensor:
     """A safety closure's work."""
     loss = naive_contrastive_loss(case.model, case.chosen, case.rejected)
-    loss.backward()
+    (loss if scaler is None else scaler.scale(loss)).backward()
     return loss
 
 
@@ -144,9 +146,11 @@ def safety_loss(case: Problem) -> Tensor:
     return naive_contrastive_loss(case.model, case.chosen, case.rejected)
 
 
-def closures(case: Problem) -> tuple[Callable[[Batch | None], Tensor], Callable[[], Tensor]]:
+def closures(
+    case: Problem, scaler: torch.amp.GradScaler | None = None
+) -> tuple[Callable[[Batch | None], Tensor], Callable[[], Tensor]]:
     """What `step` and `inner_passes` take: `task(part)` and `safety()`."""
-    return lambda part: task(case, part), lambda: safety(case)
+    return lambda part: task(case, part, scaler), lambda: safety(case, scaler)
 
 
 def sap(case: Problem, probe: dict[str, Any] | None = None, **options: Any) -> FusedSAP:

@@ -107,9 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.stage == "lasting":
         planned = report_runs(settings_for(options.model), tasks, options.model)
         run_lasting(filter(wanted, planned), options.limit)
-    chosen = results.choose_settings(results.read(results.RESULTS))
     if options.stage in ("landscape", "all") and options.model == "smollm2":
-        run_landscapes(chosen)
+        run_landscapes(settings_for(options.model))
     write_pages()
 
 

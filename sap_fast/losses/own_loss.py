@@ -119,7 +119,7 @@ def own_loss(
     inputs = model_inputs(causal_lm, batch, scored, virtual_tokens(model))
     count = len(scored.targets)
     if count == 0:  # whose mean would not be a number
-        outputs = model(**inputs)
+        outputs = run_model(model, inputs)
         return logits_of(outputs)[:, :0].sum() + added_terms(model, causal_lm, outputs)
     inputs["labels"] = _labels(batch, scored)
     scale = 1.0 if num_items is None else count / num_items
@@ -141,7 +141,7 @@ def _compare(model: nn.Module, causal_lm: nn.Module, batch: Batch, scored: Score
     head = _head(causal_lm)
     with aside(model, sample["input_ids"].device) as random_state, _evaluated(head):
         try:
-            outputs = model(**inputs, labels=_labels(sample, part))
+            outputs = run_model(model, inputs | {"labels": _labels(sample, part)})
         except torch.OutOfMemoryError:
             raise  # says nothing about the model
         except Exception as error:  # whatever a model makes of labels

@@ -407,7 +407,8 @@ class ProbeSet:
         """Multiply V, each v_j as large as may be, by what makes it lean as wanted."""
         assert self._share is not None
         # Of h of a part f of the rows about f is that of all: with V on these rows alone by what a
-        # mean over rows is, with V on all as its cosine with h of all is about √f (docs/study.md).
+        # mean over rows is, with V on all as its cosine with h of all is about √f
+        # (docs/measurements/step.md).
         lean = self._leans(offsets) * self._share
         wanted = torch.zeros_like(lean)
         if gradient_norm is not None:

@@ -205,17 +205,7 @@ def test_a_scale_of_a_power_of_two_leaves_every_bit(has_probe: bool) -> None:
         options = BOTH | {"grad_scaler": scaler, "direction_every": 2}
         passes = SafetyPasses(case.trained, probe_set(case, has_probe), **options)
         sgd = torch.optim.SGD(case.trained, lr=0.05)
-
-        def backward(loss: Tensor, scaler: torch.amp.GradScaler | None = scaler) -> Tensor:
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            return loss
-
-        def task_of(_: None, case: Problem = case, backward: Any = backward) -> Tensor:
-            return backward(naive_task_loss(case.model, case.batch))
-
-        def safety_of(case: Problem = case, backward: Any = backward) -> Tensor:
-            return backward(safety_loss(case))
-
+        task_of, safety_of = closures(case, scaler)
         for _ in range(4):
             sgd.zero_grad()
             passes.inner_passes(task_of, safety_of)

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from sap_fast import FusedSAP, ProbeSet
 from sap_fast.model.probes import LARGEST_OFFSET
-from tests.oracle import naive_task_loss
 from tests.tiny import (
     Problem,
     assert_same_bits,
+    closures,
     problem,
     random_batch,
     safety,
-    safety_loss,
     task,
     weights,
 )
@@ -121,17 +120,7 @@ def test_a_scaled_loss_leaves_every_bit() -> None:
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)):
         case = problem()
         optimizer = leaning(case, grad_scaler=scaler)
-
-        def backward(loss: Tensor, scaler: torch.amp.GradScaler | None = scaler) -> Tensor:
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            return loss
-
-        def task_of(_: None, case: Problem = case, backward: Any = backward) -> Tensor:
-            return backward(naive_task_loss(case.model, case.batch))
-
-        def safety_of(case: Problem = case, backward: Any = backward) -> Tensor:
-            return backward(safety_loss(case))
-
+        task_of, safety_of = closures(case, scaler)
         for _ in range(3):
             optimizer.zero_grad()
             optimizer.inner_passes(task_of, safety_of)
