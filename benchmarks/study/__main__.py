@@ -19,9 +19,11 @@ from benchmarks.study.landscapes import run_landscapes
 from benchmarks.study.lasting import run_lasting
 from benchmarks.study.methods import (
     METHODS,
+    MODELS,
     MORE_TASKS,
     SEEDS,
     TASKS,
+    TRAINING,
     Run,
     Setting,
     report_runs,
@@ -52,10 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--model",
-        choices=("smollm2", "gemma3"),
+        choices=tuple(MODELS),
         default="smollm2",
-        help="the model that is aligned and tuned; the settings for gemma3 are those that were "
-        "chosen for smollm2, unless its own selection has run",
+        help="the model that is aligned and tuned, with LoRA unless it ends in -full; the settings "
+        "for another than smollm2 are those that were chosen for it, unless its own selection has "
+        "run",
     )
     parser.add_argument("--seeds", help="these seeds: " + ",".join(map(str, SEEDS)))
     parser.add_argument(
@@ -86,6 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = [*TASKS, *MORE_TASKS]
     tasks = TASKS if options.tasks is None else _chosen(parser, "--tasks", options.tasks, known)
     seeds = _chosen(parser, "--seeds", options.seeds, [str(seed) for seed in SEEDS])
+
+    if MODELS[options.model].training.get("lora_r", TRAINING["lora_r"]) is None:
+        need = [name for name in methods if METHODS[name].needs_lora]
+        if options.only is not None and need:
+            parser.error(
+                f"--only {options.only}: {need[0]} changes an adapter, and --model "
+                f"{options.model} has none"
+            )
+        methods = [name for name in methods if name not in need]
 
     def wanted(run: Run) -> bool:
         return run.method in methods and run.task in tasks and str(run.seed) in seeds
@@ -120,8 +132,9 @@ def settings_for(model: str) -> dict[str, Setting]:
 
 def write_pages() -> None:
     """Write the report and the tables of README and docs from the rows there are."""
-    for folder in (results.FIRST, results.FOLDER, results.FOLDER / "gemma3"):
-        rows = results.read(folder / results.RESULTS.name)
+    files = [results.of_model(results.RESULTS, model) for model in MODELS]
+    for file in (results.FIRST / results.RESULTS.name, *files):
+        folder, rows = file.parent, results.read(file)
         if results.choose_settings(rows) and any(row["split"] == "report" for row in rows):
             print(report.write_report(folder))
     tables.write_tables()

@@ -10,7 +10,7 @@ from benchmarks.provenance import provenance
 from benchmarks.study import results
 from benchmarks.study.data import load_task, requests_of, safety_pairs
 from benchmarks.study.methods import Setting, run_of
-from benchmarks.study.runs import WORK, adapter_of, execute
+from benchmarks.study.runs import WORK, execute, folder_of
 from sap_fast.cli.console import console
 from sap_fast.cli.landscape import LandscapeSettings, landscape
 
@@ -37,7 +37,7 @@ def run_landscapes(settings: dict[str, Setting]) -> None:
         aligned = model = aligned_smollm2(0)
         if method != "aligned":
             run = run_of(method, settings[method], 0, "alpaca")
-            model = adapter_of(run)
+            model = folder_of(run)
             if not model.exists():
                 console.print(f"{method}: tuned again, its adapter is no longer in {model.parent}")
                 execute(run, "report", torch.get_num_threads())

@@ -76,16 +76,18 @@ def measured(run: Run, afterwards: str) -> Row:
     """Return the row of a run's model, after it was tuned once more.
 
     Args:
-        run: one that was reported; it is tuned again where its adapter is gone.
+        run: one that was reported; it is tuned again where what it left is gone.
         afterwards: one of `AFTERWARDS`.
     """
     model, tokenizer, _, _ = tuned_model(run)
     if afterwards:
         again = run_of("adamw", {"steps": STEPS}, run.seed + LATER_SEED, afterwards, run.model)
         set_seed(again.seed)
-        model = with_lora(model, again)
+        if again.has_lora:
+            model = with_lora(model, again)
         tune(again, load_task(afterwards), model, tokenizer, False)
-        model = model.merge_and_unload()
+        if again.has_lora:
+            model = model.merge_and_unload()
     row: Row = described(run) | {"afterwards": afterwards}
     asked = {
         "": (requests_of("report").harmful, requests_of("report").harmless),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from sap_fast import SAPTrainer
 from sap_fast.baselines import (
@@ -52,6 +52,30 @@ TRAINING: Setting = {
 }
 
 
+@dataclass(frozen=True)
+class Model:
+    """What is tuned.
+
+    Attributes:
+        base: the model that is aligned first: SmolLM2-135M-Instruct or Gemma-3-270M.
+        training: what replaces `TRAINING`; every weight is tuned where `lora_r` is None.
+    """
+
+    base: Literal["smollm2", "gemma3"]
+    training: Setting = field(default_factory=dict)
+
+
+#: By the name of the folder of its rows; those of the first lie in the study's own.
+MODELS: dict[str, Model] = {
+    "smollm2": Model("smollm2"),
+    "gemma3": Model("gemma3"),
+    "smollm2-full": Model(
+        "smollm2",
+        {"lora_r": None, "lora_alpha": None, "lora_dropout": None, "learning_rate": 3e-5},
+    ),
+}
+
+
 # What a setting says nothing of is spelt out, as what a row means may not follow from defaults,
 # which change with what the study finds.
 #: Of every probe: the paper's layers.
@@ -74,6 +98,7 @@ class Method:
         settings: what is tried; see `options_of`.
         has_probe: whether `SAPTrainer` is to have a probe; it is `PROBE` with the setting over it.
         after: what is done with the tuned model, or before the tuning.
+        needs_lora: whether it changes an adapter, which a model whose every weight is tuned lacks.
         first: settings that the first study tried beside these. Its rows stay, in a folder of
             their own; the package has some of these settings no more.
     """
@@ -83,6 +108,7 @@ class Method:
     settings: tuple[Setting, ...] = ({},)
     has_probe: bool = False
     after: str | None = None
+    needs_lora: bool = False
     first: tuple[Setting, ...] = ()
 
 
@@ -296,12 +322,18 @@ METHODS: dict[str, Method] = {
         SAPTrainer,
         tuple({"threshold": threshold} for threshold in (0.35, 0.5, 0.7, 1.0)),
         after="project",
+        needs_lora=True,
     ),
-    "asft": Method("AsFT", AsFTTrainer, tuple({"penalty": weight} for weight in (1.0, 0.1, 10.0))),
+    "asft": Method(
+        "AsFT",
+        AsFTTrainer,
+        tuple({"penalty": weight} for weight in (1.0, 0.1, 10.0)),
+        needs_lora=True,
+    ),
     "interleaved": Method(
         "Safety rows interleaved",
         SAPTrainer,
-        tuple({"share": share} for share in (0.1, 0.05, 0.2)),
+        tuple({"share": share} for share in (0.1, 0.2, 0.05)),
     ),
     "published": Method("SAP as released", PublishedSAPTrainer),
 }
@@ -325,8 +357,14 @@ class Run:
 
     @property
     def training(self) -> Setting:
-        """`TRAINING` with what the setting replaces in it."""
-        return TRAINING | {k: v for k, v in self.values.items() if k in TRAINING}
+        """`TRAINING` with what the model and the setting replace in it."""
+        replaced = {k: v for k, v in self.values.items() if k in TRAINING}
+        return TRAINING | MODELS[self.model].training | replaced
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether an adapter is tuned."""
+        return self.training["lora_r"] is not None
 
     @property
     def key(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import provenance
 from benchmarks.study.data import Split
-from benchmarks.study.methods import METHODS, SELECTION, Run, Setting
+from benchmarks.study.methods import METHODS, MODELS, SELECTION, Run, Setting
 
 Row = dict[str, Any]
 
@@ -25,8 +25,8 @@ LASTING = FOLDER / "lasting.csv"
 
 
 def of_model(path: Path, model: str) -> Path:
-    """Return the file of a model: that of SmolLM2, or its namesake in a folder of the other."""
-    return path if model == "smollm2" else path.parent / model / path.name
+    """Return the file of a model: the first's, or its namesake in a folder of another's own."""
+    return path if model == next(iter(MODELS)) else path.parent / model / path.name
 
 
 _NUMBERS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import statistics
@@ -11,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock
-from peft import load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import (
     PrinterCallback,
@@ -27,9 +29,11 @@ from benchmarks import assets
 from benchmarks.alignment import aligned_gemma3, aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.study.data import Split, Task, load_task, requests_of, safety_pairs
-from benchmarks.study.methods import METHODS, Run, options_of, run_of
+from benchmarks.study.methods import METHODS, MODELS, Run, options_of, run_of
+from sap_fast import SAPTrainer, kl_loss
 from sap_fast.baselines import (
     AsFTTrainer,
+    ConstrainedTrainer,
     find_safety_layers,
     freeze_layers,
     interleave,
@@ -53,7 +57,7 @@ from sap_fast.losses.aside import evaluation_mode
 
 Row = dict[str, Any]
 
-#: Adapters, which other splits and methods start from, and encoded files.
+#: What was tuned, which other splits and methods start from, and encoded files.
 WORK = ROOT / "runs" / "study"
 FIGURES = "figures.json"
 #: Few large batches: at this size of model, decoding costs by the batch.
@@ -107,26 +111,37 @@ def tuned_model(run: Run, looked_at: bool = False) -> tuple[Any, Any, Row, list[
     if method.trainer is None:
         return model, tokenizer, {}, []
     looks: list[Row] = []
-    model = with_lora(model, run)
+    if run.has_lora:
+        model = with_lora(model, run)
     if method.after == "freeze":
         freeze_layers(model, safety_layers(run, model, tokenizer))
     tuned_as = tuning_of(run)
-    adapter = adapter_of(tuned_as)
-    adapter.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(tuned_as)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     # Merges of one tuning with different shares may run at the same time.
-    with FileLock(adapter.with_suffix(".lock")):
-        if adapter.exists():
-            set_peft_model_state_dict(model, load_peft_weights(str(adapter)))
-            figures = json.loads((adapter / FIGURES).read_text())
+    with FileLock(folder.with_suffix(".lock")):
+        if folder.exists():
+            model = with_weights_of(model, folder)
+            figures = json.loads((folder / FIGURES).read_text())
         else:
             figures, looks = tune(tuned_as, load_task(run.task), model, tokenizer, looked_at)
-            save_adapter(model, tokenizer, figures, adapter)
+            save(model, tokenizer, figures, folder)
     if "aligned_share" in values:
-        merge_with_aligned(model, None, values["aligned_share"])
+        start = None if run.has_lora else load_model(str(source), "fp32")[0].state_dict()
+        merge_with_aligned(model, start, values["aligned_share"])
     if method.after == "project":
         project_onto_alignment(model, unaligned_weights(run.model), values["threshold"])
-    # Quicker to ask without its adapter.
-    return cast(Any, model).merge_and_unload(), tokenizer, figures, looks
+    if run.has_lora:
+        model = cast(Any, model).merge_and_unload()  # quicker to ask without its adapter
+    return model, tokenizer, figures, looks
+
+
+def with_weights_of(model: nn.Module, folder: Path) -> nn.Module:
+    """Return the tuned model of a folder: `model` with the adapter there, or the model there."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+        return model
+    return load_model(str(folder), "fp32", trainable=True)[0]
 
 
 def with_lora(model: nn.Module, run: Run) -> Any:
@@ -142,12 +157,13 @@ def with_lora(model: nn.Module, run: Run) -> Any:
 
 def shipped(model: str) -> Path:
     """Return the folder of a model as it was published."""
-    return assets.smollm2_folder() if model == "smollm2" else assets.gemma3_folder()
+    is_smollm2 = MODELS[model].base == "smollm2"
+    return assets.smollm2_folder() if is_smollm2 else assets.gemma3_folder()
 
 
 def aligned(model: str, seed: int) -> Path:
     """Return the folder of an aligned model, after aligning it if it is not in the cache."""
-    return aligned_smollm2(seed) if model == "smollm2" else aligned_gemma3(seed)
+    return aligned_smollm2(seed) if MODELS[model].base == "smollm2" else aligned_gemma3(seed)
 
 
 def work_of(model: str) -> Path:
@@ -156,7 +172,7 @@ def work_of(model: str) -> Path:
 
 
 def tuning_of(run: Run) -> Run:
-    """Return the run whose adapter a run starts from: itself, or what it merges with the aligned.
+    """Return the run whose tuning a run starts from: itself, or what it merges with the aligned.
 
     AdamW's for plain merging and for a projection; for another method with an `aligned_share`, that
     without it.
@@ -169,8 +185,8 @@ def tuning_of(run: Run) -> Run:
     return run_of(method, setting, run.seed, run.task, run.model)
 
 
-def adapter_of(run: Run) -> Path:
-    """Return the folder of the adapter that a run leaves."""
+def folder_of(run: Run) -> Path:
+    """Return the folder of what a run leaves: an adapter, or a model where all of it is tuned."""
     return work_of(run.model) / "adapters" / run.key
 
 
@@ -214,6 +230,8 @@ def tune(
     options = options_of(run)
     if method.trainer is AsFTTrainer:
         options["unaligned"] = unaligned_weights(run.model)
+    if not run.has_lora:
+        options |= with_a_second_model(method.trainer, options, model)
     trainer = method.trainer(
         model=model,
         args=arguments,
@@ -240,6 +258,18 @@ def tune(
         "peak_bytes": look.peak_bytes,
     }
     return figures, look.rows
+
+
+def with_a_second_model(
+    trainer: type[SAPTrainer], options: dict[str, Any], model: nn.Module
+) -> dict[str, Any]:
+    """Return what replaces options that need the aligned model: without LoRA that is a copy."""
+    aligned = copy.deepcopy(model).requires_grad_(False).eval()
+    if trainer is ConstrainedTrainer:
+        return {"aligned": aligned}
+    if options.get("safety_loss") == "kl":
+        return {"safety_loss": functools.partial(kl_loss, aligned=aligned)}
+    return {}
 
 
 class _Look(TrainerCallback):
@@ -374,8 +404,8 @@ def encoded(name: str, rows: list[Row], tokenizer: Any, max_length: int) -> Any:
     )
 
 
-def save_adapter(model: Any, tokenizer: Any, figures: Row, folder: Path) -> None:
-    """Keep what was trained, as a PEFT adapter, and the figures of the tuning."""
+def save(model: Any, tokenizer: Any, figures: Row, folder: Path) -> None:
+    """Keep what was trained, a PEFT adapter or a model, and the figures of the tuning."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

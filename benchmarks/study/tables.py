@@ -11,14 +11,13 @@ from pathlib import Path
 
 from benchmarks.provenance import ROOT
 from benchmarks.study import results
-from benchmarks.study.methods import METHODS, TASKS
+from benchmarks.study.methods import METHODS, MODELS, TASKS
 from benchmarks.study.report import MISSING, TASK_TITLES, described
-from benchmarks.study.results import FIRST, FOLDER, Row
+from benchmarks.study.results import FIRST, Row
 
 BEGIN, END = "<!-- from summary.csv -->\n", "<!-- until here -->\n"
-#: Where the settings go that were tried on the selection split, by the folder of the study.
+#: Where the settings go that were tried on the selection split, model by model.
 SELECTION_PAGE = ROOT / "docs" / "second-study.md"
-SELECTION_TABLES = {"smollm2": FOLDER, "gemma3": FOLDER / "gemma3"}
 #: Quantiles of the normal distribution: a difference is seen at 5 %, two-sided, in four of five.
 SEEN = 1.96 + 0.84
 HEADING = "refuses harmful, and points over AdamW (95 %) · harmless · task loss"
@@ -53,8 +52,8 @@ def write_tables() -> None:
         text = page.read_text(encoding="utf-8")
         page.write_text(with_table(text, markdown_table(rows, is_wanted), page), encoding="utf-8")
     text = SELECTION_PAGE.read_text(encoding="utf-8")
-    for model, folder in SELECTION_TABLES.items():
-        rows = results.read(folder / results.RESULTS.name)
+    for model in MODELS:
+        rows = results.read(results.of_model(results.RESULTS, model))
         if rows:
             text = with_table(text, selection_table(rows), SELECTION_PAGE, begin_of(model))
     SELECTION_PAGE.write_text(text, encoding="utf-8")

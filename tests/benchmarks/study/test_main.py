@@ -68,6 +68,10 @@ def test_an_interrupted_study_goes_on_and_runs_nothing_twice(
         (["--only", "adamw,magic"], "--only adamw,magic: 'magic' is not one of"),
         (["--tasks", "mmlu"], "--tasks mmlu: 'mmlu' is not one of alpaca"),
         (["--seeds", "7"], "--seeds 7: '7' is not one of 0, 1, 2"),
+        (
+            ["--model", "smollm2-full", "--only", "adamw,asft"],
+            "--only adamw,asft: asft changes an adapter, and --model smollm2-full has none",
+        ),
     ],
 )
 def test_what_is_not_in_the_plan_is_named(
@@ -82,7 +86,7 @@ def test_a_study_that_has_only_selected_has_nothing_to_report_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "FIRST", tmp_path / "first")
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.csv")
     monkeypatch.setattr(study.tables, "write_tables", lambda: None)
     selected = [*everywhere("aligned", {}), *everywhere("adamw", {})]
     results.append(tmp_path / "results.csv", selected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -51,6 +52,46 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
     assert likewise == merged
     assert untouched == selection["task_loss"] != aligned
     assert merged == pytest.approx(aligned, abs=1e-3)
+
+
+def test_every_weight_is_tuned_and_read_back(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
+    monkeypatch.setitem(TRAINING, "steps", 2)
+    aligned: list[Any] = []
+    kl_loss = runs.kl_loss
+
+    def counted(model: Any, chosen: Any, rejected: Any, *, aligned_model: Any) -> Any:
+        aligned.append(aligned_model)
+        return kl_loss(model, chosen, rejected, aligned=aligned_model)
+
+    monkeypatch.setattr(
+        runs, "kl_loss", lambda *batches, aligned: counted(*batches, aligned_model=aligned)
+    )
+    threads = torch.get_num_threads()
+    kl = run_of("kl", {"safety_weight": 0.3, "safety_loss": "kl"}, 0, "alpaca", "smollm2-full")
+    try:
+        selection, _ = runs.execute(kl, "selection", 1)
+        monkeypatch.delattr(runs, "tune")
+        again, _ = runs.execute(kl, "selection", 1)
+        back = run_of("kl", json.loads(kl.setting) | {"aligned_share": 1.0}, 0, "alpaca", kl.model)
+        merged, _ = runs.execute(back, "selection", 1)
+        start, _ = runs.execute(run_of("aligned", {}, 0, "alpaca", kl.model), "selection", 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(aligned) == 2 and aligned[0] is aligned[1]
+    assert selection["task_loss"] == again["task_loss"] != start["task_loss"]
+    assert merged["task_loss"] == start["task_loss"]
+    before = load_model(str(chat_model), "fp32")[0].state_dict()
+    assert runs.folder_of(kl).parent == tmp_path / "smollm2-full" / "adapters"
+    tuned = load_model(str(runs.folder_of(kl)), "fp32")[0].state_dict()
+    assert tuned.keys() == before.keys()
+    assert not any(torch.equal(tuned[name], before[name]) for name in tuned)
+    for name, weight in load_model(str(chat_model), "fp32")[0].named_parameters():
+        copied = dict(aligned[0].named_parameters())[name]
+        assert torch.equal(copied, weight) and not copied.requires_grad
 
 
 def test_what_somebody_else_makes_of_a_tuned_model(
@@ -110,7 +151,7 @@ def test_what_a_merge_starts_from() -> None:
     merged = run_of("merge", {"aligned_share": 0.2}, 1, "gsm8k", "gemma3")
     projected = run_of("safelora", {"threshold": 0.5}, 1, "gsm8k", "gemma3")
     assert runs.tuning_of(merged) == runs.tuning_of(projected) == adamw
-    assert runs.adapter_of(adamw).parent == runs.WORK / "gemma3" / "adapters"
+    assert runs.folder_of(adamw).parent == runs.WORK / "gemma3" / "adapters"
 
 
 def test_two_runs_of_one_tuning_at_once_tune_once(

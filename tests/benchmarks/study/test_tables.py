@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.provenance import ROOT
 from benchmarks.study import results, tables
+from benchmarks.study.methods import MODELS
 from tests.benchmarks.study.helpers import row, share
 
 
@@ -79,9 +80,9 @@ def test_what_was_tried_has_a_line_each_and_says_what_could_be_seen() -> None:
     assert tables.power_line(rows[:3]) == ""
 
 
-@pytest.mark.parametrize("model", list(tables.SELECTION_TABLES))
+@pytest.mark.parametrize("model", list(MODELS))
 def test_the_page_of_the_second_study_holds_the_tables_of_its_rows(model: str) -> None:
-    rows = results.read(tables.SELECTION_TABLES[model] / "results.csv")
+    rows = results.read(results.of_model(results.RESULTS, model))
     text = tables.SELECTION_PAGE.read_text(encoding="utf-8")
     if rows:
         table = tables.selection_table(rows)
