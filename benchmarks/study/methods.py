@@ -187,10 +187,10 @@ METHODS: dict[str, Method] = {
         (
             _HELD,
             _HELD | {"direction_every": 10},
-            _HELD | {"direction_every": 5},
+            _HELD | {"safety_weight": 0.1, "direction_every": 10},
+            _HELD | {"safety_weight": 0.1, "direction_every": 5},
             _HELD | {"safety_weight": 0.1},
             {"safety_weight": 0.3, "safety_level": "auto"},
-            _HELD | {"safety_weight": 1.0, "direction_every": 10},
         ),
         first=(
             {"safety_weight": 0.1, "safety_level": "auto"},
