@@ -60,8 +60,9 @@ class BlendedAdamW(Optimizer):
         rule: the coefficient c. `"blend"`: γ‖g‖/‖d‖. `"project"`: what removes the part of g that
             points at harm. `"floor"`: the smallest c ≥ 0 with which the step goes down the safety
             loss by γ‖g‖. Or a function of ‖g‖², ⟨g, d⟩ and ‖d‖² to c; see `sap_fast.step.rules`.
-        direction_every: run the safety pass in every so manieth step; above 1 d is kept, of large
-            parameters in int8, a byte per element.
+        direction_every: run the safety pass in every so manieth step, and in the first three, which
+            find the level `"auto"`; above 1 d is kept, of large parameters in int8, a byte per
+            element.
         max_grad_norm: clip the blended gradient to this global norm.
         backend: whose operations to use, `"auto"` for the fastest that can run; see `sap_fast.ops`.
         grad_scaler: the `torch.amp.GradScaler` that scales the losses of all passes, for fp16. End

@@ -20,7 +20,7 @@ class Level:
 
     Args:
         setting: the level; `"auto"` for the mean L_safe of the first three safety passes, which are
-            all above it; None for no level.
+            all above it, and which no step may leave out; None for no level.
 
     Attributes:
         above: whether L_safe in the safety pass whose direction is in use was above the level:
@@ -35,6 +35,8 @@ class Level:
         self.above: Tensor | bool | None = None
         #: Sum and number of the L_safe whose mean is the level, with "auto".
         self._losses = torch.zeros(2)
+        #: Safety passes of completed steps, as far as the host is to know.
+        self._passes = 0
         #: L_safe of the step in progress.
         self._loss: Tensor | None = None
 
@@ -78,6 +80,11 @@ class Level:
         return torch.where(count < _PASSES, -math.inf, total / count.clamp(min=1))
 
     @property
+    def wants_pass(self) -> bool:
+        """Whether the next step is to have a safety pass, for the level of a model as it came."""
+        return self.setting == "auto" and self._passes < _PASSES
+
+    @property
     def is_held(self) -> bool:
         """Whether L_safe is known not to be above the level. The host waits for the device."""
         if self.above is None:
@@ -98,6 +105,7 @@ class Level:
         counts = self._loss.isfinite() & (self._losses[1] < _PASSES)
         found = torch.stack([self._loss, torch.ones_like(self._loss)])
         self._losses = self._losses + torch.where(counts, found, 0.0)
+        self._passes += 1
         self._loss = None
 
     def forget(self) -> None:
@@ -106,8 +114,10 @@ class Level:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later steps depend on: nothing of a step in progress."""
-        return {"losses": self._losses, "above": self.above if self._loss is None else None}
+        above = self.above if self._loss is None else None
+        return {"losses": self._losses, "passes": self._passes, "above": above}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
-        self._losses, self.above, self._loss = state_dict["losses"], state_dict["above"], None
+        self._losses, self._passes = state_dict["losses"], state_dict["passes"]
+        self.above, self._loss = state_dict["above"], None

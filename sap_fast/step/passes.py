@@ -66,7 +66,8 @@ class SafetyPasses(SinglePasses):
             the first three safety passes. None: every step probes and blends.
         rule: how d is blended in: `"blend"`, `"project"`, `"floor"`, or a function of ‖g‖², ⟨g, d⟩
             and ‖d‖² to the coefficient of d; see `sap_fast.step.rules`.
-        direction_every: take the direction anew every so many steps; above 1 it is kept, of large
+        direction_every: take the direction anew every so many steps, and in each of the first
+            three where `safety_level="auto"` is to be found; above 1 it is kept, of large
             parameters in int8, a byte per element.
         backend: whose operations to use, see `sap_fast.ops`.
         grad_scaler: the `torch.amp.GradScaler` that scales the losses of all passes, for fp16.
@@ -143,7 +144,8 @@ class SafetyPasses(SinglePasses):
     def _inner_passes(self, task: Task, safety: Safety, batch: Any) -> None:
         try:
             part = self._part(batch)  # here, as a pass that is put back forgets it
-            if self.is_active and self.direction.is_due(self.steps):
+            is_due = self.direction.is_due(self.steps) or self.level.wants_pass
+            if self.is_active and is_due:
                 self.safety_pass(safety)
             self._describe_direction()
             if self.probes is not None and not self.is_held:
