@@ -13,9 +13,16 @@ what is left of a blending's that leans as much:
 A second table has the same of a probe in one layer alone, for every layer, and how much h has in
 common with that of another batch: `other_batch`, their cosine under the same ĝ.
 
+A third asks which V has its Δg along ĝ: shapes of the same size in β, the root mean square over the
+layers of ‖v_j‖/(s_j√H). `normalized` and `gradient` are those of the rules; `whitened` is h by the
+root of its second moments under random directions, which estimate the diagonal of MᵀM, `divided` by
+the moments themselves; `three layers` is the normalized one in the layers that lean most for their
+change. `best of k` bounds all of them: the cosine of ĝ and of the best combination of k changes, to
+first order, which h of ĝ and then of what is left of ĝ make.
+
 There is no dropout: gradients differ by the probe alone.
 
-`python -m benchmarks.study.why` writes `why.csv`, `layers.csv` and `layers.png`.
+`python -m benchmarks.study.why` writes `why.csv`, `layers.csv`, `shapes.csv` and `layers.png`.
 """
 
 from __future__ import annotations
@@ -47,6 +54,7 @@ from sap_fast.data import SafetyCollator, TaskCollator, load_safety_dataset, pad
 from sap_fast.model.layers import find_decoder_layers
 
 Row = dict[str, Any]
+Offsets = dict[int, Tensor]
 
 SIZES = (3e-4, 1e-3, 3e-3, 1e-2)
 #: Size of a probe in one layer alone; lean and change are in proportion to it.
@@ -54,6 +62,12 @@ SIZE_OF_ONE = 3e-3
 LOOK_EVERY = 8
 #: Safety pairs of a direction.
 PAIRS = 16
+#: Of the V whose shapes are compared, and of those whose change is taken to first order.
+SIZE_OF_SHAPES, SMALL = 1e-3, 3e-4
+#: Random directions in each look, for the second moments of h.
+DRAWN = 4
+#: Changes that are combined.
+COMBINED = (1, 2, 4, 8)
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
@@ -66,11 +80,24 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return ops.dot(list(left), list(right)).item()
 
 
-def measure(steps: int) -> tuple[list[Row], list[Row]]:
+class Found(NamedTuple):
+    """The rows of `why.csv`, `layers.csv` and `shapes.csv`."""
+
+    sizes: list[Row]
+    layers: list[Row]
+    shapes: list[Row]
+
+
+#: What may be asked for: the tables, by the names of their files.
+TABLES = ("why", "layers", "shapes")
+
+
+def measure(steps: int, tables: Sequence[str] = TABLES) -> Found:
     """Fine-tune plainly, and look at the gradients with and without a probe now and then.
 
-    Returns:
-        Rows of `why.csv` and of `layers.csv`.
+    Args:
+        steps: of the fine-tuning.
+        tables: those of `TABLES` to return rows of.
     """
     torch.manual_seed(0)
     model, tokenizer = load_model(str(aligned_smollm2()), "fp32", trainable=True)
@@ -94,7 +121,8 @@ def measure(steps: int) -> tuple[list[Row], list[Row]]:
     ]
     plain = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
-    found: tuple[list[Row], list[Row]] = ([], [])
+    found = Found([], [], [])
+    moments: list[Offsets] = []
     for step in track(range(steps), "Looking at gradients"):
         picked = torch.randint(len(rows), (TRAINING["batch_size"],), generator=generator).tolist()
         batch = collate([rows[k] for k in picked])
@@ -122,11 +150,17 @@ def measure(steps: int) -> tuple[list[Row], list[Row]]:
                 partial(safety_backward, safety),
                 partial(safety_backward, other),
             )
-            for rows_of, look_at, sap in zip(
-                found, (look_at_sizes, look_at_layers), optimizers, strict=True
-            ):
-                look = Look(sap, trained, roots, asked)
-                rows_of += look_at(step, look)
+            middle, every = optimizers
+            if "why" in tables or "shapes" in tables:
+                look = Look(middle, trained, roots, asked)
+                if "why" in tables:
+                    found.sizes.extend(look_at_sizes(step, look))
+                if "shapes" in tables:
+                    found.shapes.extend(look_at_shapes(step, look, moments))
+                look.end()
+            if "layers" in tables:
+                look = Look(every, trained, roots, asked)
+                found.layers.extend(look_at_layers(step, look))
                 look.end()
         plain.zero_grad()
         task_backward()
@@ -193,7 +227,7 @@ class Look:
         self._sap, self._trained, self._roots, self.asked = sap, trained, roots, asked
         self._probes, self._passes = sap.probes, sap.passes
         self._passes.keeps_direction = True  # for several rounds of probe passes
-        self._direction = self._unit_gradient(asked.safety)
+        self.direction = self._unit_gradient(asked.safety)
         self._elsewhere = self._unit_gradient(asked.other_safety)
         self._start = self._gradient(asked.task)
         sap.zero_grad()
@@ -204,11 +238,11 @@ class Look:
         self.estimates = self.estimate(asked.task)
         self.unit = self._probes.offsets
         self._of_all = {
-            "slope": inner(self._direction, self._start),
+            "slope": inner(self.direction, self._start),
             "gradient_norm": norm(self._start),
         }
 
-    def estimate(self, task: Callable[[], Tensor]) -> dict[int, Tensor]:
+    def estimate(self, task: Callable[[], Tensor]) -> Offsets:
         """Return h of a task loss under the direction of this look, by layer."""
         self._passes.probe_passes(lambda _: task())
         return {layer: h.clone() for layer, h in self._probes.estimates.items()}
@@ -223,18 +257,44 @@ class Look:
         length = norm(uphill)
         return [g / length for g in uphill]
 
-    def under(self, offsets: dict[int, Tensor]) -> Row:
-        """Return what the probe V makes of the gradient."""
+    def estimate_under(self, direction: Sequence[Tensor]) -> Offsets:
+        """Return h under another direction than that of this look, which it takes the place of."""
 
+        def instead() -> Tensor:
+            for parameter, value in zip(self._trained, direction, strict=True):
+                parameter.grad = value.clone()
+            return torch.zeros(())
+
+        self._passes.safety_pass(instead)
+        return self.estimate(self.asked.task)
+
+    def sized(self, offsets: Offsets, size: float) -> Offsets:
+        """Return V at a size β: the root mean square over the layers of ‖v_j‖/(s_j√H)."""
+        parts = [v.norm() / self.unit[layer].norm() for layer, v in offsets.items()]
+        length = torch.stack(parts).square().mean().sqrt()
+        return {layer: size / length * v for layer, v in offsets.items()}
+
+    def slope(self, offsets: Offsets) -> list[Tensor]:
+        """Return M·V up to a factor: Δg of a small V, halved with that of −V."""
+        up = self._gradient_under(self.sized(offsets, SMALL))
+        down = self._gradient_under(self.sized(offsets, -SMALL))
+        return [(a - b) / 2 for a, b in zip(up, down, strict=True)]
+
+    def _gradient_under(self, offsets: Offsets) -> list[Tensor]:
         def probed() -> Tensor:
             with self._passes.task_pass():
                 return self.asked.task()
 
         self._probes.offsets = offsets
-        change = [g - before for g, before in zip(self._gradient(probed), self._start, strict=True)]
-        lean, moved = inner(self._direction, change), norm(change)
+        return self._gradient(probed)
+
+    def under(self, offsets: Offsets) -> Row:
+        """Return what the probe V makes of the gradient."""
+        probed = self._gradient_under(offsets)
+        change = [g - before for g, before in zip(probed, self._start, strict=True)]
+        lean, moved = inner(self.direction, change), norm(change)
         after_adamw, other_pairs = shares_of_blending(
-            change, self._direction, self._elsewhere, self._roots
+            change, self.direction, self._elsewhere, self._roots
         )
         return self._of_all | {
             "lean": lean,
@@ -284,6 +344,71 @@ def look_at_layers(step: int, look: Look) -> list[Row]:
     return rows
 
 
+def look_at_shapes(step: int, look: Look, moments: list[Offsets]) -> list[Row]:
+    """Return a row for every shape of V, and one for every bound.
+
+    Args:
+        step: the seed of the random directions.
+        look: what to look at.
+        moments: the squares of h under the random directions of the looks before; gets more.
+    """
+    h, normalized = look.estimates, look.unit
+    shapes = {"normalized": normalized, "gradient": h}
+    alone = {}
+    for layer, v in normalized.items():
+        only = {other: v if other == layer else torch.zeros_like(v) for other in normalized}
+        alone[layer] = look.under(look.sized(only, SIZE_OF_SHAPES))["cosine"]
+    chosen = sorted(alone, key=lambda layer: alone[layer])[-3:]
+    shapes["three layers"] = {
+        layer: v if layer in chosen else torch.zeros_like(v) for layer, v in normalized.items()
+    }
+    noise = torch.Generator().manual_seed(step)
+    for _ in range(DRAWN):
+        drawn = [torch.randn(d.shape, generator=noise) for d in look.direction]
+        moments.append({layer: v.square() for layer, v in look.estimate_under(drawn).items()})
+    for name, power in (("whitened", 0.5), ("divided", 1.0)):
+        shapes[name] = {
+            layer: v / torch.stack([each[layer] for each in moments]).mean(dim=0) ** power
+            for layer, v in h.items()
+        }
+    rows = [
+        {"step": step, "shape": name} | look.under(look.sized(v, SIZE_OF_SHAPES))
+        for name, v in shapes.items()
+    ]
+    unknown = dict.fromkeys(rows[0])
+    for count, cosine in enumerate(cosines_of_combinations(look, max(COMBINED)), 1):
+        if count in COMBINED:
+            rows.append(unknown | {"step": step, "shape": f"best of {count}", "cosine": cosine})
+    return rows
+
+
+def cosines_of_combinations(look: Look, count: int) -> list[float]:
+    """Return the cosine of ĝ and of the best combination of 1, 2, … changes, to first order.
+
+    The changes are those of h of ĝ and then, each time, of what of ĝ they do not span yet: Golub
+    and Kahan's way to the least squares of M·V = ĝ, in the units of β.
+    """
+    reached: list[list[Tensor]] = []
+    left, cosines = look.direction, []
+    for _ in range(count):
+        h = look.estimate_under(left)
+        change = look.slope({j: v * look.unit[j].norm().square() for j, v in h.items()})
+        for _ in range(2):  # twice is enough for orthogonality
+            for other in reached:
+                change = without(change, other)
+        length = norm(change)
+        reached.append([part / length for part in change])
+        left = without(left, reached[-1])
+        cosines.append(max(0.0, 1 - norm(left) ** 2) ** 0.5)
+    return cosines
+
+
+def without(values: Sequence[Tensor], unit: Sequence[Tensor]) -> list[Tensor]:
+    """Return what of `values` is orthogonal to a unit vector."""
+    along = inner(values, unit)
+    return [value - along * part for value, part in zip(values, unit, strict=True)]
+
+
 def draw_layers(rows: Sequence[Row], path: Path) -> None:
     """Draw what a probe in one layer alone does, over the layers; bands reach from look to look."""
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
@@ -323,10 +448,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.why", description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="of the fine-tuning (40)")
+    parser.add_argument("--tables", default=",".join(TABLES), help="which to write (%(default)s)")
     options = parser.parse_args(arguments)
-    rows, layers = measure(options.steps)
-    path = write_csv("why.csv", rows, FOLDER)
-    draw_layers(layers, write_csv("layers.csv", layers, FOLDER).with_suffix(".png"))
+    tables = options.tables.split(",")
+    unknown = [name for name in tables if name not in TABLES]
+    if unknown:
+        parser.error(f"--tables {options.tables}: {unknown[0]!r} is not one of {', '.join(TABLES)}")
+    found = measure(options.steps, tables)
+    if "why" in tables:
+        write_csv("why.csv", found.sizes, FOLDER)
+        Console().print(table_of_sizes(found.sizes))
+    if "layers" in tables:
+        path = write_csv("layers.csv", found.layers, FOLDER)
+        draw_layers(found.layers, path.with_suffix(".png"))
+    if "shapes" in tables:
+        write_csv("shapes.csv", found.shapes, FOLDER)
+        Console().print(table_of_shapes(found.shapes))
+    Console().print(f"Written to {FOLDER.relative_to(ROOT)}: {', '.join(tables)}")
+
+
+def table_of_sizes(rows: Sequence[Row]) -> Table:
+    """Return the means over the looks, by probe and size."""
     table = Table("probe", "probe_lr", "⟨ĝ, g⟩/‖g‖", "lean/‖g‖", "‖Δg‖/‖g‖", "cosine of Δg and ĝ")
     table.add_column("lean after AdamW ÷ blending's")
     table.add_column("lean on other pairs ÷ blending's")
@@ -347,8 +489,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{mean(lambda row: row['after_adamw']):.2f}",
                 f"{mean(lambda row: row['other_pairs']):.2f}",
             )
-    Console().print(table)
-    Console().print(f"Written: {path.relative_to(ROOT)}, layers.csv and layers.png beside it")
+    return table
+
+
+def table_of_shapes(rows: Sequence[Row]) -> Table:
+    """Return the cosine of Δg and ĝ over the looks, by the shape of V."""
+    table = Table("shape of V", "cosine of Δg and ĝ: mean", "least", "most")
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        cosines = [row["cosine"] for row in rows if row["shape"] == shape]
+        found = (sum(cosines) / len(cosines), min(cosines), max(cosines))
+        table.add_row(shape, *(f"{cosine:.3f}" for cosine in found))
+    return table
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ def test_the_probe_leans_away_from_harm_and_a_random_one_does_not(
     monkeypatch.setattr(why, "LOOK_EVERY", 2)
     monkeypatch.setattr(why, "SIZES", (1e-5, 1e-4))  # where it acts in proportion to its size
     monkeypatch.setattr(why, "SIZE_OF_ONE", 1e-4)
-    rows, layers = why.measure(4)
+    monkeypatch.setattr(why, "SIZE_OF_SHAPES", 1e-4)
+    monkeypatch.setattr(why, "DRAWN", 1)
+    monkeypatch.setattr(why, "COMBINED", (1, 2, 3))
+    rows, layers, shapes = why.measure(4)
     assert len(rows) == 8
     for step in (1, 3):
         mine = {
@@ -37,6 +40,22 @@ def test_the_probe_leans_away_from_harm_and_a_random_one_does_not(
         assert row["lean"] > 0 or row["layer"] == 0
         assert -1 <= row["other_batch"] < 0.99
     assert len({row["lean"] for row in layers}) == len({row["other_batch"] for row in layers}) == 6
+    by_shape = {step: {} for step in (1, 3)}
+    for row in shapes:
+        by_shape[row["step"]][row["shape"]] = row["cosine"]
+    for cosines in by_shape.values():
+        assert list(cosines)[:5] == [
+            "normalized",
+            "gradient",
+            "three layers",
+            "whitened",
+            "divided",
+        ]
+        bounds = [cosines[f"best of {count}"] for count in why.COMBINED]
+        assert bounds[0] < bounds[1] < bounds[2] <= 1
+        # The middle of three layers is one layer, where the first change is that of h itself.
+        assert bounds[0] == pytest.approx(cosines["gradient"], rel=0.02)
+        assert cosines["normalized"] == pytest.approx(cosines["three layers"])
     why.draw_layers(layers, tmp_path / "layers.png")
     assert (tmp_path / "layers.png").stat().st_size > 10_000
 
