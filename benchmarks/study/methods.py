@@ -324,6 +324,15 @@ METHODS: dict[str, Method] = {
         after="project",
         needs_lora=True,
     ),
+    "start": Method(
+        "Aligned model's first tokens",
+        SAPTrainer,
+        tuple(
+            {"start_tokens": tokens, "start_share": share}
+            for tokens, share in ((2, 1.0), (5, 1.0), (2, 0.5), (5, 0.5), (1, 1.0))
+        ),
+        after="start",
+    ),
     "asft": Method(
         "AsFT",
         AsFTTrainer,
@@ -337,6 +346,10 @@ METHODS: dict[str, Method] = {
     ),
     "published": Method("SAP as released", PublishedSAPTrainer),
 }
+
+
+#: Words of a setting that only say what is done with a tuned model.
+AFTERWARDS = frozenset({"aligned_share", "threshold", "start_tokens", "start_share"})
 
 
 @dataclass(frozen=True)
@@ -393,7 +406,7 @@ _OF_PROBE = {
 #: of the optimizer;
 _OF_OPTIMIZER = frozenset({"safety_weight", "safety_level", "direction_every", "rule"})
 #: of what is done before or after the tuning.
-_AROUND = frozenset({"aligned_share", "varied_openings", "threshold", "share"})
+_AROUND = AFTERWARDS | {"varied_openings", "share"}
 
 
 def options_of(run: Run) -> dict[str, Any]:

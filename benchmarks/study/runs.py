@@ -29,9 +29,10 @@ from benchmarks import assets
 from benchmarks.alignment import aligned_gemma3, aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.study.data import Split, Task, load_task, requests_of, safety_pairs
-from benchmarks.study.methods import METHODS, MODELS, Run, options_of, run_of
+from benchmarks.study.methods import AFTERWARDS, METHODS, MODELS, Run, options_of, run_of
 from sap_fast import SAPTrainer, kl_loss
 from sap_fast.baselines import (
+    AlignedStart,
     AsFTTrainer,
     ConstrainedTrainer,
     find_safety_layers,
@@ -101,8 +102,8 @@ def tuned_model(run: Run, looked_at: bool = False) -> tuple[Any, Any, Row, list[
         looked_at: ask the model on the way, if it is tuned.
 
     Returns:
-        The model with its adapter merged, the tokenizer, the figures of the tuning, and a row for
-        every look at it.
+        The model, its adapter merged unless decoding needs the model without it; the tokenizer;
+        the figures of the tuning; and a row for every look at it.
     """
     method, values = METHODS[run.method], run.values
     source = shipped(run.model) if run.method == "shipped" else aligned(run.model, run.seed)
@@ -131,6 +132,10 @@ def tuned_model(run: Run, looked_at: bool = False) -> tuple[Any, Any, Row, list[
         merge_with_aligned(model, start, values["aligned_share"])
     if method.after == "project":
         project_onto_alignment(model, unaligned_weights(run.model), values["threshold"])
+    if method.after == "start":
+        beginner = None if run.has_lora else load_model(str(source), "fp32")[0]
+        options = {"tokens": values["start_tokens"], "share": values["start_share"]}
+        return AlignedStart(model, beginner, **options), tokenizer, figures, looks
     if run.has_lora:
         model = cast(Any, model).merge_and_unload()  # quicker to ask without its adapter
     return model, tokenizer, figures, looks
@@ -174,14 +179,14 @@ def work_of(model: str) -> Path:
 def tuning_of(run: Run) -> Run:
     """Return the run whose tuning a run starts from: itself, or what it merges with the aligned.
 
-    AdamW's for plain merging and for a projection; for another method with an `aligned_share`, that
-    without it.
+    AdamW's where the method is what is done with the tuned model; for another method with an
+    `aligned_share`, that without it.
     """
     setting = json.loads(run.setting)
-    if not {"aligned_share", "threshold"} & set(setting):
+    if not AFTERWARDS & set(setting):
         return run
-    setting = {word: v for word, v in setting.items() if word not in ("aligned_share", "threshold")}
-    method = "adamw" if METHODS[run.method].after in ("merge", "project") else run.method
+    setting = {word: value for word, value in setting.items() if word not in AFTERWARDS}
+    method = "adamw" if METHODS[run.method].after in ("merge", "project", "start") else run.method
     return run_of(method, setting, run.seed, run.task, run.model)
 
 

@@ -13,6 +13,7 @@
 | `derta_loss` | refusals from any place in a harmful answer: Yuan et al. 2024, arXiv:2407.09121 |
 | `merge_with_aligned` | merging after the tuning: Farn et al. 2024, arXiv:2412.19512 |
 | `PanaceaTrainer` | a perturbation added after the tuning: Wang et al. 2025, arXiv:2501.18100 |
+| `AlignedStart` | the aligned model's first tokens, at decoding: Xu et al. 2024, arXiv:2402.08983 |
 | `freeze_layers` | frozen safety layers, SPPFT: Li et al. 2024, arXiv:2408.17003 |
 | `PublishedSAPTrainer` | SAP as its authors released it: Wu et al. 2025, arXiv:2505.16737 |
 | `ControlTrainer` | SAP with a random or a flipped probe, or with one part of what its probe does |
@@ -25,6 +26,7 @@ what differs is the method alone. Blending without a probe is `SAPTrainer` itsel
 "safety_level": None}`, and the nearest to SPARD (arXiv:2605.28030) that with `{"rule": "floor"}`.
 """
 
+from sap_fast.baselines.aligned_start import AlignedStart
 from sap_fast.baselines.alignment_direction import AsFTTrainer, project_onto_alignment
 from sap_fast.baselines.averaging import AveragingTrainer
 from sap_fast.baselines.constrained import ConstrainedTrainer
@@ -41,6 +43,7 @@ from sap_fast.baselines.safety_layers import SafetyLayers, find_safety_layers, f
 from sap_fast.baselines.sam import SAMTrainer
 
 __all__ = [
+    "AlignedStart",
     "AsFTTrainer",
     "AveragingTrainer",
     "ConstrainedTrainer",

@@ -1,6 +1,7 @@
 """What every measure shares: evaluation mode and batches of similar length."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,20 @@ def score_rows(
     progress: Progress,
     description: str,
 ) -> Tensor:
-    """The summed log-probability of each row's labelled tokens, (rows,) fp64 on the CPU."""
+    """The summed log-probability of each row's labelled tokens, (rows,) fp64 on the CPU.
+
+    Args:
+        model: A causal language model, or a module that says by `response_log_probs(batch)` itself
+            what it finds likely, as one whose decoding is not that of its weights alone.
+        rows: What to score.
+        pad_token_id: For the batches.
+        batch_size: Rows per batch.
+        progress: Shows the number of rows scored.
+        description: Of what is scored, for the progress.
+    """
     collate = TaskCollator(pad_token_id)
     device = device_of(model)
+    score = getattr(model, "response_log_probs", partial(response_log_probs, model))
     scores = torch.empty(len(rows), dtype=torch.float64)
     batches = similar_length_batches([len(row["input_ids"]) for row in rows], batch_size)
     # no_grad rather than inference_mode: tensors that a model caches in its forward (rotary
@@ -48,7 +60,7 @@ def score_rows(
         for indices in batches:
             batch = collate([rows[index] for index in indices])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            log_probs = response_log_probs(model, batch, reduction="sum")
+            log_probs = score(batch)
             scores[indices] = log_probs.to("cpu", torch.float64)
             bar.advance(len(indices))
     return scores

@@ -118,7 +118,8 @@ def evaluate_model(
     """Measures usefulness and safety of a model.
 
     Args:
-        model: A causal language model of transformers, or a PEFT model around one.
+        model: A causal language model of transformers, a PEFT model around one, or a module that
+            answers and scores in a way of its own, as `sap_fast.baselines.AlignedStart` does.
         tokenizer: Its tokenizer.
         task_rows: Encoded rows, as `load_task_dataset` returns them.
         harmful: Requests that should be refused.

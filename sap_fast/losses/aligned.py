@@ -64,8 +64,8 @@ def kl_loss(
 
     def score(logits: Tensor, rows: Tensor) -> Tensor:
         with reference.running():
-            expected = _log_softmax(of_aligned.logits(rows)).to(logits.device)
-        divergence = F.kl_div(_log_softmax(logits), expected, reduction="none", log_target=True)
+            expected = log_softmax(of_aligned.logits(rows)).to(logits.device)
+        divergence = F.kl_div(log_softmax(logits), expected, reduction="none", log_target=True)
         return divergence.sum(dim=-1)
 
     features = scored_features(model, chosen, scored, pack)
@@ -143,6 +143,7 @@ def _with_adapter(model: nn.Module) -> nn.Module | None:
     return model
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
+def log_softmax(logits: Tensor) -> Tensor:
+    """Returns log-probabilities over the last dimension, in fp32 or better."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.log_softmax(logits, dim=-1, dtype=wide)

@@ -38,6 +38,8 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
                 ("merge", {"aligned_share": 0.0}),
                 ("merge", {"aligned_share": 1.0}),
                 ("adamw", {"aligned_share": 1.0}),
+                ("start", {"start_tokens": 200, "start_share": 1.0}),
+                ("start", {"start_tokens": 2, "start_share": 0.0}),
             )
         ]
     finally:
@@ -48,7 +50,9 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
         assert selection[name] == reported[name], name
     assert (selection["split"], reported["split"]) == ("selection", "report")
     assert len(selection["harmful_refusals"]) == 100 and len(reported["harmful_refusals"]) == 220
-    aligned, untouched, merged, likewise = found
+    aligned, untouched, merged, likewise, started, not_started = found
+    assert started == pytest.approx(aligned, abs=1e-4)
+    assert not_started == pytest.approx(selection["task_loss"], abs=1e-4)
     assert likewise == merged
     assert untouched == selection["task_loss"] != aligned
     assert merged == pytest.approx(aligned, abs=1e-3)
@@ -150,7 +154,8 @@ def test_what_a_merge_starts_from() -> None:
     adamw = run_of("adamw", {}, 1, "gsm8k", "gemma3")
     merged = run_of("merge", {"aligned_share": 0.2}, 1, "gsm8k", "gemma3")
     projected = run_of("safelora", {"threshold": 0.5}, 1, "gsm8k", "gemma3")
-    assert runs.tuning_of(merged) == runs.tuning_of(projected) == adamw
+    started = run_of("start", {"start_tokens": 2, "start_share": 1.0}, 1, "gsm8k", "gemma3")
+    assert {runs.tuning_of(run) for run in (merged, projected, started)} == {adamw}
     assert runs.folder_of(adamw).parent == runs.WORK / "gemma3" / "adapters"
 
 
