@@ -188,7 +188,7 @@ METHODS: dict[str, Method] = {
             _HELD,
             _HELD | {"direction_every": 10},
             _HELD | {"safety_weight": 0.1, "direction_every": 10},
-            _HELD | {"safety_weight": 0.1, "direction_every": 5},
+            _HELD | {"safety_batch_size": 1},
             _HELD | {"safety_weight": 0.1},
             {"safety_weight": 0.3, "safety_level": "auto"},
         ),
