@@ -204,6 +204,21 @@ def test_what_the_level_knows_goes_through_a_state_dict() -> None:
     assert measured(other, 2.5, 1.5) == [True, False]
 
 
+def test_the_first_three_steps_have_a_pass_for_the_level_in_whatever_process_they_run() -> None:
+    level = Level("auto")
+    for loss in (1.0, math.nan, 2.0):
+        assert level.wants_pass
+        other = Level("auto")
+        other.load_state_dict(copy.deepcopy(level.state_dict()))
+        assert other.wants_pass
+        measured(level, loss)
+    assert not level.wants_pass
+    other = Level("auto")
+    other.load_state_dict(copy.deepcopy(level.state_dict()))
+    assert not other.wants_pass
+    assert not Level(None).wants_pass and not Level(2.0).wants_pass
+
+
 @pytest.mark.parametrize("setting", ["low", math.nan, math.inf, -math.inf])
 def test_a_level_that_is_none_is_named(setting: Any) -> None:
     with pytest.raises(ValueError, match=rf'safety_level={setting!r}.*"auto", a number or None'):
