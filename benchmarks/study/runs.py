@@ -29,7 +29,15 @@ from benchmarks import assets
 from benchmarks.alignment import aligned_gemma3, aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.study.data import Split, Task, load_task, requests_of, safety_pairs
-from benchmarks.study.methods import AFTERWARDS, METHODS, MODELS, Run, options_of, run_of
+from benchmarks.study.methods import (
+    AFTERWARDS,
+    METHODS,
+    MODELS,
+    Run,
+    Setting,
+    options_of,
+    run_of,
+)
 from sap_fast import SAPTrainer, kl_loss
 from sap_fast.baselines import (
     AlignedStart,
@@ -258,11 +266,23 @@ def tune(
     leans = [lean for lean in logged if lean is not None]
     figures = {
         "lean_predicted": statistics.fmean(leans) if leans else None,
-        # The first step also calibrates and warms up.
-        "step_seconds": round(statistics.median(look.seconds[1:]), 4),
+        "step_seconds": round(seconds_of_a_step(look.seconds, run.values), 4),
         "peak_bytes": look.peak_bytes,
     }
     return figures, look.rows
+
+
+def seconds_of_a_step(seconds: list[float], values: Setting) -> float:
+    """Return the median time of a step; of steps with and without a pass, the median of means.
+
+    The first step also calibrates and warms up. Where the direction is taken every n steps, the
+    means are over n steps in a row, from the third on, behind those that find the level.
+    """
+    every = values.get("direction_every", 1)
+    counted = seconds[1:] if every == 1 else seconds[3:]
+    periods = [counted[first : first + every] for first in range(0, len(counted), every)]
+    whole = [each for each in periods if len(each) == every] or periods
+    return statistics.median(map(statistics.fmean, whole))
 
 
 def with_a_second_model(

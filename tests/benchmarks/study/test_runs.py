@@ -129,6 +129,14 @@ def test_what_somebody_else_makes_of_a_tuned_model(
     assert len(first["harmful_refusals"]) == 220 and len(first["builtin_harmful_refusals"]) == 1
 
 
+def test_the_time_of_a_step_counts_the_passes_of_others() -> None:
+    assert runs.seconds_of_a_step([9.0, 1.0, 2.0, 4.0], {}) == 2.0
+    # Two directions of three steps each, and a step more.
+    seconds = [9.0, 3.0, 3.0, *(1.0, 1.0, 4.0), *(1.0, 1.0, 7.0), 1.0]
+    assert runs.seconds_of_a_step(seconds, {"direction_every": 3}) == 2.5
+    assert runs.seconds_of_a_step(seconds[:5], {"direction_every": 3}) == 1.0
+
+
 def test_the_right_of_two_choices_is_the_likelier_one(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
