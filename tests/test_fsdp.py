@@ -272,7 +272,7 @@ def resume(folder: str, model: nn.Module, *, ranks: bool, fresh: bool = True) ->
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     passes = optimizer.passes
-    assert (passes.steps, passes.direction.taken) == (SAVED_AFTER, 1)
+    assert (passes.steps, passes.direction.taken) == (SAVED_AFTER, 3)
     assert not passes.direction.is_due(SAVED_AFTER) and passes.calibration is not None
     for step in range(SAVED_AFTER, STEPS):
         sap_step(optimizer, model, step, None)

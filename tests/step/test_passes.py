@@ -413,7 +413,17 @@ class Counted:
         ({}, {"safety_level": 1e3}, [(1, 1)] * 3),
         ({"rho": "auto"}, {"safety_level": 1e3, "direction_every": 2}, [(1, 1), (0, 1)] * 2),
         (None, {"safety_weight": 0.1}, [(1, 1)] * 3),
-        (None, {"safety_weight": 0.1, "direction_every": 3}, [(1, 1), (0, 1), (0, 1)] * 2),
+        (
+            None,
+            {"safety_weight": 0.1, "direction_every": 3, "safety_level": None},
+            [(1, 1), (0, 1), (0, 1)] * 2,
+        ),
+        # "auto", the default of blending, is found in the first three steps.
+        (
+            None,
+            {"safety_weight": 0.1, "direction_every": 3},
+            [(1, 1)] * 2 + [(1, 1), (0, 1), (0, 1)] * 2,
+        ),
         (None, {"safety_weight": 0.1, "safety_level": 1e3}, [(1, 1)] * 2),
         (None, {"safety_weight": 0.0}, [(0, 1)] * 2),
     ],
@@ -836,7 +846,7 @@ def test_a_direction_of_large_parameters_is_kept_in_a_quarter_of_their_memory(
     probe: dict[str, Any] | None,
 ) -> None:
     floor = peak_of_a_step(None, 512, safety_weight=0.0)
-    options = {"safety_weight": 0.1, "direction_every": 2}
+    options = {"safety_weight": 0.1, "direction_every": 2, "safety_level": None}
     # A byte of four, and a sixteenth of d as it is read in the update.
     assert 0.2 < peak_of_a_step(probe, 512, **options) - floor < 0.4
 
