@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import assets
 from benchmarks.provenance import provenance
 from benchmarks.study import report, results, tables
+from benchmarks.study.arguments import chosen
 from benchmarks.study.data import Split
 from benchmarks.study.landscapes import run_landscapes
 from benchmarks.study.lasting import run_lasting
@@ -23,7 +24,6 @@ from benchmarks.study.methods import (
     MORE_TASKS,
     SEEDS,
     TASKS,
-    TRAINING,
     Run,
     Setting,
     report_runs,
@@ -85,12 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "of refusals over steps, at a tenth of a run's time",
     )
     options = parser.parse_args(arguments)
-    methods = _chosen(parser, "--only", options.only, list(METHODS))
+    methods = chosen(parser, "--only", options.only, list(METHODS))
     known = [*TASKS, *MORE_TASKS]
-    tasks = TASKS if options.tasks is None else _chosen(parser, "--tasks", options.tasks, known)
-    seeds = _chosen(parser, "--seeds", options.seeds, [str(seed) for seed in SEEDS])
+    tasks = TASKS if options.tasks is None else chosen(parser, "--tasks", options.tasks, known)
+    seeds = chosen(parser, "--seeds", options.seeds, [str(seed) for seed in SEEDS])
 
-    if MODELS[options.model].training.get("lora_r", TRAINING["lora_r"]) is None:
+    if not MODELS[options.model].has_lora:
         need = [name for name in methods if METHODS[name].needs_lora]
         if options.only is not None and need:
             parser.error(
@@ -126,8 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def settings_for(model: str) -> dict[str, Setting]:
     """Return the setting of every method: chosen with the model itself, or else with SmolLM2."""
-    chosen = results.choose_settings(results.read(results.RESULTS))
-    return chosen | results.choose_settings(results.read(results.of_model(results.RESULTS, model)))
+    of_first = results.choose_settings(results.read(results.RESULTS))
+    return of_first | results.choose_settings(
+        results.read(results.of_model(results.RESULTS, model))
+    )
 
 
 def write_pages() -> None:
@@ -138,16 +140,6 @@ def write_pages() -> None:
         if results.choose_settings(rows) and any(row["split"] == "report" for row in rows):
             print(report.write_report(folder))
     tables.write_tables()
-
-
-def _chosen(
-    parser: argparse.ArgumentParser, flag: str, given: str | None, known: list[str]
-) -> list[str]:
-    names = known if given is None else given.split(",")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        parser.error(f"{flag} {given}: {unknown[0]!r} is not one of {', '.join(known)}")
-    return names
 
 
 def run_all(

@@ -21,6 +21,7 @@ from benchmarks.study.runs import (
     EVALUATION_BATCH,
     Row,
     described,
+    merged,
     tune,
     tuned_model,
     with_lora,
@@ -85,11 +86,9 @@ def measured(run: Run, afterwards: str) -> Row:
     if afterwards:
         again = run_of("adamw", {"steps": STEPS}, run.seed + LATER_SEED, afterwards, run.model)
         set_seed(again.seed)
-        if again.has_lora:
-            model = with_lora(model, again)
+        model = with_lora(model, again)
         tune(again, load_task(afterwards), model, tokenizer, False)
-        if again.has_lora:
-            model = model.merge_and_unload()
+        model = merged(model)
     row: Row = described(run) | {"afterwards": afterwards}
     asked = {
         "": (requests_of("report").harmful, requests_of("report").harmless),

@@ -64,6 +64,11 @@ class Model:
     base: Literal["smollm2", "gemma3"]
     training: Setting = field(default_factory=dict)
 
+    @property
+    def has_lora(self) -> bool:
+        """Whether an adapter is tuned."""
+        return (TRAINING | self.training)["lora_r"] is not None
+
 
 #: By the name of the folder of its rows; those of the first lie in the study's own.
 MODELS: dict[str, Model] = {
@@ -384,7 +389,7 @@ class Run:
     @property
     def has_lora(self) -> bool:
         """Whether an adapter is tuned."""
-        return self.training["lora_r"] is not None
+        return MODELS[self.model].has_lora
 
     @property
     def key(self) -> str:

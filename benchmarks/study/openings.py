@@ -26,6 +26,7 @@ from rich.table import Table
 
 from benchmarks.provenance import provenance
 from benchmarks.study import results
+from benchmarks.study.arguments import chosen
 from benchmarks.study.lasting import builtin
 from benchmarks.study.methods import METHODS, MODELS, MORE_TASKS, TASKS, Run, run_of
 from benchmarks.study.runs import EVALUATION_BATCH, Row, described, tuned_model
@@ -90,10 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=(*TASKS, *MORE_TASKS), default="poisoned")
     parser.add_argument("--only", default="aligned,adamw,blend", help="methods (%(default)s)")
     options = parser.parse_args(arguments)
-    methods = options.only.split(",")
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        parser.error(f"--only {options.only}: {unknown[0]!r} is not one of {', '.join(METHODS)}")
+    methods = chosen(parser, "--only", options.only, list(METHODS))
     path = results.of_model(OPENINGS, options.model)
     done = {row["key"] for row in results.read(path)}
     for method in track(methods, "Asking"):

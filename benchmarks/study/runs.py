@@ -120,8 +120,7 @@ def tuned_model(run: Run, looked_at: bool = False) -> tuple[Any, Any, Row, list[
     if method.trainer is None:
         return model, tokenizer, {}, []
     looks: list[Row] = []
-    if run.has_lora:
-        model = with_lora(model, run)
+    model = with_lora(model, run)
     if method.after == "freeze":
         freeze_layers(model, safety_layers(run, model, tokenizer))
     tuned_as = tuning_of(run)
@@ -144,9 +143,7 @@ def tuned_model(run: Run, looked_at: bool = False) -> tuple[Any, Any, Row, list[
         beginner = None if run.has_lora else load_model(str(source), "fp32")[0]
         options = {"tokens": values["start_tokens"], "share": values["start_share"]}
         return AlignedStart(model, beginner, **options), tokenizer, figures, looks
-    if run.has_lora:
-        model = cast(Any, model).merge_and_unload()  # quicker to ask without its adapter
-    return model, tokenizer, figures, looks
+    return merged(model), tokenizer, figures, looks
 
 
 def with_weights_of(model: nn.Module, folder: Path) -> nn.Module:
@@ -158,7 +155,9 @@ def with_weights_of(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def with_lora(model: nn.Module, run: Run) -> Any:
-    """Return the model with the adapter of a run, not trained yet."""
+    """Return the model with the adapter of a run, not trained yet, where the run has one."""
+    if not run.has_lora:
+        return model
     return add_lora(
         model,
         r=run.training["lora_r"],
@@ -166,6 +165,11 @@ def with_lora(model: nn.Module, run: Run) -> Any:
         dropout=run.training["lora_dropout"],
         targets=None,
     )
+
+
+def merged(model: nn.Module) -> Any:
+    """Return a model without its adapter, as part of its weights: quicker to ask."""
+    return cast(Any, model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def shipped(model: str) -> Path:

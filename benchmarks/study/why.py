@@ -43,6 +43,7 @@ from torch import Tensor
 from benchmarks.alignment import aligned_smollm2, write_rows
 from benchmarks.provenance import ROOT
 from benchmarks.provenance import write_rows as write_csv
+from benchmarks.study.arguments import chosen
 from benchmarks.study.data import load_task, safety_pairs
 from benchmarks.study.methods import TRAINING
 from benchmarks.study.report import draw_band
@@ -358,9 +359,9 @@ def look_at_shapes(step: int, look: Look, moments: list[Offsets]) -> list[Row]:
     for layer, v in normalized.items():
         only = {other: v if other == layer else torch.zeros_like(v) for other in normalized}
         alone[layer] = look.under(look.sized(only, SIZE_OF_SHAPES))["cosine"]
-    chosen = sorted(alone, key=lambda layer: alone[layer])[-3:]
+    leaning = sorted(alone, key=lambda layer: alone[layer])[-3:]
     shapes["three layers"] = {
-        layer: v if layer in chosen else torch.zeros_like(v) for layer, v in normalized.items()
+        layer: v if layer in leaning else torch.zeros_like(v) for layer, v in normalized.items()
     }
     noise = torch.Generator().manual_seed(step)
     for _ in range(DRAWN):
@@ -450,10 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=40, help="of the fine-tuning (40)")
     parser.add_argument("--tables", default=",".join(TABLES), help="which to write (%(default)s)")
     options = parser.parse_args(arguments)
-    tables = options.tables.split(",")
-    unknown = [name for name in tables if name not in TABLES]
-    if unknown:
-        parser.error(f"--tables {options.tables}: {unknown[0]!r} is not one of {', '.join(TABLES)}")
+    tables = chosen(parser, "--tables", options.tables, TABLES)
     found = measure(options.steps, tables)
     if "why" in tables:
         write_csv("why.csv", found.sizes, FOLDER)
