@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study import lasting, openings, results, runs
-from benchmarks.study.methods import TRAINING
+from benchmarks.study import lasting, openings, results
 from sap_fast.data import Request
 
 
@@ -36,16 +35,13 @@ def test_margins_agree_where_they_tell_what_is_refused() -> None:
     assert openings.agreement([1.0, -1.0], [True, True]) == (0.5, None)
 
 
+@pytest.mark.usefixtures("tiny_study")
 def test_what_was_asked_is_not_asked_again(
-    chat_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runs, "WORK", tmp_path)
-    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
     monkeypatch.setattr(openings, "OPENINGS", tmp_path / "openings.csv")
-    monkeypatch.setitem(TRAINING, "steps", 2)
     requests = [Request("How are locks picked?"), Request("How is a rock sold?")]
     monkeypatch.setattr(openings, "builtin", lambda kind: requests)
     assert lasting.builtin("harmful")

@@ -17,33 +17,25 @@ from sap_fast.cli.models import add_lora, load_model
 from sap_fast.data import Request
 
 
-def test_a_model_is_tuned_once_and_asked_for_each_split(
-    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runs, "WORK", tmp_path)
-    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
+@pytest.mark.usefixtures("tiny_study")
+def test_a_model_is_tuned_once_and_asked_for_each_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "LOOK_EVERY", 1)
-    monkeypatch.setitem(TRAINING, "steps", 2)
     monkeypatch.setitem(TRAINING, "learning_rate", 0.1)
-    threads = torch.get_num_threads()
     adamw = run_of("adamw", {}, 0, "alpaca")
-    try:
-        selection, looks = runs.execute(adamw, "selection", 1, looked_at=True)
-        monkeypatch.delattr(runs, "tune")
-        reported, unseen = runs.execute(adamw, "report", 1)
-        found = [
-            runs.execute(run_of(*given, 0, "alpaca"), "selection", 1)[0]["task_loss"]
-            for given in (
-                ("aligned", {}),
-                ("merge", {"aligned_share": 0.0}),
-                ("merge", {"aligned_share": 1.0}),
-                ("adamw", {"aligned_share": 1.0}),
-                ("start", {"start_tokens": 200, "start_share": 1.0}),
-                ("start", {"start_tokens": 2, "start_share": 0.0}),
-            )
-        ]
-    finally:
-        torch.set_num_threads(threads)
+    selection, looks = runs.execute(adamw, "selection", 1, looked_at=True)
+    monkeypatch.delattr(runs, "tune")
+    reported, unseen = runs.execute(adamw, "report", 1)
+    found = [
+        runs.execute(run_of(*given, 0, "alpaca"), "selection", 1)[0]["task_loss"]
+        for given in (
+            ("aligned", {}),
+            ("merge", {"aligned_share": 0.0}),
+            ("merge", {"aligned_share": 1.0}),
+            ("adamw", {"aligned_share": 1.0}),
+            ("start", {"start_tokens": 200, "start_share": 1.0}),
+            ("start", {"start_tokens": 2, "start_share": 0.0}),
+        )
+    ]
     assert [look["step"] for look in looks] == [1] and unseen == []
     assert list(selection) == list(reported)
     for name in ("key", "steps", "step_seconds", "peak_bytes", "lean_predicted"):
@@ -58,12 +50,10 @@ def test_a_model_is_tuned_once_and_asked_for_each_split(
     assert merged == pytest.approx(aligned, abs=1e-3)
 
 
+@pytest.mark.usefixtures("tiny_study")
 def test_every_weight_is_tuned_and_read_back(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "WORK", tmp_path)
-    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
-    monkeypatch.setitem(TRAINING, "steps", 2)
     aligned: list[Any] = []
     kl_loss = runs.kl_loss
 
@@ -74,17 +64,13 @@ def test_every_weight_is_tuned_and_read_back(
     monkeypatch.setattr(
         runs, "kl_loss", lambda *batches, aligned: counted(*batches, aligned_model=aligned)
     )
-    threads = torch.get_num_threads()
     kl = run_of("kl", {"safety_weight": 0.3, "safety_loss": "kl"}, 0, "alpaca", "smollm2-full")
-    try:
-        selection, _ = runs.execute(kl, "selection", 1)
-        monkeypatch.delattr(runs, "tune")
-        again, _ = runs.execute(kl, "selection", 1)
-        back = run_of("kl", json.loads(kl.setting) | {"aligned_share": 1.0}, 0, "alpaca", kl.model)
-        merged, _ = runs.execute(back, "selection", 1)
-        start, _ = runs.execute(run_of("aligned", {}, 0, "alpaca", kl.model), "selection", 1)
-    finally:
-        torch.set_num_threads(threads)
+    selection, _ = runs.execute(kl, "selection", 1)
+    monkeypatch.delattr(runs, "tune")
+    again, _ = runs.execute(kl, "selection", 1)
+    back = run_of("kl", json.loads(kl.setting) | {"aligned_share": 1.0}, 0, "alpaca", kl.model)
+    merged, _ = runs.execute(back, "selection", 1)
+    start, _ = runs.execute(run_of("aligned", {}, 0, "alpaca", kl.model), "selection", 1)
     assert len(aligned) == 2 and aligned[0] is aligned[1]
     assert selection["task_loss"] == again["task_loss"] != start["task_loss"]
     assert merged["task_loss"] == start["task_loss"]
@@ -98,14 +84,12 @@ def test_every_weight_is_tuned_and_read_back(
         assert torch.equal(copied, weight) and not copied.requires_grad
 
 
+@pytest.mark.usefixtures("tiny_study")
 def test_what_somebody_else_makes_of_a_tuned_model(
-    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "WORK", tmp_path)
-    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
     monkeypatch.setattr(results, "LASTING", tmp_path / "lasting.csv")
     monkeypatch.setattr(lasting, "STEPS", 2)
-    monkeypatch.setitem(TRAINING, "steps", 2)
     monkeypatch.setattr(lasting, "AFTERWARDS", ("", "alpaca"))
     run = run_of("adamw", {}, 0, "alpaca")
     tuned: list[Any] = []
@@ -167,12 +151,8 @@ def test_what_a_merge_starts_from() -> None:
     assert runs.folder_of(adamw).parent == runs.WORK / "gemma3" / "adapters"
 
 
-def test_two_runs_of_one_tuning_at_once_tune_once(
-    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runs, "WORK", tmp_path)
-    monkeypatch.setattr(runs, "aligned_smollm2", lambda seed: chat_model)
-    monkeypatch.setitem(TRAINING, "steps", 2)
+@pytest.mark.usefixtures("tiny_study")
+def test_two_runs_of_one_tuning_at_once_tune_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned: list[Any] = []
     tune = runs.tune
 
@@ -193,14 +173,10 @@ def test_two_runs_of_one_tuning_at_once_tune_once(
 
     for name in ("load_model", "measure"):
         monkeypatch.setattr(runs, name, one_at_a_time(getattr(runs, name)))
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            shares = (0.3, 0.7)
-            merges = [run_of("merge", {"aligned_share": share}, 0, "alpaca") for share in shares]
-            rows = list(pool.map(lambda run: runs.execute(run, "selection", 1)[0], merges))
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(2) as pool:
+        shares = (0.3, 0.7)
+        merges = [run_of("merge", {"aligned_share": share}, 0, "alpaca") for share in shares]
+        rows = list(pool.map(lambda run: runs.execute(run, "selection", 1)[0], merges))
     assert tuned == [run_of("adamw", {}, 0, "alpaca")]
     assert [row["key"] for row in rows] == [run.key for run in merges]
 
